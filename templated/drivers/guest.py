@@ -1,0 +1,230 @@
+"""The host's end of the agent in the guest: newline JSON over a virtio serial port.
+
+Requests carry an id and may overlap; `exec` streams its output before its reply. The agent's own
+end is `templated/guest/agent.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from templated.errors import GuestError, Timeout
+
+MAX_LINE = 1 << 20
+CHUNK = 32768
+OutputSink = Callable[[str, bytes], None]
+
+
+class ExecResult(msgspec.Struct, frozen=True, kw_only=True):
+    """How a command in the guest ended. One of `exit_code` and `signal` is set."""
+
+    exit_code: int | None = None
+    signal: int | None = None
+    timed_out: bool = False
+    error: str | None = None
+
+
+class Confirmation(msgspec.Struct, frozen=True, kw_only=True):
+    """What the guest read back after it applied an identity."""
+
+    hostname: str
+    machine_id: str
+    boot_id: str
+    uuid: str
+    mac: str
+    ip: str
+    time: float
+    """The guest's wall clock at its answer, seconds since the epoch."""
+    random: str
+
+
+class FileChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a file in the guest."""
+
+    data: str
+    eof: bool
+    size: int
+    mode: int
+
+
+class _Reply(msgspec.Struct, frozen=True):
+    id: int | None = None
+    ok: bool | None = None
+    result: msgspec.Raw = msgspec.Raw(b"{}")
+    error: dict[str, Any] | None = None
+    stream: str | None = None
+    data: str = ""
+
+
+class _Pending:
+    """A request under way: its reply, and where its output goes."""
+
+    def __init__(self, sink: OutputSink | None) -> None:
+        self.reply: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
+        self.sink = sink
+
+
+_decoder = msgspec.json.Decoder(_Reply)
+
+
+class Agent:
+    """A connection to one guest's agent. `close` ends it; every wait is bounded by the caller.
+
+    The socket is QEMU's, so connecting says nothing about the guest; only a reply does.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._ids = itertools.count(1)
+        self._pending: dict[int, _Pending] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._receiver: asyncio.Task[None] | None = None
+        self._broken: str = "the agent's connection is closed"
+
+    async def connect(self) -> None:
+        """Connect to QEMU's end of the port; GuestError when it is not there."""
+        try:
+            reader, self._writer = await asyncio.open_unix_connection(self._path, limit=MAX_LINE)
+        except OSError as error:
+            raise GuestError(f"the agent's port is not there: {error}") from error
+        # Whatever an earlier connection left half-written ends here.
+        self._writer.write(b"\n")
+        self._receiver = asyncio.create_task(self._receive(reader), name=f"agent {self._path}")
+
+    async def close(self) -> None:
+        """End the connection; requests under way fail with GuestError."""
+        if self._receiver is not None:
+            self._receiver.cancel()
+            await asyncio.wait({self._receiver})
+        if self._writer is not None:
+            self._writer.close()
+            with contextlib.suppress(OSError):
+                await self._writer.wait_closed()
+            self._writer = None
+
+    async def request(
+        self, command: str, timeout: float, sink: OutputSink | None = None, **arguments: Any
+    ) -> msgspec.Raw:
+        """Send one request and wait for its reply, at most `timeout` seconds.
+
+        Raises Timeout, or GuestError when the agent reports an error or the connection ends.
+        """
+        if self._writer is None or self._receiver is None or self._receiver.done():
+            raise GuestError(self._broken)
+        number = next(self._ids)
+        pending = self._pending[number] = _Pending(sink)
+        body = msgspec.json.encode({"id": number, "cmd": command, **arguments})
+        try:
+            async with asyncio.timeout(timeout):
+                self._writer.write(body + b"\n")
+                await self._writer.drain()
+                return await pending.reply
+        except TimeoutError:
+            raise Timeout(f"the guest did not answer {command!r} within {timeout:g} s") from None
+        except OSError as error:
+            raise GuestError(f"the agent's connection broke: {error}") from error
+        finally:
+            self._pending.pop(number, None)
+
+    async def ping(self, timeout: float) -> None:
+        await self.request("ping", timeout)
+
+    async def identify(self, timeout: float, **identity: Any) -> Confirmation:
+        """Give the guest its identity and get back what it then reads of itself."""
+        return _convert(await self.request("identify", timeout, **identity), Confirmation)
+
+    async def adjust_clock(self, seconds: float, timeout: float) -> float:
+        """Shift the guest's wall clock; returns its time after that."""
+        raw = await self.request("clock", timeout, adjust=seconds)
+        return float(_convert(raw, dict[str, float])["time"])
+
+    async def quiesce(self, timeout: float) -> None:
+        """Prepare the guest to be frozen: address dropped, file systems synced."""
+        await self.request("quiesce", timeout)
+
+    async def exec(
+        self,
+        argv: list[str],
+        *,
+        timeout: float,
+        sink: OutputSink,
+        stdin: bytes | None = None,
+        env: dict[str, str] | None = None,
+    ) -> ExecResult:
+        """Run a command in the guest; output goes to `sink` as it comes.
+
+        The agent ends the command after `timeout` seconds; the wait here ends a little later.
+        """
+        arguments: dict[str, Any] = {"argv": argv, "timeout": timeout, "env": env or {}}
+        if stdin:
+            arguments["stdin"] = base64.b64encode(stdin).decode()
+        raw = await self.request("exec", timeout + 5.0, sink, **arguments)
+        return _convert(raw, ExecResult)
+
+    async def put(self, path: str, content: bytes, mode: int, timeout: float) -> None:
+        """Write a file in the guest; it appears under its name only when it is complete."""
+        offset = 0
+        while True:
+            chunk = content[offset : offset + CHUNK]
+            eof = offset + len(chunk) >= len(content)
+            data = base64.b64encode(chunk).decode()
+            await self.request(
+                "put", timeout, path=path, mode=mode, data=data, offset=offset, eof=eof
+            )
+            offset += len(chunk)
+            if eof:
+                return
+
+    async def get(self, path: str, timeout: float) -> bytes:
+        """Read a file of the guest."""
+        content = bytearray()
+        while True:
+            raw = await self.request("get", timeout, path=path, offset=len(content), length=CHUNK)
+            chunk = _convert(raw, FileChunk)
+            content += base64.b64decode(chunk.data)
+            if chunk.eof:
+                return bytes(content)
+
+    async def _receive(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while line := await reader.readline():
+                if line.strip():
+                    self._dispatch(_decoder.decode(line))
+            self._broken = "the agent's connection was closed by the hypervisor"
+        except (msgspec.DecodeError, ValueError) as error:
+            self._broken = f"the agent answered nonsense: {error}"
+        except OSError as error:
+            self._broken = f"the agent's connection broke: {error}"
+        finally:
+            for pending in self._pending.values():
+                if not pending.reply.done():
+                    pending.reply.set_exception(GuestError(self._broken))
+
+    def _dispatch(self, reply: _Reply) -> None:
+        pending = self._pending.get(reply.id) if reply.id is not None else None
+        if pending is None or pending.reply.done():
+            return  # the answer to a request that nobody waits for any more
+        if reply.stream is not None:
+            if pending.sink is not None:
+                pending.sink(reply.stream, base64.b64decode(reply.data))
+        elif reply.ok:
+            pending.reply.set_result(reply.result)
+        else:
+            error = reply.error or {}
+            message = error.get("message", "no reason given")
+            pending.reply.set_exception(GuestError(f"the guest's agent refused: {message}"))
+
+
+def _convert(raw: msgspec.Raw, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise GuestError(f"the agent answered nonsense: {error}") from error

@@ -1,0 +1,1 @@
+"""What runs the virtual machines: `qemu`, and `fake` for tests of logic that needs no VM."""

@@ -1,0 +1,136 @@
+"""The face that services see of a hypervisor."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The virtual hardware of one generation; a clone must get exactly the template's."""
+
+    type: str
+    memory_bytes: int
+    vcpus: int
+    accel: str
+    cpu: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a VM boots when nothing is restored into it."""
+
+    kernel: Path
+    initrd: Path
+    cmdline: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Everything that starting one QEMU needs.
+
+    `directory` exists already and receives `serial.log` and `qemu.log`; the sockets are listening
+    already, so that nobody waits for QEMU to make them.
+    """
+
+    slot: str
+    uuid: str
+    mac: str
+    hardware: Hardware
+    directory: Path
+    memory: Path
+    memory_shared: bool
+    disk: Path
+    netdev: str
+    qmp_fd: int
+    agent_fd: int
+    fds: tuple[int, ...] = ()
+    """Further descriptors that QEMU inherits, the network's."""
+    boot: Kernel | None = None
+    """None: start waiting for state (`-incoming defer`)."""
+
+    @property
+    def qmp_path(self) -> Path:
+        return self.directory / "qmp"
+
+    @property
+    def agent_path(self) -> Path:
+        return self.directory / "agent"
+
+    @property
+    def serial_path(self) -> Path:
+        return self.directory / "serial.log"
+
+    @property
+    def log_path(self) -> Path:
+        return self.directory / "qemu.log"
+
+
+@dataclass(frozen=True)
+class State:
+    """A saved device state, opened ahead of time."""
+
+    path: Path
+    transport: str = "exec"
+    fd: int | None = field(default=None, compare=False)
+    """For the transport `fd`: a descriptor that the VM inherited at its start."""
+
+
+class Machine(Protocol):
+    """One running hypervisor process.
+
+    Every method raises HypervisorError (it refused, or it ended) or Timeout. Each leaves the
+    process as it was unless it says otherwise; `destroy` is always allowed.
+    """
+
+    pid: int
+    start_time: int
+    """The process's start in clock ticks since boot, so that a reused pid is told apart."""
+    exited: asyncio.Future[str]
+    """Done when the process has ended; its result says how, in one line."""
+
+    async def connect(self, timeout: float) -> None:
+        """Wait until the control channel answers."""
+
+    async def restore(self, state: State, timeout: float) -> None:
+        """Load a saved state; the vCPUs stay stopped. On failure the VM is of no more use."""
+
+    async def resume(self) -> None:
+        """Let the vCPUs run."""
+
+    async def pause(self) -> None:
+        """Stop the vCPUs."""
+
+    async def set_link(self, up: bool) -> None:
+        """Plug or unplug the guest's network cable."""
+
+    async def detach_network(self) -> None:
+        """Take the host's end of the NIC away, so that it leaves no trace in a saved state."""
+
+    async def save(self, target: Path, timeout: float) -> None:
+        """Write the device state of a paused VM, without its shared memory, to `target`.
+
+        The VM must never run again: its memory file is now part of the generation.
+        """
+
+    async def quit(self, timeout: float) -> None:
+        """End the process in an orderly way, with all disk writes done."""
+
+    async def destroy(self) -> None:
+        """End the process at once and wait for its end. Idempotent."""
+
+    def cpu_seconds(self) -> float:
+        """CPU time that the process has used, in seconds."""
+
+
+class Hypervisor(Protocol):
+    """Starts and finds machines."""
+
+    def spawn(self, launch: Launch) -> Machine:
+        """Start a process and return at once; HostError when it cannot be started."""
+
+    def adopt(self, pid: int, start_time: int, directory: Path, uuid: str) -> Machine | None:
+        """The machine that an earlier daemon started; None when it no longer runs."""

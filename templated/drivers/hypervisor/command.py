@@ -1,0 +1,102 @@
+"""QEMU's command line, as a pure function of a Launch; golden files in the tests hold it.
+
+Sources: QEMU 7.2's manual, "System Emulation: Invocation" and "'microvm' virtual platform";
+docs/devel/migration.rst for `x-ignore-shared`.
+"""
+
+from __future__ import annotations
+
+from templated.drivers.hypervisor.base import Launch
+
+AGENT_PORT = "templated.agent.0"
+
+_MACHINES = {
+    # No firmware tables, no PCI, no option ROMs: the state file is 64 KB and the boot short.
+    "microvm": "microvm,x-option-roms=off,isa-serial=on,rtc=on",
+    "q35": "q35,smm=off,vmport=off",
+}
+
+
+def qemu_arguments(qemu: str, launch: Launch) -> list[str]:
+    """The whole argument vector."""
+    hardware = launch.hardware
+    arguments = [
+        qemu,
+        *("-name", f"guest=templated-{launch.slot}"),
+        *("-uuid", launch.uuid),
+        *("-no-user-config", "-nodefaults", "-display", "none"),
+        # A reset would need what only the template's boot had: end instead, and be reported.
+        "-no-reboot",
+        *_machine(launch),
+        *_migration(),
+        *_devices(launch),
+    ]
+    if launch.boot is None:
+        arguments += ["-incoming", "defer"]
+    else:
+        arguments += ["-kernel", str(launch.boot.kernel), "-initrd", str(launch.boot.initrd)]
+        arguments += ["-append", launch.boot.cmdline]
+    if hardware.type == "q35":
+        arguments += ["-vga", "none"]
+    return arguments
+
+
+def _machine(launch: Launch) -> list[str]:
+    hardware = launch.hardware
+    share = "on" if launch.memory_shared else "off"
+    backend = (
+        f"memory-backend-file,id=ram,size={hardware.memory_bytes},"
+        f"mem-path={_escaped(launch.memory)},share={share}"
+    )
+    return [
+        *("-machine", f"{_MACHINES[hardware.type]},accel={hardware.accel},memory-backend=ram"),
+        *("-cpu", hardware.cpu),
+        *("-smp", str(hardware.vcpus)),
+        *("-m", f"{hardware.memory_bytes >> 10}k"),
+        *("-object", backend),
+    ]
+
+
+def _migration() -> list[str]:
+    return [
+        # An event tells the end of a restore sooner than polling does.
+        *("-global", "migration.x-events=on"),
+        # A restored NIC still has the template's MAC: never announce it.
+        *("-global", "migration.announce-rounds=0"),
+    ]
+
+
+def _devices(launch: Launch) -> list[str]:
+    bus = "device" if launch.hardware.type == "microvm" else "pci"
+    rom = "" if bus == "device" else ",romfile="
+    return [
+        *("-chardev", f"socket,id=qmp,fd={launch.qmp_fd},server=on,wait=off"),
+        *("-mon", "chardev=qmp,mode=control"),
+        *("-chardev", f"file,id=serial,path={_escaped(launch.serial_path)},append=on"),
+        *("-serial", "chardev:serial"),
+        *("-blockdev", _blockdev(launch)),
+        *("-device", f"virtio-blk-{bus},drive=disk"),
+        *("-netdev", launch.netdev),
+        *("-device", f"virtio-net-{bus},id=nic0,netdev=net0,mac={launch.mac}{rom}"),
+        *("-device", f"virtio-serial-{bus},max_ports=2"),
+        *("-chardev", f"socket,id=agent,fd={launch.agent_fd},server=on,wait=off"),
+        *("-device", f"virtserialport,chardev=agent,name={AGENT_PORT}"),
+        *("-object", "rng-builtin,id=rng"),
+        *("-device", f"virtio-rng-{bus},rng=rng"),
+    ]
+
+
+def _blockdev(launch: Launch) -> str:
+    # A clone's disk dies with it, so its flushes need not reach the platter; the template's
+    # layers are synced once, when they are frozen.
+    return (
+        "driver=qcow2,node-name=disk,discard=unmap,cache.no-flush=on,"
+        f"file.driver=file,file.filename={_escaped(launch.disk)}"
+    )
+
+
+def _escaped(value: object) -> str:
+    """QEMU's option parser takes a doubled comma for a comma."""
+    return str(value).replace(",", ",,")
+
+

@@ -1,0 +1,189 @@
+"""QEMU, by QMP. QMP reference: QEMU 7.2, "QEMU QMP Reference Manual"."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+from asyncio import FIRST_COMPLETED
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+
+from templated.drivers.hypervisor import process
+from templated.drivers.hypervisor.base import Launch, State
+from templated.drivers.hypervisor.command import qemu_arguments
+from templated.drivers.hypervisor.process import Process
+from templated.errors import HostError, HypervisorError, Timeout
+
+T = TypeVar("T")
+_REPLY_TIMEOUT = 10.0
+# The library reports an unexpected disconnect as critical; here it is how a VM's end looks.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
+
+
+class Qemu:
+    """Starts and adopts QEMU processes."""
+
+    def __init__(self, binary: str) -> None:
+        self.binary = binary
+
+    def spawn(self, launch: Launch) -> QemuMachine:
+        """Start QEMU. On failure nothing runs."""
+        arguments = qemu_arguments(self.binary, launch)
+        fds = (launch.qmp_fd, launch.agent_fd, *launch.fds)
+        child = Process.spawn(arguments, log=launch.log_path, fds=fds)
+        return QemuMachine(child, launch.directory)
+
+    def adopt(self, pid: int, start_time: int, directory: Path, uuid: str) -> QemuMachine | None:
+        """Find a QEMU again by pid, start time and the UUID on its command line."""
+        found = Process.adopt(pid, start_time, uuid)
+        return QemuMachine(found, directory) if found else None
+
+
+class QemuMachine:
+    """One QEMU process and its QMP connection."""
+
+    def __init__(self, child: Process, directory: Path) -> None:
+        self._process = child
+        self._directory = directory
+        self._qmp = QMPClient(directory.name)
+        self.pid = child.pid
+        self.start_time = child.start_time
+        self.exited = child.exited
+
+    async def connect(self, timeout: float) -> None:
+        await self._guarded(self._qmp.connect(str(self._directory / "qmp")), timeout, "QMP greeting")
+
+    async def restore(self, state: State, timeout: float) -> None:
+        _check_state_file(state.path)
+        if state.transport == "fd":
+            uri = f"fd:{state.fd}"
+        else:
+            uri = f"exec:exec cat {shlex.quote(str(state.path))}"
+        await self._ignore_shared_memory()
+        async with self._migration_events() as events:
+            await self._execute("migrate-incoming", {"uri": uri})
+            await self._guarded(self._completed(events), timeout, "restore")
+
+    async def resume(self) -> None:
+        await self._execute("cont")
+
+    async def pause(self) -> None:
+        await self._execute("stop")
+
+    async def set_link(self, up: bool) -> None:
+        await self._execute("set_link", {"name": "nic0", "up": up})
+
+    async def detach_network(self) -> None:
+        await self._execute("netdev_del", {"id": "net0"})
+
+    async def save(self, target: Path, timeout: float) -> None:
+        await self._ignore_shared_memory()
+        async with self._migration_events() as events:
+            await self._execute("migrate", {"uri": f"exec:exec cat > {shlex.quote(str(target))}"})
+            await self._guarded(self._completed(events), timeout, "save")
+
+    async def quit(self, timeout: float) -> None:
+        await self._execute("quit")
+        try:
+            await asyncio.wait_for(asyncio.shield(self.exited), timeout)
+        except TimeoutError:
+            raise Timeout(f"QEMU did not end within {timeout:g} s") from None
+        await self._disconnect()
+
+    async def destroy(self) -> None:
+        self._process.kill()
+        if not self.exited.done():
+            await asyncio.wait_for(asyncio.shield(self.exited), _REPLY_TIMEOUT)
+        await self._disconnect()
+
+    async def release(self) -> None:
+        """Let go of a VM that outlives the daemon."""
+        await self._disconnect()
+        self._process.close()
+
+    def cpu_seconds(self) -> float:
+        return process.cpu_seconds(self.pid)
+
+    async def _disconnect(self) -> None:
+        try:
+            await asyncio.wait_for(self._qmp.disconnect(), 1.0)
+        except (QMPError, OSError, EOFError, TimeoutError):
+            pass  # what the connection died of is of no interest any more
+
+    async def _ignore_shared_memory(self) -> None:
+        """The template's memory is a shared file and stays out of the stream; both ends say so."""
+        capability = {"capability": "x-ignore-shared", "state": True}
+        await self._execute("migrate-set-capabilities", {"capabilities": [capability]})
+
+    @asynccontextmanager
+    async def _migration_events(self) -> AsyncIterator[EventListener]:
+        with self._qmp.listener("MIGRATION") as events:
+            yield events
+
+    async def _completed(self, events: EventListener) -> None:
+        async for event in events:
+            data = event["data"]
+            status = data["status"] if isinstance(data, dict) else None
+            if status == "completed":
+                return
+            if status in ("failed", "cancelled"):
+                raise HypervisorError(f"QEMU reports that the state {status}{self._log_tail()}")
+
+    async def _execute(self, command: str, arguments: dict[str, object] | None = None) -> object:
+        return await self._guarded(
+            self._qmp.execute(command, arguments), _REPLY_TIMEOUT, command
+        )
+
+    async def _guarded(self, work: Coroutine[Any, Any, T], timeout: float, what: str) -> T:
+        """Run `work` until it is done, the process ends, or `timeout` seconds have passed."""
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({task, self.exited}, timeout=timeout, return_when=FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+        except (QMPError, OSError, EOFError) as error:
+            # A connection breaks a moment before the process is seen to end.
+            if isinstance(error, ExecuteError) or not await self._ends_soon():
+                raise HypervisorError(f"QEMU refused the {what}: {error}") from error
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+        if not self.exited.done():
+            raise Timeout(f"no {what} within {timeout:g} s")
+        raise HypervisorError(f"QEMU {self.exited.result()}{self._log_tail()}")
+
+    async def _ends_soon(self) -> bool:
+        await asyncio.wait({self.exited}, timeout=0.5)
+        return self.exited.done()
+
+    def _log_tail(self) -> str:
+        return log_tail(self._directory / "qemu.log")
+
+
+def log_tail(path: Path) -> str:
+    """The last line that QEMU wrote, as `: LINE`; empty when there is none."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as log:
+            log.seek(max(0, size - 2000))
+            lines = log.read().decode(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return f": {lines[-1].strip()[:300]}" if lines else ""
+
+
+def _check_state_file(path: Path) -> None:
+    """`exec:cat` of a missing or an empty file waits for ever: refuse it before."""
+    try:
+        size = os.stat(path).st_size
+    except OSError as error:
+        raise HostError(f"the saved state {path} cannot be read: {error.strerror}") from error
+    if size == 0:
+        raise HostError(f"the saved state {path} is empty")

@@ -1,0 +1,103 @@
+"""Every error that templated raises on purpose.
+
+    TemplatedError              message + hint + a stable code
+    ├── ConfigError             a config file or a spec is wrong
+    ├── InvalidRequest          a name, an option or an API body is wrong
+    ├── NotFound                no such clone, template, generation or operation
+    ├── Conflict                the name is taken, or the state does not allow the request
+    ├── HostError               the host lacks something: QEMU, space in shm_dir, a permission
+    ├── Busy                    a bound on concurrent work is reached
+    ├── Timeout                 a bounded wait ended
+    ├── HypervisorError         QEMU refused, or ended
+    ├── GuestError              the agent in the guest answered wrongly or not at all
+    ├── IdentityError           the guest did not confirm the identity it was given
+    ├── StartError              a clone did not come up: which phase failed, and why
+    ├── BuildError              an image or a template build failed
+    │   └── ProbeError          a QA probe did not pass
+    └── DaemonUnavailable       nothing answers on the socket
+
+`message` is one line that says what is wrong, `hint` one line that says what to do next.
+The API maps `code` to an HTTP status (`templated.api.errors`), the CLI maps it to an exit code.
+"""
+
+from __future__ import annotations
+
+
+class TemplatedError(Exception):
+    """Base of the tree; never raised itself."""
+
+    code = "internal"
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(TemplatedError):
+    code = "config"
+
+
+class InvalidRequest(TemplatedError):
+    code = "invalid"
+
+
+class NotFound(TemplatedError):
+    code = "not_found"
+
+
+class Conflict(TemplatedError):
+    code = "conflict"
+
+
+class HostError(TemplatedError):
+    code = "host"
+
+
+class Busy(TemplatedError):
+    code = "busy"
+
+
+class Timeout(TemplatedError):
+    code = "timeout"
+
+
+class HypervisorError(TemplatedError):
+    code = "hypervisor"
+
+
+class GuestError(TemplatedError):
+    code = "guest"
+
+
+class IdentityError(TemplatedError):
+    code = "identity"
+
+
+class StartError(TemplatedError):
+    """A clone did not come up. `phase` is the phase that failed, `reason` the cause's code."""
+
+    code = "start_failed"
+
+    def __init__(self, message: str, *, phase: str, reason: str, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.phase = phase
+        self.reason = reason
+
+
+class BuildError(TemplatedError):
+    code = "build_failed"
+
+
+class ProbeError(BuildError):
+    """A probe did not pass. `probe` is its name."""
+
+    code = "probe_failed"
+
+    def __init__(self, message: str, *, probe: str, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.probe = probe
+
+
+class DaemonUnavailable(TemplatedError):
+    code = "daemon_unavailable"

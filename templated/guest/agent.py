@@ -1,0 +1,717 @@
+#!/usr/bin/python3 -ISu
+"""The agent inside the guest: newline JSON on the virtio serial port `templated.agent.0`.
+
+One file, standard library only, one thread. A request `{"id", "cmd", ...}` is one line; so is
+its reply `{"id", "ok": true, "result"}` or `{"id", "ok": false, "error": {"code", "message"}}`.
+
+The first run of any code after a restore is slow under TCG, which translates it anew, so
+`identify` forks nothing, imports nothing and uses descriptors that are open already. An idle
+agent has no timer: everything waits in one epoll.
+"""
+
+from __future__ import annotations
+
+import binascii
+import collections
+import ctypes
+import errno
+import fcntl
+import gc
+import json
+import os
+import random
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+VERSION = 1
+PORT = "templated.agent.0"
+MAX_LINE = 1 << 20
+CHUNK = 1 << 16
+QUEUE_LIMIT = 1 << 20
+DRAIN_SECONDS = 1.0
+HOOK_SECONDS = 10.0
+MAX_EXEC_SECONDS = 86400.0
+ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "USER": "root",
+    "LANG": "C.UTF-8",
+}
+
+# linux/random.h, linux/sockios.h, linux/mount.h
+RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207
+SIOCADDRT, SIOCDELRT = 0x890B, 0x890C
+SIOCGIFFLAGS, SIOCSIFFLAGS = 0x8913, 0x8914
+SIOCGIFADDR, SIOCSIFADDR, SIOCSIFNETMASK = 0x8915, 0x8916, 0x891C
+SIOCSIFHWADDR, SIOCGIFHWADDR = 0x8924, 0x8927
+IFF_UP, RTF_UP, RTF_GATEWAY, MS_BIND = 1, 1, 2, 4096
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+_decode = json.JSONDecoder().decode
+
+
+class Refused(Exception):
+    """A request that cannot be done; becomes an error reply."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def read_text(path: str) -> str:
+    """The first 64 KiB of a file, stripped."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, CHUNK).decode().strip()
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str, text: str) -> None:
+    """Replace a file's content in place: bind mounts lie over some of these files."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        data = text.encode()
+        os.write(descriptor, data)
+        os.ftruncate(descriptor, len(data))
+    finally:
+        os.close(descriptor)
+
+
+class System:
+    """The guest's kernel, as far as an identity reaches into it. Tests put another in its place.
+
+    Every method raises OSError when the kernel refuses.
+    """
+
+    run = "/run/templated"
+    etc = "/etc"
+    boot_id = "/proc/sys/kernel/random/boot_id"
+    product_uuid = "/sys/class/dmi/id/product_uuid"
+
+    def __init__(self) -> None:
+        self._random = os.open("/dev/random", os.O_RDWR | os.O_CLOEXEC)
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        names = [name for name in sorted(os.listdir("/sys/class/net")) if name != "lo"]
+        self._interface = names[0].encode() if names else b""
+
+    def prepare(self) -> None:
+        """Bring the interfaces up and lay writable files over the ids that the kernel fixes."""
+        os.makedirs(self.run, exist_ok=True)
+        for name in (b"lo", self._interface):
+            if name:
+                self._up(name)
+        self._cover(self.boot_id, self.run + "/boot_id")
+        if os.path.exists(self.product_uuid):
+            self._cover(self.product_uuid, self.run + "/uuid")
+
+    def _up(self, name: bytes) -> None:
+        request = fcntl.ioctl(self._socket, SIOCGIFFLAGS, struct.pack("16s24x", name))
+        (flags,) = struct.unpack_from("H", request, 16)
+        fcntl.ioctl(self._socket, SIOCSIFFLAGS, struct.pack("16sH22x", name, flags | IFF_UP))
+
+    def _cover(self, target: str, source: str) -> None:
+        if os.path.exists(source):
+            return  # an earlier agent of this boot has done it
+        write_text(source, read_text(target) + "\n")
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.mount(source.encode(), target.encode(), None, MS_BIND, None) != 0:
+            code = ctypes.get_errno()
+            os.unlink(source)
+            raise OSError(code, os.strerror(code), target)
+
+    def add_entropy(self, data: bytes) -> None:
+        """Mix in `data`, credited with all its bits, and reseed the kernel's generator now."""
+        count = len(data)
+        request = struct.pack("ii", count * 8, count) + data
+        fcntl.ioctl(self._random, RNDADDENTROPY, request)
+        fcntl.ioctl(self._random, RNDRESEEDCRNG)
+
+    def set_clock(self, seconds: float) -> None:
+        time.clock_settime(time.CLOCK_REALTIME, seconds)
+
+    def set_hostname(self, name: str) -> None:
+        socket.sethostname(name)
+
+    def hostname(self) -> str:
+        return socket.gethostname()
+
+    def set_mac(self, mac: str) -> None:
+        raw = bytes.fromhex(mac.replace(":", ""))
+        if self.mac() == mac.lower():
+            return
+        fcntl.ioctl(self._socket, SIOCSIFHWADDR, struct.pack("16sH6s16x", self._interface, 1, raw))
+
+    def mac(self) -> str:
+        request = struct.pack("16s24x", self._interface)
+        return fcntl.ioctl(self._socket, SIOCGIFHWADDR, request)[18:24].hex(":")
+
+    def _address(self, code: int, packed: bytes) -> None:
+        request = struct.pack("16sHH4s16x", self._interface, socket.AF_INET, 0, packed)
+        fcntl.ioctl(self._socket, code, request)
+
+    def set_address(self, ip: str, prefix: int, gateway: str | None) -> None:
+        """Give the interface its only IPv4 address, and the route through `gateway`."""
+        self._address(SIOCSIFADDR, socket.inet_aton(ip))
+        mask = (0xFFFFFFFF << (32 - prefix)) & 0xFFFFFFFF
+        self._address(SIOCSIFNETMASK, struct.pack("!I", mask))
+        self._default_route(gateway)
+
+    def _default_route(self, gateway: str | None) -> None:
+        # struct rtentry (linux/route.h): dst at 8, gateway at 24, mask at 40, flags at 56
+        entry = bytearray(120)
+        for offset in (8, 24, 40):
+            struct.pack_into("H", entry, offset, socket.AF_INET)
+        struct.pack_into("H", entry, 56, RTF_UP)
+        for _ in range(8):
+            try:
+                fcntl.ioctl(self._socket, SIOCDELRT, bytes(entry))
+            except OSError as error:
+                if error.errno != errno.ESRCH:
+                    raise
+                break
+        if gateway is not None:
+            entry[28:32] = socket.inet_aton(gateway)
+            struct.pack_into("H", entry, 56, RTF_UP | RTF_GATEWAY)
+            fcntl.ioctl(self._socket, SIOCADDRT, bytes(entry))
+
+    def clear_address(self) -> None:
+        """Take the interface's IPv4 address away, and with it every route through it."""
+        if self._interface:
+            self._address(SIOCSIFADDR, bytes(4))
+
+    def address(self) -> str:
+        request = struct.pack("16s24x", self._interface)
+        try:
+            return socket.inet_ntoa(fcntl.ioctl(self._socket, SIOCGIFADDR, request)[20:24])
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                return ""
+            raise
+
+    def hooks(self) -> list[str]:
+        """The executables in /etc/templated/identity.d, in name order."""
+        folder = self.etc + "/templated/identity.d"
+        try:
+            names = os.listdir(folder)
+        except FileNotFoundError:
+            return []
+        paths = [f"{folder}/{name}" for name in sorted(names) if not name.startswith(".")]
+        return [path for path in paths if os.access(path, os.X_OK)]
+
+    def sync(self) -> None:
+        os.sync()
+
+
+class Execution:
+    """A command that runs for the host: its pipes, its end and its deadline."""
+
+    def __init__(self, agent: Agent, number: Any, request: dict[str, Any]) -> None:
+        argv = request["argv"]
+        if not isinstance(argv, list) or not argv:
+            raise Refused("invalid", "argv must be a list that is not empty")
+        self._agent, self._number = agent, number
+        self._connection = agent.connection
+        self._stdin = memoryview(binascii.a2b_base64(request.get("stdin") or ""))
+        timeout = min(float(request.get("timeout") or 30.0), MAX_EXEC_SECONDS)
+        self.deadline: float | None = time.monotonic() + timeout
+        self.timed_out = False
+        self._ended = False
+        self._process = subprocess.Popen(
+            [str(part) for part in argv],
+            stdin=subprocess.PIPE if self._stdin else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**ENVIRONMENT, **(request.get("env") or {})},
+            cwd=request.get("cwd") or "/",
+            bufsize=0,
+            start_new_session=True,
+        )
+        self._pidfd = os.pidfd_open(self._process.pid)
+        agent.watch(self._pidfd, select.EPOLLIN, self._on_exit)
+        self._streams: dict[int, str] = {}
+        for name in ("stdout", "stderr"):
+            descriptor = getattr(self._process, name).fileno()
+            os.set_blocking(descriptor, False)
+            self._streams[descriptor] = name
+        self.paused = True
+        self.resume()
+        if self._process.stdin:
+            os.set_blocking(self._process.stdin.fileno(), False)
+            agent.watch(self._process.stdin.fileno(), select.EPOLLOUT, self._on_stdin)
+
+    def resume(self) -> None:
+        """Read the command's output again."""
+        if self.paused:
+            self.paused = False
+            for descriptor in self._streams:
+                self._agent.watch(descriptor, select.EPOLLIN, self._on_output)
+            if self._ended:
+                self.deadline = time.monotonic() + DRAIN_SECONDS
+
+    def pause(self) -> None:
+        """Stop reading: the host takes its output more slowly than the command makes it."""
+        if not self.paused:
+            self.paused = True
+            for descriptor in self._streams:
+                self._agent.unwatch(descriptor)
+            if self._ended:
+                self.deadline = None
+
+    def expire(self) -> None:
+        """The deadline came: of the command, or of output that others still hold open."""
+        self.deadline = None
+        if self._ended:
+            self._finish()
+            return
+        self.timed_out = True
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def _on_stdin(self, descriptor: int, events: int) -> None:
+        try:
+            self._stdin = self._stdin[os.write(descriptor, self._stdin[:CHUNK]) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._stdin = self._stdin[:0]
+        if not self._stdin:
+            self._close_stdin()
+
+    def _close_stdin(self) -> None:
+        if self._process.stdin and not self._process.stdin.closed:
+            self._agent.unwatch(self._process.stdin.fileno())
+            self._process.stdin.close()
+
+    def _on_output(self, descriptor: int, events: int) -> None:
+        try:
+            data = os.read(descriptor, CHUNK)
+        except BlockingIOError:
+            return
+        if data:
+            text = binascii.b2a_base64(data, newline=False).decode()
+            frame = {"id": self._number, "stream": self._streams[descriptor], "data": text}
+            self._agent.send(frame, self._connection)
+            return
+        self._agent.unwatch(descriptor)
+        del self._streams[descriptor]
+        if self._ended and not self._streams:
+            self._finish()
+
+    def _on_exit(self, descriptor: int, events: int) -> None:
+        self._process.wait()
+        self._agent.unwatch(descriptor)
+        os.close(descriptor)
+        self._ended = True
+        self._close_stdin()
+        # A grandchild may keep the pipes open; what it writes is waited for only so long.
+        self.deadline = None if self.paused else time.monotonic() + DRAIN_SECONDS
+        if not self._streams:
+            self._finish()
+
+    def _finish(self) -> None:
+        for descriptor in self._streams:
+            self._agent.unwatch(descriptor)
+        self._streams = {}
+        for pipe in (self._process.stdout, self._process.stderr):
+            if pipe:
+                pipe.close()
+        code = self._process.returncode
+        result = {
+            "exit_code": code if code >= 0 else None,
+            "signal": -code if code < 0 else None,
+            "timed_out": self.timed_out,
+        }
+        self._agent.executions.discard(self)
+        self._agent.reply(self._number, result, self._connection)
+
+
+class Agent:
+    """The protocol on a port: `fd_in` and `fd_out` are non-blocking, and may be the same.
+
+    `serve` runs until `stop` is set. Nothing that a request contains ends it.
+    """
+
+    def __init__(self, fd_in: int, fd_out: int, system: System) -> None:
+        self._in, self._out, self._system = fd_in, fd_out, system
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[int, int], None]] = {}
+        self._input = bytearray()
+        self._skipping = False
+        self._queue: collections.deque[memoryview] = collections.deque()
+        self._queued = 0
+        self._retry = False
+        self._connected = False
+        self.connection = 0
+        """Counts connections: the end of a command must not reach a later one."""
+        self.executions: set[Execution] = set()
+        self.stop = False
+        self._identified = False
+        self._frozen_at: float | None = None
+        self._number: Any = None
+        # Edge-triggered, as a port without a host reports EPOLLHUP for ever.
+        edges = select.EPOLLIN | select.EPOLLET
+        if fd_in == fd_out:
+            self.watch(fd_in, edges | select.EPOLLOUT, self._on_port)
+        else:
+            self.watch(fd_in, edges, self._on_port)
+            self.watch(fd_out, select.EPOLLOUT | select.EPOLLET, self._on_port)
+
+    def watch(self, descriptor: int, events: int, handler: Callable[[int, int], None]) -> None:
+        """Have `handler` called with the descriptor and its events."""
+        self._handlers[descriptor] = handler
+        self._epoll.register(descriptor, events)
+
+    def unwatch(self, descriptor: int) -> None:
+        """End `watch`; nothing happens when there was none."""
+        if self._handlers.pop(descriptor, None) is not None:
+            self._epoll.unregister(descriptor)
+
+    def serve(self) -> None:
+        """Answer requests until `stop`."""
+        while not self.stop:
+            self.turn(None)
+
+    def turn(self, limit: float | None) -> None:
+        """Wait for something, at most `limit` seconds, and handle it."""
+        for descriptor, events in self._epoll.poll(self._wait(limit)):
+            handler = self._handlers.get(descriptor)
+            if handler is not None:
+                handler(descriptor, events)
+        if self._retry:
+            self._flush()
+        if self.executions:
+            now = time.monotonic()
+            for execution in list(self.executions):
+                if execution.deadline is not None and execution.deadline <= now:
+                    execution.expire()
+
+    def _wait(self, limit: float | None) -> float | None:
+        if not self.executions and not self._retry:
+            return limit
+        due = [item.deadline for item in self.executions if item.deadline is not None]
+        waits = [max(0.0, min(due) - time.monotonic())] if due else []
+        if self._retry:
+            waits.append(0.1)  # in case the port does not tell that there is room again
+        if limit is not None:
+            waits.append(limit)
+        return min(waits, default=None)
+
+    def _on_port(self, descriptor: int, events: int) -> None:
+        gone = events & (select.EPOLLHUP | select.EPOLLERR)
+        if events & select.EPOLLIN and descriptor == self._in:
+            gone = self._receive() or gone
+        if gone:
+            self._disconnect()
+        elif self._queue:
+            self._flush()
+
+    def _disconnect(self) -> None:
+        self._connected = self._skipping = self._retry = False
+        self._input.clear()
+        self._queue.clear()
+        self._queued = 0
+        for execution in self.executions:
+            execution.resume()
+
+    def _receive(self) -> bool:
+        """Read all there is and handle the lines. True when the host is gone."""
+        while True:
+            try:
+                data = os.read(self._in, CHUNK)
+            except BlockingIOError:
+                return False
+            except OSError:
+                return True
+            if not data:
+                return True
+            if not self._connected:
+                self._connected = True
+                self.connection += 1
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        self._input += data
+        while (end := self._input.find(b"\n")) >= 0:
+            line = bytes(self._input[:end])
+            del self._input[: end + 1]
+            if self._skipping:
+                self._skipping = False
+            elif len(line) > MAX_LINE:
+                self.refuse(None, "too_long", "a line is longer than 1 MiB")
+            elif line and not line.isspace():
+                self._handle(line)
+        if self._skipping:
+            self._input.clear()
+        elif len(self._input) > MAX_LINE:
+            self._skipping = True
+            self._input.clear()
+            self.refuse(None, "too_long", "a line is longer than 1 MiB")
+
+    def _handle(self, line: bytes) -> None:
+        number = None
+        try:
+            request = _decode(line.decode())
+            if not isinstance(request, dict):
+                raise Refused("invalid", "a request must be an object")
+            number = request.get("id")
+            command = COMMANDS.get(cast(str, request.get("cmd")))
+            if command is None:
+                raise Refused("unknown_command", f"no command {request.get('cmd')!r}")
+            self._number = number
+            result = command(self, request)
+            if result is not None:
+                self.reply(number, result, self.connection)
+                if command is Agent.quiesce:
+                    self._frozen_at = time.monotonic()
+        except Refused as error:
+            self.refuse(number, error.code, str(error))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            self.refuse(number, "invalid", f"{type(error).__name__}: {error}")
+        except OSError as error:
+            code = errno.errorcode.get(error.errno or 0, "os").lower()
+            self.refuse(number, code, str(error))
+
+    def reply(self, number: Any, result: dict[str, Any], connection: int) -> None:
+        """Send the good end of request `number`."""
+        self.send({"id": number, "ok": True, "result": result}, connection)
+
+    def refuse(self, number: Any, code: str, message: str) -> None:
+        """Send the bad end of request `number`."""
+        body = {"id": number, "ok": False, "error": {"code": code, "message": message[:2000]}}
+        self.send(body, self.connection)
+
+    def send(self, message: dict[str, Any], connection: int) -> None:
+        """Queue a line for the host; dropped when its connection is over."""
+        if not self._connected or connection != self.connection:
+            return
+        line = (_encode(message) + "\n").encode()
+        self._queue.append(memoryview(line))
+        self._queued += len(line)
+        self._flush()
+        if self._queued > QUEUE_LIMIT:
+            for execution in self.executions:
+                execution.pause()
+
+    def _flush(self) -> None:
+        self._retry = False
+        while self._queue:
+            head = self._queue[0]
+            try:
+                count = os.write(self._out, head)
+            except BlockingIOError:
+                self._retry = True
+                break
+            except OSError:
+                self._disconnect()
+                return
+            self._queued -= count
+            if count == len(head):
+                self._queue.popleft()
+            else:
+                self._queue[0] = head[count:]
+        if self._queued <= QUEUE_LIMIT // 2:
+            for execution in self.executions:
+                execution.resume()
+
+    def ping(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Say that the agent is there."""
+        return {
+            "version": VERSION,
+            "pid": os.getpid(),
+            "time": time.time(),
+            "identified": self._identified,
+        }
+
+    def identify(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Become the machine that `request` describes; returns what the kernel then says."""
+        system = self._system
+        entropy = binascii.a2b_base64(request["entropy"])
+        system.add_entropy(entropy)
+        random.seed(entropy)
+        wanted = float(request["time"])
+        if self._frozen_at is not None:
+            wanted += time.monotonic() - self._frozen_at
+        system.set_clock(wanted)
+        name, ip = request["hostname"], request["ip"]
+        system.set_hostname(name)
+        write_text(system.etc + "/hostname", name + "\n")
+        hosts = f"127.0.0.1 localhost\n{ip} {name}\n"
+        write_text(system.etc + "/hosts", hosts)
+        write_text(system.etc + "/machine-id", request["machine_id"] + "\n")
+        write_text(system.boot_id, request["boot_id"] + "\n")
+        write_text(system.run + "/uuid", request["uuid"] + "\n")
+        system.set_mac(request["mac"])
+        system.set_address(ip, int(request["prefix"]), request.get("gateway"))
+        if request.get("dns"):
+            lines = [f"nameserver {server}\n" for server in request["dns"]]
+            write_text(system.etc + "/resolv.conf", "".join(lines))
+        hooks = system.hooks()
+        if hooks:
+            run_hooks(hooks, request)
+        facts = self._facts()
+        write_text(system.run + "/identity.json", _encode(facts) + "\n")
+        self._identified = True
+        facts["random"] = os.getrandom(16).hex()
+        facts["time"] = time.time()
+        return facts
+
+    def _facts(self) -> dict[str, Any]:
+        system = self._system
+        return {
+            "hostname": system.hostname(),
+            "machine_id": read_text(system.etc + "/machine-id"),
+            "boot_id": read_text(system.boot_id),
+            "uuid": read_text(system.run + "/uuid"),
+            "mac": system.mac(),
+            "ip": system.address(),
+        }
+
+    def clock(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Shift the wall clock by `adjust` seconds."""
+        self._system.set_clock(time.time() + float(request["adjust"]))
+        return {"time": time.time()}
+
+    def quiesce(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Prepare to be frozen: no address, clean file systems, no garbage to collect later."""
+        self._system.clear_address()
+        self._system.sync()
+        gc.collect()
+        gc.freeze()
+        return {"executions": len(self.executions)}
+
+    def execute(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """Start a command; its reply follows when it ends."""
+        cwd = request.get("cwd") or "/"
+        try:
+            self.executions.add(Execution(self, self._number, request))
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            if error.filename == cwd:
+                raise Refused("bad_cwd", f"{cwd}: {error.strerror}") from error
+            missing = not isinstance(error, PermissionError)
+            return {
+                "exit_code": 127 if missing else 126,
+                "signal": None,
+                "timed_out": False,
+                "error": "not_found" if missing else "not_executable",
+            }
+        return None
+
+    def put(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Write one chunk of a file; it appears under its name with the last one."""
+        path, offset = os.fspath(request["path"]), int(request.get("offset", 0))
+        part = path + ".templated-part"
+        data = binascii.a2b_base64(request["data"])
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if offset == 0 else 0)
+        descriptor = os.open(part, flags, 0o600)
+        try:
+            view = memoryview(data)
+            while view:
+                count = os.pwrite(descriptor, view, offset)
+                offset, view = offset + count, view[count:]
+            if request.get("eof"):
+                os.fchmod(descriptor, int(request.get("mode", 0o644)) & 0o7777)
+        finally:
+            os.close(descriptor)
+        if request.get("eof"):
+            os.replace(part, path)
+        return {"size": offset}
+
+    def get(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Read one chunk of a file."""
+        offset = int(request.get("offset", 0))
+        length = min(int(request.get("length", CHUNK)), CHUNK)
+        descriptor = os.open(request["path"], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            status = os.fstat(descriptor)
+            data = os.pread(descriptor, length, offset)
+        finally:
+            os.close(descriptor)
+        # Files in /proc have size 0: only an empty read tells their end.
+        eof = len(data) == 0 or 0 < status.st_size <= offset + len(data)
+        text = binascii.b2a_base64(data, newline=False).decode()
+        mode = status.st_mode & 0o7777
+        return {"data": text, "eof": eof, "size": status.st_size, "mode": mode}
+
+
+COMMANDS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any] | None]] = {
+    "ping": Agent.ping,
+    "identify": Agent.identify,
+    "clock": Agent.clock,
+    "exec": Agent.execute,
+    "put": Agent.put,
+    "get": Agent.get,
+    "quiesce": Agent.quiesce,
+}
+
+
+def run_hooks(paths: list[str], request: dict[str, Any]) -> None:
+    """Run the identity hooks in order, HOOK_SECONDS for all; Refused when one fails."""
+    end = time.monotonic() + HOOK_SECONDS
+    names = ("hostname", "ip", "mac", "uuid", "machine_id")
+    extra = {f"TEMPLATED_{name.upper()}": str(request[name]) for name in names}
+    for path in paths:
+        # The output goes to a file: a child that a hook leaves behind would hold a pipe open.
+        output = os.memfd_create("hook")
+        try:
+            process = subprocess.Popen(
+                [path],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**ENVIRONMENT, **extra},
+                cwd="/",
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(max(0.01, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                raise Refused("hook", f"{path}: not done in {HOOK_SECONDS:g} s") from None
+            if code != 0:
+                size = os.lseek(output, 0, os.SEEK_END)
+                tail = os.pread(output, 500, max(0, size - 500)).decode(errors="replace")
+                raise Refused("hook", f"{path}: exit code {code}: {tail.strip()}")
+        finally:
+            os.close(output)
+
+
+def open_port() -> int:
+    """Open the virtio port named PORT, and link it where udev would; waits up to 10 s for it."""
+    for _ in range(100):
+        base = "/sys/class/virtio-ports"
+        for port in os.listdir(base) if os.path.isdir(base) else []:
+            if read_text(f"{base}/{port}/name") == PORT:
+                os.makedirs("/dev/virtio-ports", exist_ok=True)
+                link = f"/dev/virtio-ports/{PORT}"
+                if not os.path.islink(link):
+                    os.symlink(f"/dev/{port}", link)
+                return os.open(f"/dev/{port}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        time.sleep(0.1)
+    raise SystemExit(f"templated: no virtio port {PORT}")
+
+
+def main() -> None:
+    os.environ.clear()
+    os.environ.update(ENVIRONMENT)
+    os.umask(0o022)
+    system = System()
+    system.prepare()
+    port = open_port()
+    agent = Agent(port, port, system)
+    print("templated: agent ready", flush=True)
+    agent.serve()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Frozen structs and enums, without I/O. Everything above depends on them, they on nothing."""

@@ -1,0 +1,100 @@
+"""A clone: its states, its identity, and the phases of its start."""
+
+from __future__ import annotations
+
+import enum
+
+from msgspec import Struct
+
+
+class CloneState(enum.StrEnum):
+    """Where a clone is in its life. `TRANSITIONS` says what may follow what."""
+
+    STARTING = "starting"
+    """Written to the journal, on its way up."""
+    RUNNING = "running"
+    """The guest has confirmed its identity and its link is up."""
+    FAILED = "failed"
+    """The start failed; all that it had taken is being given back."""
+    DEAD = "dead"
+    """Its VM ended by itself or was killed from outside; the name is taken until `rm`."""
+    REMOVING = "removing"
+    """Being taken down."""
+    GONE = "gone"
+    """Nothing is left of it; no record shows this state."""
+
+
+TRANSITIONS: dict[CloneState, frozenset[CloneState]] = {
+    CloneState.STARTING: frozenset({CloneState.RUNNING, CloneState.FAILED}),
+    CloneState.RUNNING: frozenset({CloneState.DEAD, CloneState.REMOVING}),
+    CloneState.FAILED: frozenset({CloneState.GONE}),
+    CloneState.DEAD: frozenset({CloneState.REMOVING}),
+    CloneState.REMOVING: frozenset({CloneState.GONE}),
+    CloneState.GONE: frozenset(),
+}
+
+
+class Path(enum.StrEnum):
+    """How a clone came up."""
+
+    COLD = "cold"
+    """A full boot, without a template."""
+    DIRECT = "direct"
+    """The hypervisor was spawned on request and the generation restored into it."""
+
+
+class Phase(enum.StrEnum):
+    """A timed step of a start, in order."""
+
+    ALLOCATE = "allocate"
+    SPAWN = "spawn"
+    BOOT = "boot"
+    """Only on the path `cold`, in place of `restore` and `resume`."""
+    RESTORE = "restore"
+    RESUME = "resume"
+    IDENTIFY = "identify"
+    LINK = "link"
+
+
+class Identity(Struct, frozen=True, kw_only=True):
+    """What no two clones share, as a user sees it."""
+
+    mac: str
+    ip: str
+    hostname: str
+    machine_id: str
+    boot_id: str
+
+
+class Slot(Struct, frozen=True, kw_only=True):
+    """What a clone needs and nothing about its owner. Made ahead of requests."""
+
+    id: str
+    """Names its directories and its tap."""
+    index: int
+    """The number that MAC and IP are computed from."""
+    generation: str
+    uuid: str
+    mac: str
+    ip: str
+    machine_id: str
+    boot_id: str
+
+
+class CloneView(Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """A clone as the API and the CLI show it."""
+
+    name: str
+    template: str
+    generation: str
+    state: CloneState
+    path: Path
+    pid: int | None
+    uuid: str
+    identity: Identity
+    phases_ms: dict[str, float]
+    total_ms: float | None
+    created: str
+    """RFC 3339, UTC."""
+    reason: str = ""
+    """Why it is dead or failed; empty otherwise."""

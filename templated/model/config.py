@@ -1,0 +1,111 @@
+"""What `templated.yaml` says, and where things lie by default."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from templated.model.network import BridgeNetwork, UserNetwork
+from templated.model.units import Duration
+
+AbsolutePath = Annotated[str, Meta(pattern=r"^/[^\0]{0,4000}$")]
+
+
+class _Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all sections: immutable, and a key it does not know is an error."""
+
+
+class MetricsConfig(_Section):
+    """Where Prometheus scrapes."""
+
+    listen: Annotated[str, Meta(pattern=r"^[0-9A-Za-z.:\[\]-]{0,260}:[0-9]{1,5}$")] = (
+        "127.0.0.1:9177"
+    )
+
+
+class RestoreConfig(_Section):
+    """How device state reaches a clone: `exec:cat FILE`, or the file handed over QMP."""
+
+    transport: Literal["exec", "fd"] = "exec"
+
+
+class SocketConfig(_Section):
+    """Who may talk to the daemon. The socket gives power over VMs that run as the daemon's user."""
+
+    mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$")] = "0660"
+    group: str | None = None
+
+
+class SlotConfig(_Section):
+    """How many slots per template are kept ready ahead of requests."""
+
+    ready: Annotated[int, Meta(ge=0, le=1024)] = 4
+
+
+class LimitConfig(_Section):
+    """Bounds on concurrent work."""
+
+    concurrent_starts: Annotated[int, Meta(ge=1, le=1024)] = 8
+    clones: Annotated[int, Meta(ge=1, le=60000)] = 10000
+
+
+class Config(_Section):
+    """The daemon's configuration; every key has a default (see `defaults`)."""
+
+    state_dir: AbsolutePath
+    runtime_dir: AbsolutePath
+    shm_dir: AbsolutePath
+    template_dirs: tuple[AbsolutePath, ...]
+    socket: AbsolutePath
+    socket_access: SocketConfig = SocketConfig()
+    metrics: MetricsConfig | None = MetricsConfig()
+    accel: Literal["auto", "kvm", "tcg"] = "auto"
+    qemu: str = "qemu-system-x86_64"
+    network: UserNetwork | BridgeNetwork = UserNetwork()
+    restore: RestoreConfig = RestoreConfig()
+    slots: SlotConfig = SlotConfig()
+    limits: LimitConfig = LimitConfig()
+    shutdown_grace: Duration = "5s"
+
+
+SYSTEM_CONFIG = Path("/etc/templated/templated.yaml")
+
+
+def default_config_path(env: Mapping[str, str], uid: int) -> Path:
+    """Where `serve` looks when no `--config` is given."""
+    if uid == 0:
+        return SYSTEM_CONFIG
+    return _xdg(env, "XDG_CONFIG_HOME", ".config") / "templated/templated.yaml"
+
+
+def defaults(env: Mapping[str, str], uid: int) -> dict[str, object]:
+    """The places for root, or those of the XDG Base Directory Specification for anyone else."""
+    if uid == 0:
+        state, runtime = Path("/var/lib/templated"), Path("/run/templated")
+        shm, templates = Path("/dev/shm/templated"), Path("/etc/templated/templates")
+    else:
+        state = _xdg(env, "XDG_STATE_HOME", ".local/state") / "templated"
+        runtime = Path(env.get("XDG_RUNTIME_DIR") or f"/tmp/templated-{uid}") / "templated"
+        shm = Path(f"/dev/shm/templated-{uid}")
+        templates = _xdg(env, "XDG_CONFIG_HOME", ".config") / "templated/templates"
+    return {
+        "state_dir": str(state),
+        "runtime_dir": str(runtime),
+        "shm_dir": str(shm),
+        "template_dirs": [str(templates)],
+        "socket": str(runtime / "templated.sock"),
+    }
+
+
+def default_socket(env: Mapping[str, str] = os.environ, uid: int | None = None) -> str:
+    """The socket a client talks to: TEMPLATED_SOCKET, or the default place."""
+    uid = os.geteuid() if uid is None else uid
+    return env.get("TEMPLATED_SOCKET") or str(defaults(env, uid)["socket"])
+
+
+def _xdg(env: Mapping[str, str], variable: str, fallback: str) -> Path:
+    return Path(env.get(variable) or Path(env.get("HOME") or "/") / fallback)

@@ -1,0 +1,101 @@
+"""A generation: one frozen, immutable build of a template, and the manifest that describes it."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from templated.model.spec import TemplateSpec
+
+GenerationId = Annotated[str, Meta(pattern=r"^[0-9]{8}t[0-9]{6}-[0-9a-f]{6}$")]
+
+
+class GenerationState(enum.StrEnum):
+    """Where a generation is in its life."""
+
+    BUILDING = "building"
+    """The base VM is booting, being probed or being saved; a restart of the daemon discards it."""
+    READY = "ready"
+    """Complete and proven by a canary. A template points at one of these as its active one."""
+    RETIRED = "retired"
+    """No longer wanted; kept while clones still map its memory, then removed."""
+
+
+TRANSITIONS: dict[GenerationState, frozenset[GenerationState]] = {
+    GenerationState.BUILDING: frozenset({GenerationState.READY}),
+    GenerationState.READY: frozenset({GenerationState.RETIRED}),
+    GenerationState.RETIRED: frozenset({GenerationState.READY}),
+}
+
+
+class FileDigest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A frozen file: its size in bytes and the SHA-256 of its content."""
+
+    size: int
+    sha256: str
+
+
+class ProbeResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a probe saw when it passed."""
+
+    name: str
+    type: str
+    seconds: float
+    attempts: int
+    saw: str
+
+
+class QemuVersion(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The QEMU that froze a generation: only the same one restores it."""
+
+    path: str
+    version: str
+
+
+class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that is known of a generation; written once, beside its disk."""
+
+    format: int
+    id: GenerationId
+    template: str
+    created: str
+    spec: TemplateSpec
+    image: str
+    qemu: QemuVersion
+    accel: str
+    cpu: str
+    command_line: tuple[str, ...]
+    kernel_cmdline: str
+    files: dict[str, FileDigest]
+    """By name: `memory` and `state` in shm_dir, `disk.qcow2` in state_dir."""
+    probes: tuple[ProbeResult, ...]
+    canary_probes: tuple[ProbeResult, ...]
+    phases_s: dict[str, float]
+    freeze_lag_s: float
+    """Guest seconds between the agent's clock mark and the stop of its vCPU."""
+
+
+class GenerationView(Struct, frozen=True, kw_only=True):
+    """A generation as the API and the CLI show it."""
+
+    id: str
+    state: GenerationState
+    active: bool
+    clones: int
+    created: str
+
+
+class TemplateView(Struct, frozen=True, kw_only=True):
+    """A template as the API and the CLI show it."""
+
+    name: str
+    description: str
+    active: str | None
+    """The active generation's id; null until the first build succeeds."""
+    generations: tuple[GenerationView, ...]
+    spec: TemplateSpec | None = None
+    manifest: Manifest | None = None
+    problem: str = ""
+    """Why the template cannot serve now, in one line; empty when it can."""

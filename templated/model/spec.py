@@ -1,0 +1,117 @@
+"""What a template's YAML file says."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from msgspec import Meta, Struct
+
+from templated.model.units import Duration, Size
+
+TemplateName = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,47}[a-z0-9])?$")]
+PackageName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9+.:-]{0,99}$")]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Percent = Annotated[float, Meta(gt=0, le=100)]
+
+
+class _Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all parts of a spec: immutable, and a key it does not know is an error."""
+
+
+class ImageSpec(_Spec):
+    """Disk layer 1: a Debian root that is built once and kept by the digest of this struct."""
+
+    suite: Annotated[str, Meta(pattern=r"^[a-z]{3,32}$")] = "bookworm"
+    packages: tuple[PackageName, ...] = ()
+    kernel: PackageName = "linux-image-cloud-amd64"
+    size: Size = "1GiB"
+    mirror: Annotated[str, Meta(pattern=r"^(https?|file)://[!-~]{1,300}$")] | None = None
+
+
+class MachineSpec(_Spec):
+    """The virtual hardware. Clones get the same, since device state is restored into it."""
+
+    type: Literal["microvm", "q35"] = "microvm"
+    memory: Size = "128MiB"
+    vcpus: Annotated[int, Meta(ge=1, le=64)] = 1
+    cmdline: Annotated[str, Meta(pattern=r"^[ -~]{0,1000}$")] = ""
+
+
+class _Probe(_Spec, tag_field="type"):
+    """A QA check: tried every `interval` until it passes or `timeout` ends the build."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
+    timeout: Duration = "30s"
+    interval: Duration = "250ms"
+
+
+class SerialProbe(_Probe, tag="serial"):
+    """A regular expression that must appear on the serial console."""
+
+    pattern: str
+
+
+class AgentProbe(_Probe, tag="agent"):
+    """The agent answers a ping."""
+
+
+class ExecProbe(_Probe, tag="exec"):
+    """A command in the guest ends with `exit_code`, its stdout matching `pattern`."""
+
+    command: Annotated[tuple[str, ...], Meta(min_length=1)]
+    exit_code: int = 0
+    pattern: str = ""
+
+
+class TcpProbe(_Probe, tag="tcp"):
+    """A TCP port accepts a connection, from inside the guest or through a forward on the host."""
+
+    port: Port
+    via: Literal["guest", "forward"] = "guest"
+
+
+class HttpProbe(_Probe, tag="http"):
+    """An HTTP GET answers with `status`, its body matching `pattern`."""
+
+    port: Port
+    path: Annotated[str, Meta(pattern=r"^/[!-~]{0,1000}$")] = "/"
+    status: Annotated[int, Meta(ge=100, le=599)] = 200
+    pattern: str = ""
+    via: Literal["guest", "forward"] = "guest"
+
+
+class SettleProbe(_Probe, tag="settle"):
+    """The guest's CPU use stays below `cpu_percent` of one core for the duration `quiet`."""
+
+    cpu_percent: Percent = 25.0
+    quiet: Duration = "1s"
+
+
+Probe: TypeAlias = SerialProbe | AgentProbe | ExecProbe | TcpProbe | HttpProbe | SettleProbe
+
+
+class IdentitySpec(_Spec):
+    """How long a clone has to confirm its identity, and how exact its clock must be."""
+
+    timeout: Duration = "15s"
+    clock_tolerance: Duration = "50ms"
+
+
+class NetworkSpec(_Spec):
+    """What the guest is told about its network beside its own address."""
+
+    dns: tuple[Annotated[str, Meta(pattern=r"^[0-9.]{7,15}$")], ...] = ()
+
+
+class TemplateSpec(_Spec):
+    """One file `NAME.yaml` in a template directory."""
+
+    name: TemplateName
+    description: str = ""
+    image: ImageSpec = ImageSpec()
+    machine: MachineSpec = MachineSpec()
+    boot_timeout: Duration = "120s"
+    start_timeout: Duration = "30s"
+    probes: tuple[Probe, ...] = ()
+    identity: IdentitySpec = IdentitySpec()
+    network: NetworkSpec = NetworkSpec()
