@@ -28,7 +28,8 @@ async def run(*arguments: str, timeout: float = _TIMEOUT) -> str:
         )
     except FileNotFoundError:
         raise HostError(
-            f"{arguments[0]} is not installed", hint="run scripts/setup, or apt install qemu-utils"
+            f"{arguments[0]} is not installed",
+            hint="run scripts/setup, or apt install qemu-utils",
         ) from None
     try:
         out, err = await asyncio.wait_for(child.communicate(), timeout)
@@ -37,7 +38,9 @@ async def run(*arguments: str, timeout: float = _TIMEOUT) -> str:
             child.kill()
         await child.wait()
         if isinstance(error, TimeoutError):
-            raise HostError(f"{arguments[0]} did not end within {timeout:g} s") from None
+            raise HostError(
+                f"{arguments[0]} did not end within {timeout:g} s"
+            ) from None
         raise
     if child.returncode != 0:
         lines = err.decode(errors="replace").strip().splitlines() or ["no message"]

@@ -12,12 +12,13 @@ import contextlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from templated.errors import GuestError, Timeout
 
+T = TypeVar("T")
 MAX_LINE = 1 << 20
 CHUNK = 32768
 OutputSink = Callable[[str, bytes], None]
@@ -68,7 +69,9 @@ class _Pending:
     """A request under way: its reply, and where its output goes."""
 
     def __init__(self, sink: OutputSink | None) -> None:
-        self.reply: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
+        self.reply: asyncio.Future[msgspec.Raw] = (
+            asyncio.get_running_loop().create_future()
+        )
         self.sink = sink
 
 
@@ -92,12 +95,16 @@ class Agent:
     async def connect(self) -> None:
         """Connect to QEMU's end of the port; GuestError when it is not there."""
         try:
-            reader, self._writer = await asyncio.open_unix_connection(self._path, limit=MAX_LINE)
+            reader, self._writer = await asyncio.open_unix_connection(
+                self._path, limit=MAX_LINE
+            )
         except OSError as error:
             raise GuestError(f"the agent's port is not there: {error}") from error
         # Whatever an earlier connection left half-written ends here.
         self._writer.write(b"\n")
-        self._receiver = asyncio.create_task(self._receive(reader), name=f"agent {self._path}")
+        self._receiver = asyncio.create_task(
+            self._receive(reader), name=f"agent {self._path}"
+        )
 
     async def close(self) -> None:
         """End the connection; requests under way fail with GuestError."""
@@ -111,7 +118,11 @@ class Agent:
             self._writer = None
 
     async def request(
-        self, command: str, timeout: float, sink: OutputSink | None = None, **arguments: Any
+        self,
+        command: str,
+        timeout: float,
+        arguments: dict[str, Any] | None = None,
+        sink: OutputSink | None = None,
     ) -> msgspec.Raw:
         """Send one request and wait for its reply, at most `timeout` seconds.
 
@@ -121,14 +132,16 @@ class Agent:
             raise GuestError(self._broken)
         number = next(self._ids)
         pending = self._pending[number] = _Pending(sink)
-        body = msgspec.json.encode({"id": number, "cmd": command, **arguments})
+        body = msgspec.json.encode({"id": number, "cmd": command, **(arguments or {})})
         try:
             async with asyncio.timeout(timeout):
                 self._writer.write(body + b"\n")
                 await self._writer.drain()
                 return await pending.reply
         except TimeoutError:
-            raise Timeout(f"the guest did not answer {command!r} within {timeout:g} s") from None
+            raise Timeout(
+                f"the guest did not answer {command!r} within {timeout:g} s"
+            ) from None
         except OSError as error:
             raise GuestError(f"the agent's connection broke: {error}") from error
         finally:
@@ -139,11 +152,13 @@ class Agent:
 
     async def identify(self, timeout: float, **identity: Any) -> Confirmation:
         """Give the guest its identity and get back what it then reads of itself."""
-        return _convert(await self.request("identify", timeout, **identity), Confirmation)
+        return _convert(
+            await self.request("identify", timeout, identity), Confirmation
+        )
 
     async def adjust_clock(self, seconds: float, timeout: float) -> float:
         """Shift the guest's wall clock; returns its time after that."""
-        raw = await self.request("clock", timeout, adjust=seconds)
+        raw = await self.request("clock", timeout, {"adjust": seconds})
         return float(_convert(raw, dict[str, float])["time"])
 
     async def quiesce(self, timeout: float) -> None:
@@ -166,7 +181,7 @@ class Agent:
         arguments: dict[str, Any] = {"argv": argv, "timeout": timeout, "env": env or {}}
         if stdin:
             arguments["stdin"] = base64.b64encode(stdin).decode()
-        raw = await self.request("exec", timeout + 5.0, sink, **arguments)
+        raw = await self.request("exec", timeout + 5.0, arguments, sink)
         return _convert(raw, ExecResult)
 
     async def put(self, path: str, content: bytes, mode: int, timeout: float) -> None:
@@ -176,9 +191,8 @@ class Agent:
             chunk = content[offset : offset + CHUNK]
             eof = offset + len(chunk) >= len(content)
             data = base64.b64encode(chunk).decode()
-            await self.request(
-                "put", timeout, path=path, mode=mode, data=data, offset=offset, eof=eof
-            )
+            part = {"path": path, "mode": mode, "data": data, "offset": offset, "eof": eof}
+            await self.request("put", timeout, part)
             offset += len(chunk)
             if eof:
                 return
@@ -187,7 +201,9 @@ class Agent:
         """Read a file of the guest."""
         content = bytearray()
         while True:
-            raw = await self.request("get", timeout, path=path, offset=len(content), length=CHUNK)
+            raw = await self.request(
+                "get", timeout, path=path, offset=len(content), length=CHUNK
+            )
             chunk = _convert(raw, FileChunk)
             content += base64.b64decode(chunk.data)
             if chunk.eof:
@@ -220,10 +236,12 @@ class Agent:
         else:
             error = reply.error or {}
             message = error.get("message", "no reason given")
-            pending.reply.set_exception(GuestError(f"the guest's agent refused: {message}"))
+            pending.reply.set_exception(
+                GuestError(f"the guest's agent refused: {message}")
+            )
 
 
-def _convert(raw: msgspec.Raw, kind: Any) -> Any:
+def _convert(raw: msgspec.Raw, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(raw, type=kind)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:

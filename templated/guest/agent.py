@@ -25,7 +25,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -98,7 +97,9 @@ class System:
 
     def __init__(self) -> None:
         self._random = os.open("/dev/random", os.O_RDWR | os.O_CLOEXEC)
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._socket = socket.socket(
+            socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+        )
         names = [name for name in sorted(os.listdir("/sys/class/net")) if name != "lo"]
         self._interface = names[0].encode() if names else b""
 
@@ -115,7 +116,9 @@ class System:
     def _up(self, name: bytes) -> None:
         request = fcntl.ioctl(self._socket, SIOCGIFFLAGS, struct.pack("16s24x", name))
         (flags,) = struct.unpack_from("H", request, 16)
-        fcntl.ioctl(self._socket, SIOCSIFFLAGS, struct.pack("16sH22x", name, flags | IFF_UP))
+        fcntl.ioctl(
+            self._socket, SIOCSIFFLAGS, struct.pack("16sH22x", name, flags | IFF_UP)
+        )
 
     def _cover(self, target: str, source: str) -> None:
         if os.path.exists(source):
@@ -147,7 +150,11 @@ class System:
         raw = bytes.fromhex(mac.replace(":", ""))
         if self.mac() == mac.lower():
             return
-        fcntl.ioctl(self._socket, SIOCSIFHWADDR, struct.pack("16sH6s16x", self._interface, 1, raw))
+        fcntl.ioctl(
+            self._socket,
+            SIOCSIFHWADDR,
+            struct.pack("16sH6s16x", self._interface, 1, raw),
+        )
 
     def mac(self) -> str:
         request = struct.pack("16s24x", self._interface)
@@ -190,7 +197,9 @@ class System:
     def address(self) -> str:
         request = struct.pack("16s24x", self._interface)
         try:
-            return socket.inet_ntoa(fcntl.ioctl(self._socket, SIOCGIFADDR, request)[20:24])
+            return socket.inet_ntoa(
+                fcntl.ioctl(self._socket, SIOCGIFADDR, request)[20:24]
+            )
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL:
                 return ""
@@ -203,7 +212,9 @@ class System:
             names = os.listdir(folder)
         except FileNotFoundError:
             return []
-        paths = [f"{folder}/{name}" for name in sorted(names) if not name.startswith(".")]
+        paths = [
+            f"{folder}/{name}" for name in sorted(names) if not name.startswith(".")
+        ]
         return [path for path in paths if os.access(path, os.X_OK)]
 
     def sync(self) -> None:
@@ -299,7 +310,11 @@ class Execution:
             return
         if data:
             text = binascii.b2a_base64(data, newline=False).decode()
-            frame = {"id": self._number, "stream": self._streams[descriptor], "data": text}
+            frame = {
+                "id": self._number,
+                "stream": self._streams[descriptor],
+                "data": text,
+            }
             self._agent.send(frame, self._connection)
             return
         self._agent.unwatch(descriptor)
@@ -366,7 +381,9 @@ class Agent:
             self.watch(fd_in, edges, self._on_port)
             self.watch(fd_out, select.EPOLLOUT | select.EPOLLET, self._on_port)
 
-    def watch(self, descriptor: int, events: int, handler: Callable[[int, int], None]) -> None:
+    def watch(
+        self, descriptor: int, events: int, handler: Callable[[int, int], None]
+    ) -> None:
         """Have `handler` called with the descriptor and its events."""
         self._handlers[descriptor] = handler
         self._epoll.register(descriptor, events)
@@ -487,7 +504,11 @@ class Agent:
 
     def refuse(self, number: Any, code: str, message: str) -> None:
         """Send the bad end of request `number`."""
-        body = {"id": number, "ok": False, "error": {"code": code, "message": message[:2000]}}
+        body = {
+            "id": number,
+            "ok": False,
+            "error": {"code": code, "message": message[:2000]},
+        }
         self.send(body, self.connection)
 
     def send(self, message: dict[str, Any], connection: int) -> None:
@@ -611,7 +632,9 @@ class Agent:
         path, offset = os.fspath(request["path"]), int(request.get("offset", 0))
         part = path + ".templated-part"
         data = binascii.a2b_base64(request["data"])
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if offset == 0 else 0)
+        flags = (
+            os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if offset == 0 else 0)
+        )
         descriptor = os.open(part, flags, 0o600)
         try:
             view = memoryview(data)
@@ -630,7 +653,9 @@ class Agent:
         """Read one chunk of a file."""
         offset = int(request.get("offset", 0))
         length = min(int(request.get("length", CHUNK)), CHUNK)
-        descriptor = os.open(request["path"], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(
+            request["path"], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        )
         try:
             status = os.fstat(descriptor)
             data = os.pread(descriptor, length, offset)
@@ -677,10 +702,14 @@ def run_hooks(paths: list[str], request: dict[str, Any]) -> None:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                raise Refused("hook", f"{path}: not done in {HOOK_SECONDS:g} s") from None
+                raise Refused(
+                    "hook", f"{path}: not done in {HOOK_SECONDS:g} s"
+                ) from None
             if code != 0:
                 size = os.lseek(output, 0, os.SEEK_END)
-                tail = os.pread(output, 500, max(0, size - 500)).decode(errors="replace")
+                tail = os.pread(output, 500, max(0, size - 500)).decode(
+                    errors="replace"
+                )
                 raise Refused("hook", f"{path}: exit code {code}: {tail.strip()}")
         finally:
             os.close(output)
@@ -714,4 +743,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -19,7 +19,7 @@ class _Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all sections: immutable, and a key it does not know is an error."""
 
 
-class MetricsConfig(_Section):
+class MetricsConfig(_Section, frozen=True, kw_only=True):
     """Where Prometheus scrapes."""
 
     listen: Annotated[str, Meta(pattern=r"^[0-9A-Za-z.:\[\]-]{0,260}:[0-9]{1,5}$")] = (
@@ -27,33 +27,33 @@ class MetricsConfig(_Section):
     )
 
 
-class RestoreConfig(_Section):
+class RestoreConfig(_Section, frozen=True, kw_only=True):
     """How device state reaches a clone: `exec:cat FILE`, or the file handed over QMP."""
 
     transport: Literal["exec", "fd"] = "exec"
 
 
-class SocketConfig(_Section):
+class SocketConfig(_Section, frozen=True, kw_only=True):
     """Who may talk to the daemon. The socket gives power over VMs that run as the daemon's user."""
 
     mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$")] = "0660"
     group: str | None = None
 
 
-class SlotConfig(_Section):
+class SlotConfig(_Section, frozen=True, kw_only=True):
     """How many slots per template are kept ready ahead of requests."""
 
     ready: Annotated[int, Meta(ge=0, le=1024)] = 4
 
 
-class LimitConfig(_Section):
+class LimitConfig(_Section, frozen=True, kw_only=True):
     """Bounds on concurrent work."""
 
     concurrent_starts: Annotated[int, Meta(ge=1, le=1024)] = 8
     clones: Annotated[int, Meta(ge=1, le=60000)] = 10000
 
 
-class Config(_Section):
+class Config(_Section, frozen=True, kw_only=True):
     """The daemon's configuration; every key has a default (see `defaults`)."""
 
     state_dir: AbsolutePath
@@ -89,7 +89,9 @@ def defaults(env: Mapping[str, str], uid: int) -> dict[str, object]:
         shm, templates = Path("/dev/shm/templated"), Path("/etc/templated/templates")
     else:
         state = _xdg(env, "XDG_STATE_HOME", ".local/state") / "templated"
-        runtime = Path(env.get("XDG_RUNTIME_DIR") or f"/tmp/templated-{uid}") / "templated"
+        runtime = (
+            Path(env.get("XDG_RUNTIME_DIR") or f"/tmp/templated-{uid}") / "templated"
+        )
         shm = Path(f"/dev/shm/templated-{uid}")
         templates = _xdg(env, "XDG_CONFIG_HOME", ".config") / "templated/templates"
     return {

@@ -14,7 +14,9 @@ def check_clone_name(name: str) -> str:
     """Return `name`, or raise InvalidRequest that says which rule it breaks."""
     if _LABEL.fullmatch(name):
         return name
-    raise InvalidRequest(f"{_shown(name)} is not a clone name: {_broken_rule(name)}", hint=_HINT)
+    raise InvalidRequest(
+        f"{_shown(name)} is not a clone name: {_broken_rule(name)}", hint=_HINT
+    )
 
 
 _HINT = "a name is a host name: 1 to 63 of a-z, 0-9 and '-', as in fn-123"
@@ -43,7 +45,8 @@ def numbered(name: str, count: int | None) -> list[str]:
         return [check_clone_name(name)]
     if not 1 <= count <= MAX_COUNT:
         raise InvalidRequest(
-            f"cannot make {count} clones", hint=f"--count takes a number from 1 to {MAX_COUNT}"
+            f"cannot make {count} clones",
+            hint=f"--count takes a number from 1 to {MAX_COUNT}",
         )
     check_clone_name(name)
     return [check_clone_name(f"{name}-{i}") for i in range(1, count + 1)]

@@ -18,17 +18,19 @@ class _Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all parts of a spec: immutable, and a key it does not know is an error."""
 
 
-class ImageSpec(_Spec):
+class ImageSpec(_Spec, frozen=True, kw_only=True):
     """Disk layer 1: a Debian root that is built once and kept by the digest of this struct."""
 
     suite: Annotated[str, Meta(pattern=r"^[a-z]{3,32}$")] = "bookworm"
     packages: tuple[PackageName, ...] = ()
     kernel: PackageName = "linux-image-cloud-amd64"
     size: Size = "1GiB"
-    mirror: Annotated[str, Meta(pattern=r"^(https?|file)://[!-~]{1,300}$")] | None = None
+    mirror: Annotated[str, Meta(pattern=r"^(https?|file)://[!-~]{1,300}$")] | None = (
+        None
+    )
 
 
-class MachineSpec(_Spec):
+class MachineSpec(_Spec, frozen=True, kw_only=True):
     """The virtual hardware. Clones get the same, since device state is restored into it."""
 
     type: Literal["microvm", "q35"] = "microvm"
@@ -37,7 +39,7 @@ class MachineSpec(_Spec):
     cmdline: Annotated[str, Meta(pattern=r"^[ -~]{0,1000}$")] = ""
 
 
-class _Probe(_Spec, tag_field="type"):
+class _Probe(_Spec, frozen=True, kw_only=True, tag_field="type"):
     """A QA check: tried every `interval` until it passes or `timeout` ends the build."""
 
     name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
@@ -45,17 +47,17 @@ class _Probe(_Spec, tag_field="type"):
     interval: Duration = "250ms"
 
 
-class SerialProbe(_Probe, tag="serial"):
+class SerialProbe(_Probe, frozen=True, kw_only=True, tag="serial"):
     """A regular expression that must appear on the serial console."""
 
     pattern: str
 
 
-class AgentProbe(_Probe, tag="agent"):
+class AgentProbe(_Probe, frozen=True, kw_only=True, tag="agent"):
     """The agent answers a ping."""
 
 
-class ExecProbe(_Probe, tag="exec"):
+class ExecProbe(_Probe, frozen=True, kw_only=True, tag="exec"):
     """A command in the guest ends with `exit_code`, its stdout matching `pattern`."""
 
     command: Annotated[tuple[str, ...], Meta(min_length=1)]
@@ -63,14 +65,14 @@ class ExecProbe(_Probe, tag="exec"):
     pattern: str = ""
 
 
-class TcpProbe(_Probe, tag="tcp"):
+class TcpProbe(_Probe, frozen=True, kw_only=True, tag="tcp"):
     """A TCP port accepts a connection, from inside the guest or through a forward on the host."""
 
     port: Port
     via: Literal["guest", "forward"] = "guest"
 
 
-class HttpProbe(_Probe, tag="http"):
+class HttpProbe(_Probe, frozen=True, kw_only=True, tag="http"):
     """An HTTP GET answers with `status`, its body matching `pattern`."""
 
     port: Port
@@ -80,30 +82,32 @@ class HttpProbe(_Probe, tag="http"):
     via: Literal["guest", "forward"] = "guest"
 
 
-class SettleProbe(_Probe, tag="settle"):
+class SettleProbe(_Probe, frozen=True, kw_only=True, tag="settle"):
     """The guest's CPU use stays below `cpu_percent` of one core for the duration `quiet`."""
 
     cpu_percent: Percent = 25.0
     quiet: Duration = "1s"
 
 
-Probe: TypeAlias = SerialProbe | AgentProbe | ExecProbe | TcpProbe | HttpProbe | SettleProbe
+Probe: TypeAlias = (
+    SerialProbe | AgentProbe | ExecProbe | TcpProbe | HttpProbe | SettleProbe
+)
 
 
-class IdentitySpec(_Spec):
+class IdentitySpec(_Spec, frozen=True, kw_only=True):
     """How long a clone has to confirm its identity, and how exact its clock must be."""
 
     timeout: Duration = "15s"
     clock_tolerance: Duration = "50ms"
 
 
-class NetworkSpec(_Spec):
+class NetworkSpec(_Spec, frozen=True, kw_only=True):
     """What the guest is told about its network beside its own address."""
 
     dns: tuple[Annotated[str, Meta(pattern=r"^[0-9.]{7,15}$")], ...] = ()
 
 
-class TemplateSpec(_Spec):
+class TemplateSpec(_Spec, frozen=True, kw_only=True):
     """One file `NAME.yaml` in a template directory."""
 
     name: TemplateName

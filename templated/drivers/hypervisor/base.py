@@ -20,6 +20,30 @@ class Hardware:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where one VM's files are: logs in `directory`, the control sockets in `sockets`."""
+
+    directory: Path
+    sockets: Path
+
+    @property
+    def qmp(self) -> Path:
+        return self.sockets / "qmp"
+
+    @property
+    def agent(self) -> Path:
+        return self.sockets / "agent"
+
+    @property
+    def serial_log(self) -> Path:
+        return self.directory / "serial.log"
+
+    @property
+    def qemu_log(self) -> Path:
+        return self.directory / "qemu.log"
+
+
+@dataclass(frozen=True)
 class Kernel:
     """What a VM boots when nothing is restored into it."""
 
@@ -32,16 +56,17 @@ class Kernel:
 class Launch:
     """Everything that starting one QEMU needs.
 
-    `directory` exists already and receives `serial.log` and `qemu.log`; the sockets are listening
-    already, so that nobody waits for QEMU to make them.
+    The directories of `places` exist and its sockets are listening already, so that nobody waits
+    for QEMU to make them.
     """
 
     slot: str
     uuid: str
     mac: str
     hardware: Hardware
-    directory: Path
-    memory: Path
+    places: Places
+    memory: Path | None
+    """The memory file; None: memory of its own, which cannot be frozen."""
     memory_shared: bool
     disk: Path
     netdev: str
@@ -51,22 +76,6 @@ class Launch:
     """Further descriptors that QEMU inherits, the network's."""
     boot: Kernel | None = None
     """None: start waiting for state (`-incoming defer`)."""
-
-    @property
-    def qmp_path(self) -> Path:
-        return self.directory / "qmp"
-
-    @property
-    def agent_path(self) -> Path:
-        return self.directory / "agent"
-
-    @property
-    def serial_path(self) -> Path:
-        return self.directory / "serial.log"
-
-    @property
-    def log_path(self) -> Path:
-        return self.directory / "qemu.log"
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,9 @@ class Machine(Protocol):
     async def destroy(self) -> None:
         """End the process at once and wait for its end. Idempotent."""
 
+    async def release(self) -> None:
+        """Let go of a process that is to outlive the daemon."""
+
     def cpu_seconds(self) -> float:
         """CPU time that the process has used, in seconds."""
 
@@ -132,5 +144,7 @@ class Hypervisor(Protocol):
     def spawn(self, launch: Launch) -> Machine:
         """Start a process and return at once; HostError when it cannot be started."""
 
-    def adopt(self, pid: int, start_time: int, directory: Path, uuid: str) -> Machine | None:
+    def adopt(
+        self, pid: int, start_time: int, places: Places, uuid: str
+    ) -> Machine | None:
         """The machine that an earlier daemon started; None when it no longer runs."""

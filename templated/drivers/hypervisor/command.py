@@ -34,7 +34,12 @@ def qemu_arguments(qemu: str, launch: Launch) -> list[str]:
     if launch.boot is None:
         arguments += ["-incoming", "defer"]
     else:
-        arguments += ["-kernel", str(launch.boot.kernel), "-initrd", str(launch.boot.initrd)]
+        arguments += [
+            "-kernel",
+            str(launch.boot.kernel),
+            "-initrd",
+            str(launch.boot.initrd),
+        ]
         arguments += ["-append", launch.boot.cmdline]
     if hardware.type == "q35":
         arguments += ["-vga", "none"]
@@ -44,12 +49,18 @@ def qemu_arguments(qemu: str, launch: Launch) -> list[str]:
 def _machine(launch: Launch) -> list[str]:
     hardware = launch.hardware
     share = "on" if launch.memory_shared else "off"
-    backend = (
-        f"memory-backend-file,id=ram,size={hardware.memory_bytes},"
-        f"mem-path={_escaped(launch.memory)},share={share}"
-    )
+    backend = f"memory-backend-ram,id=ram,size={hardware.memory_bytes}"
+    if launch.memory is not None:
+        path = _escaped(launch.memory)
+        backend = (
+            f"memory-backend-file,id=ram,size={hardware.memory_bytes},mem-path={path}"
+        )
+        backend += f",share={share}"
     return [
-        *("-machine", f"{_MACHINES[hardware.type]},accel={hardware.accel},memory-backend=ram"),
+        *(
+            "-machine",
+            f"{_MACHINES[hardware.type]},accel={hardware.accel},memory-backend=ram",
+        ),
         *("-cpu", hardware.cpu),
         *("-smp", str(hardware.vcpus)),
         *("-m", f"{hardware.memory_bytes >> 10}k"),
@@ -72,7 +83,10 @@ def _devices(launch: Launch) -> list[str]:
     return [
         *("-chardev", f"socket,id=qmp,fd={launch.qmp_fd},server=on,wait=off"),
         *("-mon", "chardev=qmp,mode=control"),
-        *("-chardev", f"file,id=serial,path={_escaped(launch.serial_path)},append=on"),
+        *(
+            "-chardev",
+            f"file,id=serial,path={_escaped(launch.places.serial_log)},append=on",
+        ),
         *("-serial", "chardev:serial"),
         *("-blockdev", _blockdev(launch)),
         *("-device", f"virtio-blk-{bus},drive=disk"),
@@ -98,5 +112,3 @@ def _blockdev(launch: Launch) -> str:
 def _escaped(value: object) -> str:
     """QEMU's option parser takes a doubled comma for a comma."""
     return str(value).replace(",", ",,")
-
-

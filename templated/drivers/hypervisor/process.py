@@ -43,7 +43,12 @@ def cpu_seconds(pid: int) -> float:
 def command_line(pid: int) -> list[str]:
     """The arguments of a process; empty when it is gone."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        return (
+            Path(f"/proc/{pid}/cmdline")
+            .read_bytes()
+            .decode(errors="replace")
+            .split("\0")
+        )
     except (FileNotFoundError, ProcessLookupError):
         return []
 
@@ -64,7 +69,9 @@ class Process:
         self._loop.add_reader(self._pidfd, self._on_exit)
 
     @classmethod
-    def spawn(cls, arguments: Sequence[str], *, log: Path, fds: Sequence[int]) -> Process:
+    def spawn(
+        cls, arguments: Sequence[str], *, log: Path, fds: Sequence[int]
+    ) -> Process:
         """Start a process in a session of its own; HostError when that is not possible.
 
         vfork and exec take about a millisecond; a thread would cost as much.
@@ -87,7 +94,8 @@ class Process:
             ) from error
         except OSError as error:
             raise HostError(
-                f"cannot start {arguments[0]}: {error.strerror}", hint="see `templated doctor`"
+                f"cannot start {arguments[0]}: {error.strerror}",
+                hint="see `templated doctor`",
             ) from error
         try:
             return cls(child.pid, child)
@@ -132,7 +140,11 @@ class Process:
             code = self._child.poll()
             if code is None:  # the pidfd can be a moment ahead of waitpid
                 code = self._child.wait()
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+            how = (
+                f"was killed by {signal.Signals(-code).name}"
+                if code < 0
+                else f"ended with {code}"
+            )
         self.close()
         if not self.exited.done():
             self.exited.set_result(how)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
 from templated.drivers.hypervisor import process
-from templated.drivers.hypervisor.base import Launch, State
+from templated.drivers.hypervisor.base import Launch, Places, State
 from templated.drivers.hypervisor.command import qemu_arguments
 from templated.drivers.hypervisor.process import Process
 from templated.errors import HostError, HypervisorError, Timeout
@@ -36,28 +36,32 @@ class Qemu:
         """Start QEMU. On failure nothing runs."""
         arguments = qemu_arguments(self.binary, launch)
         fds = (launch.qmp_fd, launch.agent_fd, *launch.fds)
-        child = Process.spawn(arguments, log=launch.log_path, fds=fds)
-        return QemuMachine(child, launch.directory)
+        child = Process.spawn(arguments, log=launch.places.qemu_log, fds=fds)
+        return QemuMachine(child, launch.places)
 
-    def adopt(self, pid: int, start_time: int, directory: Path, uuid: str) -> QemuMachine | None:
+    def adopt(
+        self, pid: int, start_time: int, places: Places, uuid: str
+    ) -> QemuMachine | None:
         """Find a QEMU again by pid, start time and the UUID on its command line."""
         found = Process.adopt(pid, start_time, uuid)
-        return QemuMachine(found, directory) if found else None
+        return QemuMachine(found, places) if found else None
 
 
 class QemuMachine:
     """One QEMU process and its QMP connection."""
 
-    def __init__(self, child: Process, directory: Path) -> None:
+    def __init__(self, child: Process, places: Places) -> None:
         self._process = child
-        self._directory = directory
-        self._qmp = QMPClient(directory.name)
+        self._places = places
+        self._qmp = QMPClient(places.sockets.name)
         self.pid = child.pid
         self.start_time = child.start_time
         self.exited = child.exited
 
     async def connect(self, timeout: float) -> None:
-        await self._guarded(self._qmp.connect(str(self._directory / "qmp")), timeout, "QMP greeting")
+        await self._guarded(
+            self._qmp.connect(str(self._places.qmp)), timeout, "QMP greeting"
+        )
 
     async def restore(self, state: State, timeout: float) -> None:
         _check_state_file(state.path)
@@ -85,7 +89,9 @@ class QemuMachine:
     async def save(self, target: Path, timeout: float) -> None:
         await self._ignore_shared_memory()
         async with self._migration_events() as events:
-            await self._execute("migrate", {"uri": f"exec:exec cat > {shlex.quote(str(target))}"})
+            await self._execute(
+                "migrate", {"uri": f"exec:exec cat > {shlex.quote(str(target))}"}
+            )
             await self._guarded(self._completed(events), timeout, "save")
 
     async def quit(self, timeout: float) -> None:
@@ -133,18 +139,26 @@ class QemuMachine:
             if status == "completed":
                 return
             if status in ("failed", "cancelled"):
-                raise HypervisorError(f"QEMU reports that the state {status}{self._log_tail()}")
+                raise HypervisorError(
+                    f"QEMU reports that the state {status}{self._log_tail()}"
+                )
 
-    async def _execute(self, command: str, arguments: dict[str, object] | None = None) -> object:
+    async def _execute(
+        self, command: str, arguments: dict[str, object] | None = None
+    ) -> object:
         return await self._guarded(
             self._qmp.execute(command, arguments), _REPLY_TIMEOUT, command
         )
 
-    async def _guarded(self, work: Coroutine[Any, Any, T], timeout: float, what: str) -> T:
+    async def _guarded(
+        self, work: Coroutine[Any, Any, T], timeout: float, what: str
+    ) -> T:
         """Run `work` until it is done, the process ends, or `timeout` seconds have passed."""
         task = asyncio.ensure_future(work)
         try:
-            await asyncio.wait({task, self.exited}, timeout=timeout, return_when=FIRST_COMPLETED)
+            await asyncio.wait(
+                (task, self.exited), timeout=timeout, return_when=FIRST_COMPLETED
+            )
             if task.done():
                 return task.result()
         except (QMPError, OSError, EOFError) as error:
@@ -164,7 +178,7 @@ class QemuMachine:
         return self.exited.done()
 
     def _log_tail(self) -> str:
-        return log_tail(self._directory / "qemu.log")
+        return log_tail(self._places.qemu_log)
 
 
 def log_tail(path: Path) -> str:
@@ -184,6 +198,8 @@ def _check_state_file(path: Path) -> None:
     try:
         size = os.stat(path).st_size
     except OSError as error:
-        raise HostError(f"the saved state {path} cannot be read: {error.strerror}") from error
+        raise HostError(
+            f"the saved state {path} cannot be read: {error.strerror}"
+        ) from error
     if size == 0:
         raise HostError(f"the saved state {path} is empty")

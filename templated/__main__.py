@@ -1,0 +1,7 @@
+"""`python -m templated` is the command `templated`."""
+
+import sys
+
+from templated.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""HTTP/JSON on a unix socket, and the metrics page."""

@@ -1,0 +1,66 @@
+"""`templated serve`: the process around the services and the listeners."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from templated.api.server import listeners
+from templated.api.systemd import notify, watchdog
+from templated.drivers.configfile import load_config
+from templated.errors import TemplatedError
+from templated.model.config import Config
+from templated.services.daemon import Foundation, services
+
+log = logging.getLogger("templated")
+
+
+def run(config_path: Path | None) -> None:
+    """Serve until SIGTERM or SIGINT. Raises TemplatedError when the daemon cannot start.
+
+    VMs go on when it ends, and the next daemon on the same state_dir adopts them.
+    """
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s"
+    )
+    os.umask(0o077)
+    config = load_config(config_path)
+    foundation = Foundation(config)
+    try:
+        asyncio.run(_serve(config, foundation))
+    except BaseExceptionGroup as group:
+        raise _first(group) from group
+    finally:
+        foundation.close()
+
+
+async def _serve(config: Config, foundation: Foundation) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with services(foundation) as running, listeners(config, running):
+        beat = asyncio.create_task(watchdog())
+        log.info("serving on %s", config.socket)
+        notify(f"READY=1\nSTATUS=serving, {len(running.clones)} clones")
+        await stop.wait()
+        notify("STOPPING=1")
+        log.info("stopping; %d clones go on without the daemon", len(running.clones))
+        beat.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await beat
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error to show of several that came together."""
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            error = _first(error)
+        if isinstance(error, TemplatedError):
+            return error
+    return group.exceptions[0]

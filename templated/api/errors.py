@@ -1,0 +1,85 @@
+"""Errors as one JSON shape, and which HTTP status each code has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+
+from templated.errors import InvalidRequest, TemplatedError
+from templated.model.api import ErrorBody, ErrorInfo
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+STATUS = {
+    "invalid": 400,
+    "config": 400,
+    "not_found": 404,
+    "conflict": 409,
+    "busy": 429,
+    "timeout": 504,
+    "guest": 502,
+    "identity": 502,
+    "hypervisor": 502,
+    "start_failed": 502,
+    "build_failed": 502,
+    "probe_failed": 502,
+    "host": 503,
+    "internal": 500,
+}
+
+
+def error_response(
+    code: str, message: str, hint: str = "", status: int = 0
+) -> web.Response:
+    """An answer that says what went wrong."""
+    body = ErrorBody(error=ErrorInfo(code=code, message=message, hint=hint))
+    return web.Response(
+        body=msgspec.json.encode(body),
+        status=status or STATUS.get(code, 500),
+        content_type="application/json",
+    )
+
+
+@web.middleware
+async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """No request ends in a traceback or in a page of HTML."""
+    try:
+        return await handler(request)
+    except TemplatedError as error:
+        return error_response(error.code, error.message, error.hint)
+    except web.HTTPException as error:
+        code = {404: "not_found", 405: "invalid", 413: "invalid"}.get(
+            error.status, "invalid"
+        )
+        return error_response(
+            code,
+            f"{request.method} {request.path}: {error.reason}",
+            "see /v1/openapi.json",
+            error.status,
+        )
+    except Exception as error:
+        log.exception("%s %s failed", request.method, request.path)
+        return error_response(
+            "internal",
+            f"{type(error).__name__}: {error}",
+            "the daemon's log has the details; this is a defect",
+        )
+
+
+async def body_of(request: web.Request, kind: type[T]) -> T:
+    """A request's JSON body; InvalidRequest names the field that is wrong."""
+    content = await request.read()
+    try:
+        return msgspec.json.decode(content or b"{}", type=kind)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(
+            f"the request's body: {error}", hint="see /v1/openapi.json"
+        ) from error
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"the request's body is not JSON: {error}") from error

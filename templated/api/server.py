@@ -1,0 +1,151 @@
+"""The two listeners: the API on its unix socket, the metrics on TCP."""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from aiohttp import web
+
+from templated.api import handlers
+from templated.api.errors import Handler, errors_as_json
+from templated.api.routes import ROUTES
+from templated.errors import ConfigError, HostError
+from templated.model.config import Config, MetricsConfig, SocketConfig
+from templated.services.daemon import Services
+
+log = logging.getLogger("templated.api")
+_MAX_BODY = 64 << 20
+_SHUTDOWN = 1.0
+_CREDENTIALS = 12
+
+
+def make_app(services: Services) -> web.Application:
+    """The API as an aiohttp application."""
+    app = web.Application(
+        middlewares=[_log_requests, errors_as_json], client_max_size=_MAX_BODY
+    )
+    app[handlers.SERVICES] = services
+    for route in ROUTES:
+        app.router.add_route(route.method, route.path, route.handler)
+    return app
+
+
+def peer_uid(request: web.Request) -> int | None:
+    """The caller's uid, from the kernel (SO_PEERCRED, unix(7)); None over TCP."""
+    sock = request.transport.get_extra_info("socket") if request.transport else None
+    if sock is None or sock.family != socket.AF_UNIX:
+        return None
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS)
+    return int.from_bytes(credentials[4:8], "little", signed=True)
+
+
+@web.middleware
+async def _log_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Who changed what: requests that are not GET, with the caller's uid."""
+    response = await handler(request)
+    if request.method != "GET":
+        log.info(
+            "uid %s: %s %s: %d",
+            peer_uid(request),
+            request.method,
+            request.path,
+            response.status,
+        )
+    return response
+
+
+@asynccontextmanager
+async def listeners(config: Config, services: Services) -> AsyncIterator[None]:
+    """Serve until the block ends. HostError or ConfigError when a listener cannot be had."""
+    async with contextlib.AsyncExitStack() as stack:
+        listener = _unix_listener(config)
+        stack.callback(_unlink, Path(config.socket), os.stat(config.socket).st_ino)
+        api = web.AppRunner(
+            make_app(services), access_log=None, shutdown_timeout=_SHUTDOWN
+        )
+        await api.setup()
+        stack.push_async_callback(api.cleanup)
+        await web.SockSite(api, listener).start()
+        if config.metrics is not None:
+            await _serve_metrics(config.metrics, services, stack)
+        yield
+
+
+def _unix_listener(config: Config) -> socket.socket:
+    path = Path(config.socket)
+    _refuse_second_daemon(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        # Nobody gets in between bind and the right mode.
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+        _give_access(path, config.socket_access)
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise HostError(
+            f"cannot listen on {path}: {error.strerror or error}", hint="see `socket:`"
+        ) from error
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _refuse_second_daemon(path: Path) -> None:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+        probe.connect(str(path))
+        raise HostError(
+            f"another daemon listens on {path}",
+            hint="stop it, or set another `socket:`",
+        )
+
+
+def _give_access(path: Path, access: SocketConfig) -> None:
+    if access.group is not None:
+        try:
+            gid = grp.getgrnam(access.group).gr_gid
+        except KeyError:
+            raise ConfigError(
+                f"socket_access.group: there is no group {access.group}",
+                hint=f"groupadd --system {access.group}",
+            ) from None
+        os.chown(path, -1, gid)
+    os.chmod(path, int(access.mode, 8))
+
+
+def _unlink(path: Path, inode: int) -> None:
+    with contextlib.suppress(OSError):
+        if path.stat().st_ino == inode:
+            path.unlink()
+
+
+async def _serve_metrics(
+    config: MetricsConfig, services: Services, stack: contextlib.AsyncExitStack
+) -> None:
+    host, _, port = config.listen.rpartition(":")
+    app = web.Application()
+    app[handlers.SERVICES] = services
+    app.router.add_get("/metrics", handlers.metrics)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=_SHUTDOWN)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    try:
+        await web.TCPSite(runner, host.strip("[]") or None, int(port)).start()
+    except OSError as error:
+        raise HostError(
+            f"cannot serve metrics on {config.listen}: {error.strerror or error}",
+            hint="set metrics.listen to a free address, or `metrics: null`",
+        ) from error

@@ -1,0 +1,140 @@
+"""Which accelerator really runs a guest.
+
+/dev/kvm may open, create VMs and run firmware, and a kernel may hang on it all the same, as in
+nested virtualisation of some clouds. So the only proof is a guest that runs: the image's own
+kernel and initrd print a marker and power off. The answer is remembered for this host, kernel,
+CPU and QEMU version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import platform
+import re
+import signal
+from pathlib import Path
+
+import msgspec
+
+from templated.drivers.disk import run
+from templated.errors import HostError
+from templated.model.generation import QemuVersion
+
+PROOF_MARKER = b"templated: guest runs"
+PROOF_TIMEOUT = 15.0
+# TCG translates what the guest uses: a plain CPU keeps glibc and the kernel on plain code paths.
+CPUS = {"kvm": "host,migratable=on", "tcg": "qemu64"}
+
+
+class Proof(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether KVM runs a guest on this host, and how we know."""
+
+    host: str
+    works: bool
+    detail: str
+
+
+async def qemu_version(binary: str) -> QemuVersion:
+    """Path and version of QEMU; HostError when it is missing or answers nonsense."""
+    text = await run(binary, "--version", timeout=10.0)
+    found = re.search(r"version (\S+)", text)
+    if not found:
+        raise HostError(f"{binary} --version gives no version: {text[:80]!r}")
+    return QemuVersion(path=binary, version=found[1])
+
+
+def host_key(version: str) -> str:
+    """What the answer depends on: this machine, its kernel, CPU and QEMU."""
+    parts = [platform.node(), platform.release(), version]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/etc/machine-id").read_text())
+    with contextlib.suppress(OSError):
+        cpu = re.search(r"model name.*", Path("/proc/cpuinfo").read_text())
+        parts.append(cpu[0] if cpu else "")
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def kvm_opens() -> str:
+    """Empty when /dev/kvm opens for this user, else why not."""
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return f"/dev/kvm: {error.strerror}"
+    return ""
+
+
+def recall(cache: Path, version: str) -> Proof | None:
+    """The remembered answer for this host; None when there is none."""
+    try:
+        proof = msgspec.json.decode(cache.read_bytes(), type=Proof)
+    except (OSError, msgspec.DecodeError, msgspec.ValidationError):
+        return None
+    return proof if proof.host == host_key(version) else None
+
+
+async def prove_kvm(
+    binary: str, version: str, kernel: Path, initrd: Path, cache: Path
+) -> Proof:
+    """Run a guest under KVM, at most PROOF_TIMEOUT seconds, and remember what came of it."""
+    reason = kvm_opens()
+    if not reason:
+        reason = await _run_proof(binary, kernel, initrd)
+    proof = Proof(
+        host=host_key(version),
+        works=not reason,
+        detail=reason or "a guest booted under KVM",
+    )
+    partial = cache.with_suffix(".part")
+    partial.write_bytes(msgspec.json.encode(proof))
+    partial.rename(cache)
+    return proof
+
+
+async def _run_proof(binary: str, kernel: Path, initrd: Path) -> str:
+    """Empty when a guest printed the marker, else what happened instead."""
+    child = await asyncio.create_subprocess_exec(
+        *(binary, "-machine", "microvm,accel=kvm,x-option-roms=off,isa-serial=on"),
+        *(
+            "-cpu",
+            CPUS["kvm"],
+            "-m",
+            "128",
+            "-no-user-config",
+            "-nodefaults",
+            "-no-reboot",
+        ),
+        *("-display", "none", "-serial", "stdio", "-kernel", str(kernel)),
+        *(
+            "-initrd",
+            str(initrd),
+            "-append",
+            "console=ttyS0 reboot=t panic=-1 templated.proof",
+        ),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,
+    )
+    seen = bytearray()
+    try:
+        async with asyncio.timeout(PROOF_TIMEOUT):
+            assert child.stdout is not None
+            while chunk := await child.stdout.read(4096):
+                seen += chunk
+                if PROOF_MARKER in seen:
+                    return ""
+        return f"QEMU ended with {await child.wait()}: {_last_line(seen)}"
+    except TimeoutError:
+        return f"a guest did not run within {PROOF_TIMEOUT:g} s; it got to: {_last_line(seen)}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        await child.wait()
+
+
+def _last_line(seen: bytearray) -> str:
+    lines = seen[-4000:].decode(errors="replace").strip().splitlines()
+    return lines[-1].strip()[:200] if lines else "nothing on the console"

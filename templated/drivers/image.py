@@ -1,0 +1,241 @@
+"""Disk layer 1: Debian images, built once and kept by the digest of their spec.
+
+STATE/images/<digest>/disk.qcow2   read-only base of every overlay
+                      vmlinuz, initrd, image.json
+STATE/images/.lock-<digest>        flock: one build of an image at a time
+STATE/images/.build-<digest>-XXXX  a build under way, renamed when it is complete
+STATE/images/build-<digest>.log    kept when the build failed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from templated.drivers.image_build import (
+    GUEST_FILES,
+    Build,
+    Progress,
+    kill_group,
+    start,
+)
+from templated.errors import BuildError, HostError
+from templated.model.spec import ImageSpec
+
+BUILDER_VERSION = 1
+_LOCK_INTERVAL = 0.2
+
+
+@dataclass(frozen=True)
+class Image:
+    """A complete image. Its files are never written again; `built_at` is seconds since 1970."""
+
+    digest: str
+    disk: Path
+    kernel: Path
+    initrd: Path
+    built_at: float
+    spec: ImageSpec
+
+
+class _Record(msgspec.Struct, frozen=True):
+    """image.json."""
+
+    digest: str
+    built_at: float
+    spec: ImageSpec
+
+
+def image_digest(spec: ImageSpec) -> str:
+    """16 hex digits over the spec, the guest's files and the builder's version.
+
+    A new agent is a new image. A newer package in the archive is not: remove the image for that.
+    """
+    canonical = {**msgspec.to_builtins(spec), "packages": sorted(set(spec.packages))}
+    content = hashlib.sha256(msgspec.json.encode(canonical, order="deterministic"))
+    content.update(f"\0{BUILDER_VERSION}\0".encode())
+    for path in sorted(GUEST_FILES.iterdir()):
+        if path.is_file() and path.name != "__init__.py":
+            content.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return content.hexdigest()[:16]
+
+
+class ImageStore:
+    """The images under `root/images`. Several processes may use one store."""
+
+    def __init__(self, root: Path) -> None:
+        self._folder = root / "images"
+
+    def get(self, digest: str) -> Image | None:
+        """The image, or None when it is not there or not complete."""
+        folder = self._folder / digest
+        try:
+            record = msgspec.json.decode(
+                (folder / "image.json").read_bytes(), type=_Record
+            )
+        except (OSError, msgspec.DecodeError, msgspec.ValidationError):
+            return None
+        files = [folder / name for name in ("disk.qcow2", "vmlinuz", "initrd")]
+        if record.digest != digest or not all(file.is_file() for file in files):
+            return None
+        disk, kernel, initrd = files
+        return Image(digest, disk, kernel, initrd, record.built_at, record.spec)
+
+    def list(self) -> list[Image]:
+        """The complete images, oldest first."""
+        if not self._folder.is_dir():
+            return []
+        names = [
+            path.name
+            for path in self._folder.iterdir()
+            if not path.name.startswith(".")
+        ]
+        images = [image for name in names if (image := self.get(name)) is not None]
+        return sorted(images, key=lambda image: image.built_at)
+
+    def remove(self, digest: str) -> None:
+        """Delete an image; whether an overlay still needs it is for the caller to know."""
+        folder = self._folder / digest
+        if "/" in digest or digest.startswith("."):
+            raise ValueError(digest)
+        with contextlib.suppress(FileNotFoundError):
+            (folder / "image.json").unlink()
+            shutil.rmtree(folder)
+
+    async def ensure(
+        self, spec: ImageSpec, *, on_progress: Progress, timeout: float = 900.0
+    ) -> Image:
+        """The image of `spec`, built when it is not there; `timeout` in seconds for all of it.
+
+        Raises HostError when the host lacks a program or refuses a directory, BuildError when a
+        step fails or the time is over. A failure leaves the log, and nothing else of the build.
+        """
+        digest = await asyncio.to_thread(image_digest, spec)
+        if image := self.get(digest):
+            return image
+        try:
+            async with (
+                asyncio.timeout(timeout),
+                self._locked(digest, on_progress) as lock,
+            ):
+                await self._sweep(digest)
+                return self.get(digest) or await self._build(
+                    spec, digest, lock, on_progress
+                )
+        except TimeoutError:
+            raise BuildError(
+                f"the image was not built within {timeout:g} s",
+                hint=f"check the network and {self._log(digest)}, then try again",
+            ) from None
+        except OSError as error:
+            raise HostError(
+                f"the image cannot be stored: {error}",
+                hint=f"check {self._folder} and its space",
+            ) from error
+
+    def _log(self, digest: str) -> Path:
+        return self._folder / f"build-{digest}.log"
+
+    @contextlib.asynccontextmanager
+    async def _locked(self, digest: str, on_progress: Progress) -> AsyncIterator[int]:
+        """Hold the image's lock. The build's programs inherit it, so that what is left of a
+        killed builder keeps others away until it has ended too."""
+        self._folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        lock = os.open(
+            self._folder / f".lock-{digest}",
+            os.O_RDWR | os.O_CREAT | os.O_CLOEXEC,
+            0o600,
+        )
+        try:
+            waiting = False
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not waiting:
+                        on_progress("waiting for another build of this image")
+                    waiting = True
+                    await asyncio.sleep(_LOCK_INTERVAL)
+            yield lock
+        finally:
+            os.close(lock)
+
+    async def _sweep(self, digest: str) -> None:
+        """Remove what killed builds of this image have left; the lock is held."""
+        for path in self._folder.glob(f".build-{digest}-*"):
+            await remove_tree(path)
+
+    async def _build(
+        self, spec: ImageSpec, digest: str, lock: int, on_progress: Progress
+    ) -> Image:
+        work = Path(tempfile.mkdtemp(prefix=f".build-{digest}-", dir=self._folder))
+        log = self._log(digest)
+        try:
+            build = Build(spec, digest, work, log, lock, on_progress)
+            await build.run()
+            on_progress("finish")
+            record = _Record(digest, time.time(), spec)
+            await asyncio.to_thread(self._publish, build.out, record)
+            log.unlink(missing_ok=True)
+        finally:
+            await remove_tree(work)
+        image = self.get(digest)
+        if image is None:
+            raise BuildError(
+                "the finished image is not readable", hint=f"check {self._folder}"
+            )
+        return image
+
+    def _publish(self, out: Path, record: _Record) -> None:
+        """Make the files read-only and durable, then give the directory its name."""
+        (out / "image.json").write_bytes(msgspec.json.encode(record) + b"\n")
+        for path in (*out.iterdir(), out):
+            path.chmod(0o755 if path == out else 0o444)
+            _fsync(path)
+        target = self._folder / record.digest
+        if target.exists():
+            shutil.rmtree(target)  # incomplete, or `get` had found it
+        out.rename(target)
+        _fsync(self._folder)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+async def remove_tree(path: Path) -> None:
+    """Delete a directory of a build; HostError when something is mounted in it.
+
+    Runs in the namespaces of a build, as some files may belong to its mapped users.
+    """
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        if Path(line.split(" ")[4]).is_relative_to(path.resolve()):
+            raise HostError(
+                f"{path} has a mount in it", hint=f"umount {line.split(' ')[4]}"
+            )
+    command = ["rm", "-rf", "--one-file-system", "--", str(path)]
+    for _ in range(5):  # a process that was just killed may still be writing
+        process = await start(command, namespace=os.geteuid() != 0, folder=path.parent)
+        try:
+            await process.wait()
+        finally:
+            await kill_group(process)
+        if not path.exists():
+            return
+        await asyncio.sleep(0.2)

@@ -1,0 +1,327 @@
+"""How an image is made: mmdebstrap, an initial RAM disk, mkfs.ext4, qemu-img.
+
+Everything that must see the owners of files runs in namespaces made by unshare(1): as root with
+its own mount and process namespaces, otherwise with a user namespace too, in which the user is
+root (`--map-root-user --map-auto`, newuidmap(1)). So one way serves both, what root owns in the
+image belongs to the user outside, and a killed build leaves neither processes nor mounts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+from templated.drivers.initramfs import build_initramfs, driver_order
+from templated.errors import BuildError, HostError
+from templated.model.spec import ImageSpec
+from templated.model.units import size_bytes
+
+GUEST_FILES = Path(__file__).parent.parent / "guest"
+PACKAGES = ("busybox-static", "python3")
+APPLETS = "free hexdump httpd ip less nc netstat nslookup ping ps route telnet top traceroute vi wget"
+Progress = Callable[[str], None]
+
+_TOOLS = {
+    "mmdebstrap": "mmdebstrap",
+    "unshare": "util-linux",
+    "mkfs.ext4": "e2fsprogs",
+    "qemu-img": "qemu-utils",
+    "dpkg-deb": "dpkg",
+}
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# Fetches the kernel without installing it: that would pull initramfs-tools into the guest. Runs
+# outside the new root, with its apt configuration (mmdebstrap(1), HOOKS).
+_KERNEL_HOOK = """\
+export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
+name=$(apt-cache depends --important {package} |
+    sed -n 's/^ *Depends: *\\(linux-image-[^ ]*\\)$/\\1/p' | head -n1)
+cd {folder} && apt-get -qq download "${{name:-{package}}}"
+"""
+_EXCLUDED = ("doc/*", "man/*", "locale/*", "info/*", "lintian/*", "bash-completion/*")
+_GENERIC = re.compile(
+    r"E: (run_|setup |mmdebstrap |.* failed(: |$)|.*Sub-process .* returned)"
+)
+
+
+class Build:
+    """One build in `work`, a directory of its own. `run` leaves the files in `work/out`.
+
+    Nothing outside `work` and `log` is written; removing `work` is the caller's part.
+    """
+
+    def __init__(
+        self,
+        spec: ImageSpec,
+        digest: str,
+        work: Path,
+        log: Path,
+        lock: int,
+        progress: Progress,
+    ) -> None:
+        self._spec, self._digest, self._work, self._log = spec, digest, work, log
+        self._lock = lock
+        self._progress = progress
+        self.out = work / "out"
+        self._root = work / "root"
+        self._kernel = work / "kernel"
+
+    async def run(self) -> None:
+        """Make disk.qcow2, vmlinuz and initrd.
+
+        Raises HostError when a tool is missing and BuildError, with the log named in its hint,
+        when a step fails. When cancelled, every process of the build is killed first.
+        """
+        check_tools()
+        for folder in (self.out, self._kernel):
+            folder.mkdir(mode=0o755)
+        with self._log.open("wb") as log:
+            self._progress("packages")
+            await self._bootstrap(log)
+            self._progress("kernel")
+            await self._unpack_kernel(log)
+            await asyncio.to_thread(self._customize)
+            self._progress("initrd")
+            await asyncio.to_thread(self._write_initrd)
+            self._progress("root disk")
+            await self._write_disk(log)
+
+    async def _bootstrap(self, log: IO[bytes]) -> None:
+        package = shlex.quote(self._spec.kernel)
+        folder = shlex.quote(str(self._kernel))
+        command = [
+            "mmdebstrap",
+            "--mode=root",  # of the namespace
+            "--variant=essential",
+            "--format=dir",
+            "--skip=output/mknod",  # not allowed in a user namespace; the guest has a devtmpfs
+            f"--include={','.join((*PACKAGES, *self._spec.packages))}",
+            # The user _apt cannot reach into a private directory.
+            '--aptopt=APT::Sandbox::User "root"',
+            '--aptopt=Acquire::Languages "none"',
+            '--aptopt=Acquire::Retries "2"',
+            '--aptopt=Acquire::http::Timeout "30"',
+            *(f"--dpkgopt=path-exclude=/usr/share/{pattern}" for pattern in _EXCLUDED),
+            "--dpkgopt=path-include=/usr/share/doc/*/copyright",
+            f"--customize-hook={_KERNEL_HOOK.format(package=package, folder=folder)}",
+            self._spec.suite,
+            str(self._root),
+            *([self._spec.mirror] if self._spec.mirror else []),
+        ]
+        async for line in self._lines(command, log, namespace=True):
+            if line.startswith("I: ") and len(line) < 100:
+                self._progress(f"packages: {line[3:]}")
+
+    async def _unpack_kernel(self, log: IO[bytes]) -> None:
+        packages = sorted(self._kernel.glob("*.deb"))
+        if len(packages) != 1:
+            raise BuildError(
+                f"{self._spec.kernel} is not a kernel package",
+                hint="set image.kernel to a package such as linux-image-cloud-amd64",
+            )
+        await self._do(["dpkg-deb", "-x", str(packages[0]), str(self._kernel)], log)
+        for image in self._kernel.glob("boot/vmlinuz-*"):
+            shutil.copyfile(image, self.out / "vmlinuz")
+        if not (self.out / "vmlinuz").exists():
+            raise BuildError(
+                f"{packages[0].name} holds no /boot/vmlinuz",
+                hint="set image.kernel to a package such as linux-image-cloud-amd64",
+            )
+
+    def _write_initrd(self) -> None:
+        busybox = (self._root / "bin/busybox").resolve()
+        content = build_initramfs(
+            (GUEST_FILES / "initrd.sh").read_bytes(),
+            busybox.read_bytes(),
+            driver_order(self._kernel),
+        )
+        (self.out / "initrd").write_bytes(content)
+
+    def _customize(self) -> None:
+        """Put init, the agent and neutral files into the root; nothing unique stays in it."""
+        root = self._root
+        folder = root / "usr/lib/templated"
+        for path in (folder, root / "etc/templated", root / "etc/templated/identity.d"):
+            path.mkdir()
+            path.chmod(0o755)
+        for name in ("agent.py", "rcS"):
+            _install(folder / name, (GUEST_FILES / name).read_bytes(), 0o755)
+        _install(root / "etc/inittab", (GUEST_FILES / "inittab").read_bytes(), 0o644)
+        _install(root / "etc/hosts", b"127.0.0.1 localhost\n", 0o644)
+        _install(root / "etc/hostname", b"templated\n", 0o644)
+        for name in ("etc/machine-id", "etc/resolv.conf"):
+            _install(root / name, b"", 0o644)
+        for pattern in (
+            "etc/ssh/ssh_host_*",
+            "var/lib/dbus/machine-id",
+            "var/lib/systemd/random-seed",
+            "var/cache/apt/*.bin",
+            "var/cache/debconf/*-old",
+            "var/log/*.log",
+        ):
+            for path in root.glob(pattern):
+                path.unlink()
+        self._link_applets()
+
+    def _link_applets(self) -> None:
+        root = self._root
+        init = root / "usr/sbin/init"
+        init.unlink(missing_ok=True)
+        init.symlink_to("/bin/busybox")
+        for name, folder in [
+            ("reboot", "sbin"),
+            *((name, "local/bin") for name in APPLETS.split()),
+        ]:
+            if not any(
+                (root / "usr" / part / name).is_symlink()
+                or (root / "usr" / part / name).exists()
+                for part in ("bin", "sbin")
+            ):
+                (root / "usr" / folder / name).symlink_to("/bin/busybox")
+
+    async def _write_disk(self, log: IO[bytes]) -> None:
+        raw = self._work / "disk.raw"
+        with raw.open("wb") as file:
+            file.truncate(size_bytes(self._spec.size))
+        # No journal: an overlay never outlives the memory of its machine, and the journal's
+        # thread would wake an idle guest. No lazy tables, as the guest would write them later.
+        options = ["-q", "-F", "-m", "0", "-O", "^has_journal", "-L", "templated"]
+        options += [
+            "-E",
+            "lazy_itable_init=0",
+            "-U",
+            str(uuid.uuid5(uuid.NAMESPACE_OID, self._digest)),
+        ]
+        await self._do(
+            ["mkfs.ext4", *options, "-d", str(self._root), str(raw)],
+            log,
+            namespace=True,
+        )
+        target = str(self.out / "disk.qcow2")
+        await self._do(
+            ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), target], log
+        )
+
+    async def _do(
+        self, command: list[str], log: IO[bytes], *, namespace: bool = False
+    ) -> None:
+        async for _ in self._lines(command, log, namespace=namespace):
+            pass
+
+    async def _lines(
+        self, command: list[str], log: IO[bytes], *, namespace: bool = False
+    ) -> AsyncIterator[str]:
+        """Run a command and yield its output by lines; BuildError when it fails."""
+        tail: list[str] = []
+        process = await start(
+            command, namespace=namespace, folder=self._work, keep=(self._lock,)
+        )
+        assert process.stdout is not None
+        try:
+            async for raw in process.stdout:
+                log.write(raw)
+                line = raw.decode(errors="replace").strip()
+                tail = [*tail[-200:], line]
+                yield line
+            code = await process.wait()
+        finally:
+            await kill_group(process)
+        log.flush()
+        if code != 0:
+            raise self._failure(command[0], code, tail)
+
+    def _failure(self, program: str, code: int, tail: Sequence[str]) -> BuildError:
+        reason = last_error(tail) or f"exit code {code}"
+        hint = f"the full log is {self._log}"
+        text = "\n".join(tail)
+        if "No space left on device" in text:
+            hint = f"free space on the file system of {self._work.parent}; {hint}"
+        elif program == "mkfs.ext4" and "allocate" in text:
+            hint = (
+                f"the packages do not fit: raise image.size ({self._spec.size}); {hint}"
+            )
+        elif "Unable to locate package" in text or "no installation candidate" in text:
+            hint = f"correct image.packages, image.kernel or image.suite; {hint}"
+        elif re.search(
+            r"Failed to fetch|Could not (connect|resolve)|Temporary failure", text
+        ):
+            hint = f"check the network, the proxy and image.mirror; {hint}"
+        return BuildError(f"{program} failed: {reason}", hint=hint)
+
+
+def last_error(lines: Sequence[str]) -> str:
+    """The last line that tells a cause, without apt's `E: `; empty when there is none."""
+    errors = [line for line in lines if line.startswith("E: ")]
+    telling = [line for line in errors if not _GENERIC.match(line)] or errors
+    if telling:
+        return telling[-1][3:].strip()
+    plain = [line for line in lines if line]
+    return plain[-1] if plain else ""
+
+
+def check_tools() -> None:
+    """HostError that names the package when a program of the build is missing."""
+    for tool, package in _TOOLS.items():
+        if shutil.which(tool, path=_PATH) is None:
+            raise HostError(
+                f"{tool} is not installed",
+                hint=f"apt install {package}, or run scripts/setup",
+            )
+    if os.geteuid() != 0 and shutil.which("newuidmap", path=_PATH) is None:
+        raise HostError(
+            "newuidmap is not installed, which a build without root needs",
+            hint="apt install uidmap, and give the user a range in /etc/subuid and /etc/subgid",
+        )
+
+
+def namespace_prefix() -> list[str]:
+    """The unshare command that runs a program as root of namespaces of its own."""
+    user = [] if os.geteuid() == 0 else ["--map-root-user", "--map-auto"]
+    return ["unshare", *user, "--mount", "--pid", "--fork", "--kill-child", "--"]
+
+
+async def start(
+    command: list[str], *, namespace: bool, folder: Path, keep: tuple[int, ...] = ()
+) -> asyncio.subprocess.Process:
+    """Start a program in its own process group, stdout and stderr in one pipe."""
+    environment = {
+        **os.environ,
+        "PATH": _PATH,
+        "LC_ALL": "C.UTF-8",
+        "TMPDIR": str(folder),
+    }
+    return await asyncio.create_subprocess_exec(
+        *(namespace_prefix() if namespace else []),
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=environment,
+        cwd="/",
+        umask=0o022,
+        pass_fds=keep,
+        start_new_session=True,
+        limit=1 << 20,
+    )
+
+
+async def kill_group(process: asyncio.subprocess.Process) -> None:
+    """Kill what is left of a process group, and reap its leader."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+def _install(path: Path, content: bytes, mode: int) -> None:
+    path.unlink(missing_ok=True)  # it may be a link that leads out of the root
+    path.write_bytes(content)
+    path.chmod(mode)

@@ -1,0 +1,117 @@
+"""What every kind of network offers."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple, Protocol
+
+from templated.errors import HostError, InvalidRequest
+
+# With the prefix "tp" a tag has to fit in an interface's name, which has at most 15 bytes.
+_TAG = re.compile(r"[a-z0-9][a-z0-9-]{0,12}")
+_FORBIDDEN = (errno.EPERM, errno.EACCES)
+_MISSING = (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP)
+
+
+class Forward(NamedTuple):
+    """A port of the host that leads to a port of the guest. Host port 0: QEMU picks a free one."""
+
+    guest_port: int
+    host_port: int
+    host_address: str = "127.0.0.1"
+    protocol: Literal["tcp", "udp"] = "tcp"
+
+
+class Port:
+    """One clone's connection, made ahead of its start.
+
+    `fd` is the daemon's open tap, None in user mode and after `close`. Whoever starts QEMU
+    lets it inherit the fd under the same number (`pass_fds`) and then closes the port here.
+    The tap itself stays until `Network.drop_port`.
+    """
+
+    def __init__(
+        self,
+        tag: str,
+        *,
+        ifname: str = "",
+        fd: int | None = None,
+        index: int | None = None,
+    ) -> None:
+        self.tag = tag
+        self.ifname = ifname
+        self.fd = fd
+        self.index = index
+
+    def close(self) -> None:
+        """Close the daemon's fd. May be called again."""
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            os.close(fd)
+
+
+class Network(Protocol):
+    """A way to connect clones. Methods may run concurrently; each tag belongs to one caller."""
+
+    async def open(self) -> None:
+        """Find or make what all ports share. Raises HostError, with nothing left behind."""
+
+    async def make_port(self, tag: str, index: int | None = None) -> Port:
+        """Prepare a connection, so that a start only has to hand over an fd.
+
+        `tag` is 1 to 13 of a-z, 0-9 and dash. `index` fixes the port to one clone's address.
+        Raises InvalidRequest for a bad tag, Conflict when the tag is in use, HostError when
+        the host refuses; nothing is left then. A cancelled call may still have made the port:
+        `drop_port` removes it.
+        """
+
+    async def drop_port(self, tag: str) -> None:
+        """Remove a port. No error if there is none. Raises HostError if it cannot be removed."""
+
+    async def sweep(self, keep: set[str]) -> list[str]:
+        """Remove the ports of this owner whose tag is not in `keep`, whoever made them.
+
+        Returns the removed tags, sorted. Interfaces of others are not touched. Raises HostError.
+        """
+
+    async def close(self, *, remove: bool) -> None:
+        """Let go of everything. May be called again, and after `open` failed.
+
+        `remove` also takes what this owner made off the host, under running clones as well;
+        without it taps and bridge stay for the next daemon. Raises HostError.
+        """
+
+    def netdev(
+        self, port: Port, index: int, forwards: Sequence[Forward] = ()
+    ) -> tuple[str, tuple[int, ...]]:
+        """The value of QEMU's `-netdev` for the clone `index`, and the fds QEMU inherits.
+
+        Does no I/O. Raises InvalidRequest when the port cannot serve this, ValueError for an
+        index without an address.
+        """
+
+
+def check_tag(tag: str) -> None:
+    """Raises InvalidRequest when `tag` cannot be part of an interface's name."""
+    if not _TAG.fullmatch(tag):
+        raise InvalidRequest(
+            f"bad port tag {tag!r}",
+            hint="1 to 13 of a-z, 0-9 and dash, not a dash first",
+        )
+
+
+@contextmanager
+def host_errors(action: str, *, missing: str = "") -> Iterator[None]:
+    """Turn an OSError into a HostError: `action` failed, `missing` helps if something lacks."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        hint = missing if error.errno in _MISSING else ""
+        if error.errno in _FORBIDDEN:
+            hint = "run the daemon as root, or give it CAP_NET_ADMIN"
+        raise HostError(f"cannot {action}: {reason}", hint=hint) from error

@@ -1,0 +1,237 @@
+"""Clones on a bridge of the host, each by a tap of its own.
+
+An interface is this owner's when its alias (`ip link set alias`) is "templated:" and the owner.
+The alias is in the kernel, so it outlives the daemon, and what it does not name is never
+removed, nor is a bridge changed that somebody else made.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Sequence
+
+from templated.drivers.network import nft, tap
+from templated.drivers.network.base import Forward, Port, check_tag, host_errors
+from templated.drivers.network.links import Link, Links, disable_ipv6
+from templated.drivers.network.segment import Segment, host_mac
+from templated.drivers.network.worker import Worker, enter_namespace
+from templated.errors import Conflict, HostError, InvalidRequest
+from templated.model.network import AddressPlan, BridgeNetwork
+
+_PREFIX = "tp"
+_OWNER = re.compile(r"[A-Za-z0-9-]{1,64}")
+
+
+class TapNetwork:
+    """Taps on one bridge, see `templated.drivers.network.base.Network`.
+
+    All state is used by the worker's thread only, but for `netdev`, which reads a port.
+    """
+
+    def __init__(self, config: BridgeNetwork, plan: AddressPlan, owner: str) -> None:
+        """Raises ValueError when `owner` is not 1 to 64 letters, digits and dashes."""
+        if not _OWNER.fullmatch(owner):
+            raise ValueError(f"bad owner {owner!r}")
+        self._config = config
+        self._plan = plan
+        self._alias = f"templated:{owner}"
+        self._segment = Segment(config, plan, self._alias)
+        self._worker: Worker | None = None
+        self._links: Links | None = None
+        self._bridge: Link | None = None
+        self._ports: dict[str, Port] = {}
+
+    @property
+    def created(self) -> bool:
+        """Whether the bridge is this owner's, made now or by a daemon before this one."""
+        return self._bridge is not None and self._bridge.alias == self._alias
+
+    async def open(self) -> None:
+        if self._worker is not None:
+            return
+        self._worker = Worker()
+        try:
+            await self._worker.run(self._open)
+        except BaseException:
+            await self.close(remove=False)
+            raise
+
+    async def make_port(self, tag: str, index: int | None = None) -> Port:
+        check_tag(tag)
+        if index is not None:
+            self._plan.ip(index)
+        elif self._config.antispoof:
+            raise InvalidRequest(
+                "with antispoof a port is made for one address", hint="pass index"
+            )
+        return await self._running().run(lambda: self._make_port(tag, index))
+
+    async def drop_port(self, tag: str) -> None:
+        check_tag(tag)
+        await self._running().run(lambda: self._drop_ports([tag]))
+
+    async def sweep(self, keep: set[str]) -> list[str]:
+        kept = frozenset(keep)
+        return await self._running().run(lambda: self._sweep(kept))
+
+    async def close(self, *, remove: bool) -> None:
+        worker = self._worker
+        if worker is None:
+            return
+        try:
+            await worker.run(lambda: self._close(remove))
+        finally:
+            self._worker = None
+            await worker.stop()
+
+    def netdev(
+        self, port: Port, index: int, forwards: Sequence[Forward] = ()
+    ) -> tuple[str, tuple[int, ...]]:
+        if forwards:
+            raise InvalidRequest(
+                "a bridge forwards no ports",
+                hint=f"reach the clone at {self._plan.ip(index)}",
+            )
+        if port.fd is None:
+            raise InvalidRequest(f"port {port.tag} has been handed over already")
+        if port.index not in (None, index):
+            raise InvalidRequest(
+                f"port {port.tag} was made for index {port.index}, not {index}"
+            )
+        self._plan.ip(index)
+        return f"tap,id=net0,fd={port.fd}", (port.fd,)
+
+    def _running(self) -> Worker:
+        if self._worker is None:
+            raise HostError("the network is not open")
+        return self._worker
+
+    # From here on in the worker's thread.
+
+    def _open(self) -> None:
+        if self._config.netns is not None:
+            try:
+                enter_namespace(self._config.netns)
+            except FileNotFoundError:
+                raise HostError(
+                    f"there is no network namespace {self._config.netns}",
+                    hint=f"ip netns add {self._config.netns}",
+                ) from None
+            except OSError as error:
+                reason = (
+                    f"cannot enter namespace {self._config.netns}: {error.strerror}"
+                )
+                raise HostError(reason, hint="run the daemon as root") from error
+        with host_errors("make tap devices", missing="modprobe tun"):
+            tap.probe()
+        with host_errors("set up the bridge", missing="modprobe bridge"):
+            self._links = Links()
+            self._bridge = self._segment.open(self._links)
+
+    def _opened(self) -> tuple[Links, Link]:
+        if self._links is None or self._bridge is None:
+            raise HostError("the network is not open")
+        return self._links, self._bridge
+
+    def _make_port(self, tag: str, index: int | None) -> Port:
+        links, bridge = self._opened()
+        if tag in self._ports:
+            raise Conflict(f"port {tag} is there already")
+        name = _PREFIX + tag
+        with host_errors(f"make tap {name}"):
+            port = Port(tag, ifname=name, fd=self._tap(links, name), index=index)
+            try:
+                self._connect(links, bridge, port)
+            except BaseException:
+                port.close()
+                self._unguard(bridge, {name})
+                raise
+        self._ports[tag] = port
+        return port
+
+    def _tap(self, links: Links, name: str) -> int:
+        """A new tap, or one that a daemon before this one left and nobody uses."""
+        try:
+            return tap.open_tap(name, new=True)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+        link = links.find(name)
+        if link is not None and (link.alias != self._alias or link.kind != "tun"):
+            raise Conflict(
+                f"interface {name} is not this daemon's",
+                hint=f"see: ip -d link show {name}",
+            )
+        try:
+            return tap.open_tap(name, new=False)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise Conflict(f"tap {name} is in use by a running process") from None
+
+    def _connect(self, links: Links, bridge: Link, port: Port) -> None:
+        """Alias first, persistence last: a tap that outlives its fd always names its owner.
+
+        Guard and isolation come before the interface is up: no frame passes without them.
+        """
+        link = links.find(port.ifname)
+        if link is None or port.fd is None:
+            raise OSError(errno.ENODEV, "the tap went away")
+        mac = host_mac(6, self._alias + port.ifname)
+        links.label(link.index, alias=self._alias, mac=mac, mtu=bridge.mtu)
+        disable_ipv6(port.ifname)
+        self._guard(bridge, port)
+        links.enslave(link.index, bridge.index, isolated=self._config.isolate)
+        links.set_up(link.index)
+        tap.persist(port.fd)
+
+    def _drop_ports(self, tags: Sequence[str]) -> None:
+        links, bridge = self._opened()
+        for tag in tags:
+            port = self._ports.pop(tag, None)
+            if port is not None:
+                port.close()
+            with host_errors(f"remove tap {_PREFIX}{tag}"):
+                link = links.find(_PREFIX + tag)
+                if link is not None and link.alias == self._alias:
+                    links.delete(link.index)
+        self._unguard(bridge, {_PREFIX + tag for tag in tags})
+
+    def _guard(self, bridge: Link, port: Port) -> None:
+        if self._config.antispoof and port.index is not None:
+            # what an earlier port of this name was allowed would add up
+            self._unguard(bridge, {port.ifname})
+            mac, ip = self._plan.mac(port.index), self._plan.ip(port.index)
+            nft.guard_port(bridge.name, port.ifname, mac, ip)
+
+    def _unguard(self, bridge: Link, names: set[str]) -> None:
+        if self._config.antispoof and names:
+            nft.unguard_ports(bridge.name, names)
+
+    def _sweep(self, keep: frozenset[str]) -> list[str]:
+        links, _ = self._opened()
+        with host_errors("list interfaces"):
+            mine = [
+                x for x in links.all() if x.alias == self._alias and x.kind == "tun"
+            ]
+        tags = {
+            x.name.removeprefix(_PREFIX) for x in mine if x.name.startswith(_PREFIX)
+        }
+        stale = sorted(tags - keep)
+        self._drop_ports(stale)
+        return stale
+
+    def _close(self, remove: bool) -> None:
+        try:
+            if remove and self._links is not None and self._bridge is not None:
+                self._sweep(frozenset())
+                with host_errors("remove the bridge"):
+                    self._segment.remove(self._links, self._bridge)
+        finally:
+            for port in self._ports.values():
+                port.close()
+            self._ports.clear()
+            if self._links is not None:
+                self._links.close()
+            self._links = self._bridge = None

@@ -1,0 +1,44 @@
+"""Tap devices, by the ioctls of /dev/net/tun (kernel: Documentation/networking/tuntap.rst)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+
+_DEVICE = "/dev/net/tun"
+# linux/if_tun.h
+_TUNSETIFF = 0x400454CA
+_TUNSETPERSIST = 0x400454CB
+_IFF_TAP = 0x0002
+_IFF_NO_PI = 0x1000
+_IFF_TUN_EXCL = 0x8000
+
+
+def open_tap(name: str, *, new: bool) -> int:
+    """A non-blocking fd of the tap `name`, which is gone again when the fd closes (`persist`).
+
+    No IFF_VNET_HDR: QEMU refuses to load a virtio-net state with another setting than it was
+    saved with, and a template has none. With `new`, OSError(EBUSY) when the name exists;
+    without, EBUSY when a process has it open. Other OSErrors: no permission, no tun module.
+    """
+    flags = _IFF_TAP | _IFF_NO_PI | (_IFF_TUN_EXCL if new else 0)
+    fd = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        # struct ifreq: 16 bytes of name, then a union of 24 that starts with the flags
+        fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def persist(fd: int) -> None:
+    """Keep the tap after its fds are closed. Raises OSError."""
+    fcntl.ioctl(fd, _TUNSETPERSIST, 1)
+
+
+def probe() -> None:
+    """Make a tap and let it go: the only sure test of the permission. Raises OSError."""
+    # The kernel puts the first free number in place of %d.
+    os.close(open_tap("tpprobe%d", new=False))

@@ -1,0 +1,50 @@
+"""The thread that talks to the kernel about interfaces."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_CLONE_NEWNET = 0x40000000  # linux/sched.h
+_NAMESPACES = "/run/netns"  # where ip-netns(8) keeps the names
+
+
+class Worker:
+    """One thread, so that calls are in order and a network namespace can be entered.
+
+    A namespace belongs to a thread: only this one enters it, and a process that it starts is
+    in it too. pyroute2 could open its socket in a namespace by itself, but forks the whole
+    process for it, which a daemon with threads must not do.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="templated-net")
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """Run `call` in the thread. When this is cancelled, a call that has begun still ends."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+
+    async def stop(self) -> None:
+        """End the thread after what it does now. `run` raises RuntimeError from then on."""
+        await asyncio.to_thread(self._pool.shutdown)
+
+
+def enter_namespace(name: str) -> None:
+    """Move the calling thread, and only it, into a named namespace. Raises OSError.
+
+    Through libc, because os.setns came with Python 3.12.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = os.open(f"{_NAMESPACES}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if libc.setns(fd, _CLONE_NEWNET) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+    finally:
+        os.close(fd)

@@ -1,0 +1,377 @@
+"""The daemon's only memory: SQLite in WAL mode, on one thread of its own.
+
+Rule: write the intent, act, write the result. A daemon that is killed at any instruction leaves
+rows from which the next one finds every QEMU, tap, overlay and file again.
+
+`synchronous=NORMAL`: in WAL mode a commit then costs no fsync (sqlite.org/pragma.html). Rows can
+be lost with the power, and so are the VMs they describe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from msgspec import Struct
+
+from templated.errors import Busy, Conflict, HostError
+from templated.model.clone import CloneState, Slot
+from templated.model.clone import Path as StartPath
+from templated.model.generation import GenerationState
+
+T = TypeVar("T")
+_SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE templates (
+    name TEXT PRIMARY KEY,
+    active TEXT REFERENCES generations(id)
+) STRICT;
+CREATE TABLE generations (
+    id TEXT PRIMARY KEY,
+    template TEXT NOT NULL,
+    state TEXT NOT NULL,
+    created TEXT NOT NULL
+) STRICT;
+CREATE TABLE slots (
+    id TEXT PRIMARY KEY,
+    idx INTEGER NOT NULL UNIQUE,
+    generation TEXT NOT NULL,
+    uuid TEXT NOT NULL UNIQUE,
+    mac TEXT NOT NULL UNIQUE,
+    ip TEXT NOT NULL UNIQUE,
+    machine_id TEXT NOT NULL UNIQUE,
+    boot_id TEXT NOT NULL UNIQUE,
+    ready INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE clones (
+    name TEXT PRIMARY KEY,
+    slot TEXT NOT NULL UNIQUE REFERENCES slots(id),
+    template TEXT NOT NULL,
+    state TEXT NOT NULL,
+    path TEXT NOT NULL,
+    created TEXT NOT NULL,
+    pid INTEGER,
+    pid_start INTEGER,
+    phases TEXT NOT NULL DEFAULT '{}',
+    total_ms REAL,
+    reason TEXT NOT NULL DEFAULT ''
+) STRICT;
+CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
+"""
+
+
+class GenerationRow(Struct, frozen=True, kw_only=True):
+    """One generation."""
+
+    id: str
+    template: str
+    state: GenerationState
+    created: str
+
+
+class CloneRow(Struct, frozen=True, kw_only=True):
+    """One clone with its slot."""
+
+    name: str
+    slot: Slot
+    template: str
+    state: CloneState
+    path: StartPath
+    created: str
+    pid: int | None
+    pid_start: int | None
+    phases: dict[str, float]
+    total_ms: float | None
+    reason: str
+
+
+def now() -> str:
+    """The present time, RFC 3339 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Journal:
+    """All methods are safe to call side by side; each is one transaction or one read.
+
+    Raises HostError when the file cannot be written (a full disk); nothing of the transaction
+    is then kept.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._db: sqlite3.Connection | None = None
+
+    async def open(self) -> None:
+        """Open or create the file; HostError when it is not a journal that this version reads."""
+        await self._run(self._open)
+
+    async def close(self) -> None:
+        """Close the file; later calls fail."""
+        if self._db is not None:
+            await self._run(lambda db: db.close())
+            self._db = None
+        self._thread.shutdown(wait=True)
+
+    # --- slots and clones -------------------------------------------------------------------
+
+    async def new_slot(
+        self, generation: str, make: Callable[[int], Slot], capacity: int
+    ) -> Slot:
+        """Take the next free index, and write the slot that `make` builds for it, not yet ready.
+
+        Indexes go round, so that an address that was given back is the last to be used again.
+        """
+        return await self._run(lambda db: _new_slot(db, generation, make, capacity))
+
+    async def slot_ready(self, slot_id: str) -> None:
+        """The slot's overlay, sockets and tap are there: it may be taken."""
+        await self._run(_executor("UPDATE slots SET ready = 1 WHERE id = ?", slot_id))
+
+    async def drop_slot(self, slot_id: str) -> None:
+        """Forget a slot whose things have been given back, with the clone that was on it."""
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM clones WHERE slot = ?", (slot_id,))
+            db.execute("DELETE FROM slots WHERE id = ?", (slot_id,))
+
+        await self._run(work)
+
+    async def new_clone(
+        self, name: str, slot_id: str, template: str, path: StartPath
+    ) -> CloneRow:
+        """Give a slot to a name; Conflict when the name is taken."""
+        return await self._run(lambda db: _new_clone(db, name, slot_id, template, path))
+
+    async def clone_spawned(self, slot_id: str, pid: int, pid_start: int) -> None:
+        """Record the process as soon as it is known."""
+        sql = "UPDATE clones SET pid = ?, pid_start = ? WHERE slot = ?"
+        await self._run(_executor(sql, pid, pid_start, slot_id))
+
+    async def clone_running(
+        self, slot_id: str, phases_ms: dict[str, float], total_ms: float
+    ) -> None:
+        """The guest has confirmed its identity."""
+        sql = "UPDATE clones SET state = ?, phases = ?, total_ms = ? WHERE slot = ?"
+        values = (CloneState.RUNNING.value, json.dumps(phases_ms), total_ms, slot_id)
+        await self._run(_executor(sql, *values))
+
+    async def clone_state(self, name: str, state: CloneState, reason: str = "") -> None:
+        """Write a state, and why."""
+        sql = "UPDATE clones SET state = ?, reason = ? WHERE name = ?"
+        await self._run(_executor(sql, state.value, reason, name))
+
+    async def clones(self) -> list[CloneRow]:
+        """All clones, oldest first."""
+        return await self._run(lambda db: [_clone_row(r) for r in db.execute(_CLONES)])
+
+    async def free_slots(self) -> list[tuple[Slot, bool]]:
+        """Slots without a clone, each with whether it is ready."""
+        sql = (
+            "SELECT * FROM slots WHERE id NOT IN (SELECT slot FROM clones) ORDER BY idx"
+        )
+        return await self._run(
+            lambda db: [(_slot(r), bool(r["ready"])) for r in db.execute(sql)]
+        )
+
+    # --- templates and generations ----------------------------------------------------------
+
+    async def new_generation(self, generation_id: str, template: str) -> None:
+        """A build begins."""
+        sql = "INSERT INTO generations VALUES (?, ?, ?, ?)"
+        values = (generation_id, template, GenerationState.BUILDING.value, now())
+        await self._run(_executor(sql, *values))
+
+    async def activate(self, generation_id: str, template: str) -> None:
+        """In one step: the generation is ready and is the one that its template serves."""
+
+        def work(db: sqlite3.Connection) -> None:
+            sql = "UPDATE generations SET state = ? WHERE id = ?"
+            db.execute(sql, (GenerationState.READY.value, generation_id))
+            db.execute(
+                "INSERT OR REPLACE INTO templates VALUES (?, ?)",
+                (template, generation_id),
+            )
+
+        await self._run(work)
+
+    async def generation_state(
+        self, generation_id: str, state: GenerationState
+    ) -> None:
+        """Write a generation's state."""
+        sql = "UPDATE generations SET state = ? WHERE id = ?"
+        await self._run(_executor(sql, state.value, generation_id))
+
+    async def deactivate(self, template: str) -> None:
+        """The template serves nothing from now on."""
+        await self._run(_executor("DELETE FROM templates WHERE name = ?", template))
+
+    async def drop_generation(self, generation_id: str) -> None:
+        """Forget a generation whose files are gone."""
+        await self._run(
+            _executor("DELETE FROM generations WHERE id = ?", generation_id)
+        )
+
+    async def generations(self) -> list[GenerationRow]:
+        """All generations, oldest first."""
+        sql = "SELECT * FROM generations ORDER BY created, id"
+        return await self._run(lambda db: [_generation_row(r) for r in db.execute(sql)])
+
+    async def active(self) -> dict[str, str]:
+        """The active generation of each template that has one."""
+        sql = "SELECT name, active FROM templates"
+        return await self._run(
+            lambda db: {r["name"]: r["active"] for r in db.execute(sql)}
+        )
+
+    # --- inside -------------------------------------------------------------------------------
+
+    async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        loop = asyncio.get_running_loop()
+        # A transaction under way is never abandoned: who asked for it may be cancelled, but then
+        # waits for its end, so that what the caller gives back is what the journal says.
+        future = loop.run_in_executor(self._thread, self._transaction, work)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait({future})
+            raise
+
+    def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            if self._db is None:
+                self._db = self._connect()
+            with self._db:
+                return work(self._db)
+        except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
+            if isinstance(error, sqlite3.IntegrityError):
+                raise
+            raise HostError(
+                f"the journal {self._path} cannot be used: {error}",
+                hint="check the space and the permissions of state_dir",
+            ) from error
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._path, timeout=5.0, check_same_thread=False)
+        db.row_factory = sqlite3.Row
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.execute("PRAGMA foreign_keys = ON")
+        return db
+
+    def _open(self, db: sqlite3.Connection) -> None:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            db.executescript(_SCHEMA)
+            db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+        elif version != _SCHEMA_VERSION:
+            raise HostError(
+                f"the journal {self._path} has version {version}, not {_SCHEMA_VERSION}",
+                hint="run the templated that wrote it, or move state_dir away",
+            )
+
+
+_CLONES = """
+SELECT clones.*, slots.idx, slots.generation, slots.uuid, slots.mac, slots.ip, slots.machine_id,
+       slots.boot_id, slots.id AS id
+FROM clones JOIN slots ON slots.id = clones.slot
+"""
+
+
+def _executor(sql: str, *values: object) -> Callable[[sqlite3.Connection], None]:
+    def work(db: sqlite3.Connection) -> None:
+        db.execute(sql, values)
+
+    return work
+
+
+def _new_slot(
+    db: sqlite3.Connection, generation: str, make: Callable[[int], Slot], capacity: int
+) -> Slot:
+    index = _next_index(db, capacity)
+    slot = make(index)
+    values = (slot.id, index, generation, slot.uuid, slot.mac, slot.ip, slot.machine_id)
+    db.execute(
+        "INSERT INTO slots VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0)", (*values, slot.boot_id)
+    )
+    return slot
+
+
+def _next_index(db: sqlite3.Connection, capacity: int) -> int:
+    row = db.execute("SELECT value FROM counters WHERE name = 'slot'").fetchone()
+    start = row["value"] % capacity if row else 0
+    taken = {r["idx"] for r in db.execute("SELECT idx FROM slots")}
+    for step in range(capacity):
+        index = (start + step) % capacity
+        if index not in taken:
+            db.execute(
+                "INSERT OR REPLACE INTO counters VALUES ('slot', ?)", (index + 1,)
+            )
+            return index
+    raise Busy(
+        f"all {capacity} addresses of the subnet are in use",
+        hint="remove clones, or configure a larger network.subnet",
+    )
+
+
+def _new_clone(
+    db: sqlite3.Connection, name: str, slot_id: str, template: str, path: StartPath
+) -> CloneRow:
+    try:
+        db.execute(
+            "INSERT INTO clones (name, slot, template, state, path, created)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            (name, slot_id, template, CloneState.STARTING.value, path.value, now()),
+        )
+    except sqlite3.IntegrityError:
+        raise Conflict(
+            f"a clone named {name} exists already",
+            hint=f"take another name, or: rm {name}",
+        ) from None
+    return _clone_row(
+        db.execute(_CLONES + " WHERE clones.name = ?", (name,)).fetchone()
+    )
+
+
+def _slot(row: sqlite3.Row) -> Slot:
+    return Slot(
+        id=row["id"],
+        index=row["idx"],
+        generation=row["generation"],
+        uuid=row["uuid"],
+        mac=row["mac"],
+        ip=row["ip"],
+        machine_id=row["machine_id"],
+        boot_id=row["boot_id"],
+    )
+
+
+def _clone_row(row: sqlite3.Row) -> CloneRow:
+    return CloneRow(
+        name=row["name"],
+        slot=_slot(row),
+        template=row["template"],
+        state=CloneState(row["state"]),
+        path=StartPath(row["path"]),
+        created=row["created"],
+        pid=row["pid"],
+        pid_start=row["pid_start"],
+        phases=json.loads(row["phases"]),
+        total_ms=row["total_ms"],
+        reason=row["reason"],
+    )
+
+
+def _generation_row(row: sqlite3.Row) -> GenerationRow:
+    return GenerationRow(
+        id=row["id"],
+        template=row["template"],
+        state=GenerationState(row["state"]),
+        created=row["created"],
+    )

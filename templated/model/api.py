@@ -1,0 +1,125 @@
+"""The bodies of the API, one definition each; the OpenAPI document is made from these."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from templated.model.names import MAX_COUNT
+
+
+class _Body(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A request body: a key that is not known is an error."""
+
+
+class CloneRequest(_Body, frozen=True, kw_only=True):
+    """Make one clone, or NAME-1 to NAME-count."""
+
+    name: str
+    template: str | None = None
+    """None: the only template that has an active generation."""
+    count: Annotated[int, Meta(ge=1, le=MAX_COUNT)] | None = None
+    path: Literal["cold", "direct"] | None = None
+    """Force a path; None takes the fastest."""
+
+
+class BuildRequest(_Body, frozen=True, kw_only=True):
+    """Build a template from its file in template_dirs, or from the YAML given here."""
+
+    spec: str | None = None
+    source: str = "the request"
+    """What errors call the given YAML, such as the name of the file it was read from."""
+
+
+class ExecRequest(_Body, frozen=True, kw_only=True):
+    """Run a command in a clone."""
+
+    argv: Annotated[tuple[str, ...], Meta(min_length=1)]
+    stdin: str | None = None
+    """Base64."""
+    timeout: Annotated[float, Meta(gt=0, le=86400)] = 60.0
+    """Seconds until the command is killed."""
+    env: dict[str, str] = {}
+
+
+class ExecFrame(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line of the answer to an exec: output as it comes, then one line with the end."""
+
+    stream: Literal["stdout", "stderr"] | None = None
+    data: str = ""
+    """Base64."""
+    exit_code: int | None = None
+    signal: int | None = None
+    timed_out: bool = False
+    error: str | None = None
+    """Why the command could not be run, or why its end is not known."""
+    done: bool = False
+
+
+class OperationState(enum.StrEnum):
+    """Where long work is."""
+
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class ErrorInfo(Struct, frozen=True, kw_only=True):
+    """What went wrong: a stable code, one line that says what, one that says what to do."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+
+class ErrorBody(Struct, frozen=True, kw_only=True):
+    """The body of every answer that is not a success."""
+
+    error: ErrorInfo
+
+
+class Operation(Struct, frozen=True, kw_only=True):
+    """Long work, such as a build. Its events are at /v1/operations/ID/events."""
+
+    id: str
+    kind: str
+    target: str
+    state: OperationState
+    started: str
+    error: ErrorInfo | None = None
+    result: dict[str, Any] | None = None
+
+
+class OperationEvent(Struct, frozen=True, kw_only=True):
+    """One step of long work.
+
+    type "phase": `name`, and `state` "start" or "done" with `seconds`.
+    type "probe": `name`, `state` "start", "passed" or "failed", `seconds`, and what it `saw`.
+    type "log": a line in `message`.
+    type "end": the last one; `state` is the operation's, `error` says why it failed.
+    """
+
+    time: str
+    type: Literal["phase", "probe", "log", "end"]
+    name: str = ""
+    state: str = ""
+    seconds: float | None = None
+    message: str = ""
+    saw: str = ""
+    error: ErrorInfo | None = None
+    result: dict[str, Any] | None = None
+
+
+class Info(Struct, frozen=True, kw_only=True):
+    """The daemon."""
+
+    version: str
+    pid: int
+    accel: str
+    qemu_version: str
+    state_dir: str
+    shm_dir: str
+    metrics: str | None
+    clones: int

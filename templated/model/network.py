@@ -1,0 +1,156 @@
+"""The config section `network:`, and the arithmetic of the addresses that clones get."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from typing import Annotated, TypeAlias
+
+from msgspec import Meta, Struct
+
+# Linux allows 15 bytes (IFNAMSIZ - 1). A first letter keeps names apart from options and indexes.
+InterfaceName = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_.-]{0,14}$")]
+NamespaceName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}$")]
+Subnet = Annotated[
+    str, Meta(pattern=r"^[0-9.]{7,15}/[0-9]{1,2}$", examples=["10.77.0.0/16"])
+]
+
+# A /8 has 2**24 addresses, as many as the 24 bits of a MAC that carry the index; a /29 leaves
+# four clones beside the addresses that are taken.
+_WIDEST, _NARROWEST = 8, 29
+# Of every subnet: its network address, the gateway and the DNS address in front, and the
+# broadcast address at the end.
+_FRONT, _RESERVED = 3, 4
+
+
+class _Section(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="mode"
+):
+    """Base of the modes: immutable, and a key it does not know is an error."""
+
+
+class UserNetwork(_Section, frozen=True, tag="user"):
+    """QEMU's own network stack (slirp), one per VM: clones never see each other.
+
+    `restrict` leaves the guest no way out; ports that are forwarded to it still work.
+    Raises ValueError when `subnet` is not usable.
+    """
+
+    subnet: Subnet = "10.77.0.0/16"
+    restrict: bool = True
+
+    def __post_init__(self) -> None:
+        parse_subnet(self.subnet)
+
+
+class BridgeNetwork(_Section, frozen=True, tag="bridge"):
+    """A tap per clone on a bridge of the host.
+
+    create        make the bridge when it is missing; else a missing bridge is an error
+    host_address  the bridge has the subnet's first address, which is the guests' gateway
+    isolate       clones reach the host but not each other
+    antispoof     a port passes only IPv4 and ARP from the address that it was made for (needs nft)
+    nat           masquerade what leaves for other networks (needs nft and ip_forward)
+    netns         a named network namespace that holds all of it; None is the daemon's own
+
+    Raises ValueError when `subnet` is not usable, and for `nat` without `host_address`.
+    """
+
+    bridge: InterfaceName = "templated0"
+    subnet: Subnet = "10.78.0.0/16"
+    create: bool = True
+    host_address: bool = True
+    isolate: bool = True
+    antispoof: bool = False
+    nat: bool = False
+    netns: NamespaceName | None = None
+
+    def __post_init__(self) -> None:
+        parse_subnet(self.subnet)
+        if self.nat and not self.host_address:
+            raise ValueError(
+                "nat: true needs host_address: true, the host is the way out"
+            )
+
+
+NetworkConfig: TypeAlias = UserNetwork | BridgeNetwork
+
+
+def parse_subnet(text: str) -> ipaddress.IPv4Network:
+    """The network `text` names. Raises ValueError: not IPv4, host bits set, prefix not 8 to 29."""
+    try:
+        network = ipaddress.IPv4Network(text)
+    except ValueError as error:
+        raise ValueError(f"subnet {text!r} is not an IPv4 network: {error}") from None
+    if not _WIDEST <= network.prefixlen <= _NARROWEST:
+        raise ValueError(
+            f"subnet {text!r}: the prefix must be /{_WIDEST} to /{_NARROWEST}"
+        )
+    if (
+        network.is_loopback
+        or network.is_multicast
+        or network.is_reserved
+        or text[:2] == "0."
+    ):
+        raise ValueError(f"subnet {text!r} is a range that hosts cannot have")
+    return network
+
+
+class AddressPlan:
+    """Which addresses the clone with a given index has. Pure: equal input gives equal addresses.
+
+    Indexes are 0 to capacity - 1. The subnet's first address is the gateway (slirp's host, or
+    the bridge) and its second slirp's DNS server; no clone gets either, in both modes, so that
+    a clone's address does not depend on the mode.
+    """
+
+    def __init__(self, subnet: str, host_tag: bytes) -> None:
+        """`host_tag` is anything that differs between hosts, such as the bytes of machine-id.
+
+        Two hosts on one segment then give out different MACs, but for a chance of 1 in 65536.
+        Raises ValueError as `parse_subnet` does.
+        """
+        self.network = parse_subnet(subnet)
+        self._base = int(self.network.network_address)
+        self._mac_prefix = b"\x02" + hashlib.sha256(host_tag).digest()[:2]
+
+    @property
+    def prefix(self) -> int:
+        """Length of the subnet's prefix, in bits."""
+        return self.network.prefixlen
+
+    @property
+    def gateway(self) -> str:
+        return str(self.network[1])
+
+    @property
+    def dns(self) -> str:
+        """Where slirp answers DNS. In bridge mode nobody is there."""
+        return str(self.network[2])
+
+    @property
+    def capacity(self) -> int:
+        """Number of clones that the subnet has addresses for."""
+        return self.network.num_addresses - _RESERVED
+
+    def ip(self, index: int) -> str:
+        """The clone's IPv4 address. Raises ValueError when the index is out of range."""
+        return str(ipaddress.IPv4Address(self._base + _FRONT + self._checked(index)))
+
+    def index(self, ip: str) -> int:
+        """The index whose address is `ip`. Raises ValueError when no clone can have it."""
+        return self._checked(int(ipaddress.IPv4Address(ip)) - self._base - _FRONT)
+
+    def mac(self, index: int) -> str:
+        """The clone's MAC: 02 (locally administered, unicast), 16 bits of host, 24 of index.
+
+        Raises ValueError when the index is out of range.
+        """
+        return (self._mac_prefix + self._checked(index).to_bytes(3, "big")).hex(":")
+
+    def _checked(self, index: int) -> int:
+        if not 0 <= index < self.capacity:
+            raise ValueError(
+                f"no address {index} in {self.network}: it has {self.capacity}"
+            )
+        return index

@@ -1,0 +1,1 @@
+"""The state machines: templates and their generations, clones and their slots."""

@@ -1,0 +1,362 @@
+"""One build of a template: boot the base VM, probe it, freeze it, prove it by a canary.
+
+The build works in directories that nothing else knows, so a failure at any point only has to
+remove them; the previous generation serves all the while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from templated.drivers import disk
+from templated.drivers.hypervisor.accel import CPUS
+from templated.drivers.hypervisor.base import Hardware, Kernel, Launch
+from templated.drivers.hypervisor.command import qemu_arguments
+from templated.drivers.image import Image
+from templated.drivers.network import Forward
+from templated.errors import BuildError, HostError, TemplatedError
+from templated.journal import now
+from templated.model.clone import Path as StartPath
+from templated.model.generation import Manifest, ProbeResult, QemuVersion
+from templated.model.network import BridgeNetwork
+from templated.model.spec import SerialProbe, TemplateSpec
+from templated.model.units import size_bytes
+from templated.services import generations
+from templated.services.context import Context
+from templated.services.generations import Generation, digest_file, freeze_file
+from templated.services.operations import Progress
+from templated.services.probes import Target, forwarded_ports, run_probes
+from templated.services.slots import Layer, PreparedSlot
+from templated.services.vm import PhaseClock, Vm, require_space, tail
+
+KERNEL_CMDLINE = "console=ttyS0 quiet loglevel=4 reboot=t panic=-1 ipv6.disable=1"
+_SAVE_TIMEOUT = 120.0
+_QUIT_TIMEOUT = 30.0
+_QUIESCE_TIMEOUT = 30.0
+# What QEMU and the state need beside the guest's memory.
+_SHM_SLACK = 16 << 20
+INTERNAL = "~"
+"""First character of the journal's names for VMs of a build; no clone can have it."""
+
+
+def new_generation_id() -> str:
+    """Sortable by time, distinct within a second."""
+    return f"{datetime.now(UTC):%Y%m%dt%H%M%S}-{secrets.token_hex(3)}"
+
+
+class Build:
+    """One build, from its spec to a proven generation. `run` does it, once."""
+
+    def __init__(
+        self, context: Context, spec: TemplateSpec, progress: Progress
+    ) -> None:
+        self.context = context
+        self.spec = spec
+        self.progress = progress
+        self.id = new_generation_id()
+        self.directory = context.layout.generation(spec.name, self.id)
+        self.frozen = context.layout.frozen(spec.name, self.id)
+        self.phases_s: dict[str, float] = {}
+
+    async def run(self) -> Generation:
+        """Build and prove; on failure nothing of the build is left. Raises TemplatedError."""
+        await self.context.journal.new_generation(self.id, self.spec.name)
+        try:
+            return await self._run()
+        except OSError as error:
+            raise HostError(f"the build cannot write its files: {error}") from error
+        finally:
+            for name, seconds in self.phases_s.items():
+                self.context.metrics.build_seconds.labels(self.spec.name, name).observe(
+                    seconds
+                )
+
+    async def discard(self) -> None:
+        """Remove everything of a build that failed."""
+        await generations.remove_files(self.context.layout, self.spec.name, self.id)
+        await self.context.journal.drop_generation(self.id)
+
+    async def _run(self) -> Generation:
+        qemu = await self.context.host.qemu()
+        with self._phase("image"):
+            image = await self.context.images.ensure(
+                self.spec.image, on_progress=self.progress.log
+            )
+        with self._phase("accelerator"):
+            hardware = await self._hardware(image)
+        self.progress.log(f"accelerator: {hardware.accel}")
+        memory = hardware.memory_bytes + _SHM_SLACK
+        require_space(self.context.layout.shm, memory, f"template {self.spec.name}")
+        self.directory.mkdir(mode=0o700, parents=True)
+        self.frozen.mkdir(mode=0o700, parents=True)
+        manifest = await self._base(image, hardware, qemu)
+        generation = Generation(manifest, self.directory, self.frozen)
+        with self._phase("digest"):
+            manifest = await self._seal(manifest)
+            generation.manifest = manifest
+            await generation.verify()
+        with self._phase("canary"):
+            canary = await self._canary(generation)
+        generation.manifest = _with(
+            manifest, canary_probes=canary, phases_s=self.phases_s
+        )
+        generations.write_manifest(self.directory, generation.manifest)
+        return generation
+
+    async def _hardware(self, image: Image) -> Hardware:
+        accel = await self.context.host.accelerator(image)
+        machine = self.spec.machine
+        return Hardware(
+            type=machine.type,
+            memory_bytes=size_bytes(machine.memory),
+            vcpus=machine.vcpus,
+            accel=accel,
+            cpu=CPUS[accel],
+        )
+
+    async def _base(
+        self, image: Image, hardware: Hardware, qemu: QemuVersion
+    ) -> Manifest:
+        """Boot, probe and freeze the base VM."""
+        kernel = boot_kernel(image, self.spec)
+        empty = await image_overlay(self.context, image)
+        async with self._slot(empty, "base") as prepared:
+            forwards, ports = self._forwards()
+            launch = self.context.starter.launch(prepared, hardware, forwards=forwards)
+            launch = replace(
+                launch, memory=self.frozen / generations.MEMORY, memory_shared=True
+            )
+            async with self._tail_on_failure(prepared):
+                with self._phase("boot"):
+                    vm = await self.context.starter.boot(
+                        prepared,
+                        launch,
+                        kernel,
+                        self.spec,
+                        self.spec.name,
+                        PhaseClock(),
+                        lambda vm: self._spawned(vm),
+                    )
+                try:
+                    with self._phase("probes"):
+                        probes = await self._probe(vm, ports)
+                    with self._phase("freeze"):
+                        lag = await self._freeze(vm)
+                finally:
+                    await vm.destroy()
+            prepared.overlay.rename(self.directory / generations.DISK)
+        return self._manifest(image, launch, kernel, qemu, probes, lag)
+
+    async def _spawned(self, vm: Vm) -> None:
+        machine = vm.machine
+        await self.context.journal.clone_spawned(
+            vm.slot.id, machine.pid, machine.start_time
+        )
+
+    async def _probe(
+        self, vm: Vm, ports: dict[int, tuple[str, int]], *, canary: bool = False
+    ) -> tuple[ProbeResult, ...]:
+        if isinstance(self.context.config.network, BridgeNetwork):
+            ports = {port: (vm.slot.ip, port) for port in ports}
+        # What a console showed while booting, it does not show again after a restore.
+        probes = [
+            p for p in self.spec.probes if not (canary and isinstance(p, SerialProbe))
+        ]
+        results = await run_probes(Target(vm, ports), probes, self.progress.probe)
+        for result in () if canary else results:
+            label = self.context.metrics.probe_seconds.labels(
+                self.spec.name, result.name
+            )
+            label.observe(result.seconds)
+        return results
+
+    async def _freeze(self, vm: Vm) -> float:
+        """Save the device state and quit; returns the lag of the agent's clock mark, seconds."""
+        machine = vm.machine
+        await machine.set_link(False)
+        await vm.agent.quiesce(_QUIESCE_TIMEOUT)
+        marked = time.monotonic()
+        await machine.pause()
+        lag = time.monotonic() - marked
+        await machine.detach_network()
+        await machine.save(self.frozen / generations.STATE, _SAVE_TIMEOUT)
+        await machine.quit(_QUIT_TIMEOUT)
+        return lag
+
+    async def _seal(self, manifest: Manifest) -> Manifest:
+        """Make the layers read-only, digest them, and make the empty layer 3 that clones copy."""
+        layer2 = self.directory / generations.DISK
+        await asyncio.to_thread(_fsync, layer2)
+        files = {}
+        paths = {
+            generations.MEMORY: self.frozen / generations.MEMORY,
+            generations.STATE: self.frozen / generations.STATE,
+            generations.DISK: layer2,
+        }
+        for name, path in paths.items():
+            # QEMU 7.2 opens a private memory file for writing too; only root still can then.
+            freeze_file(
+                path
+            ) if name != generations.MEMORY or _is_root() else path.chmod(0o600)
+            files[name] = await digest_file(path)
+        await disk.create_overlay(self.directory / generations.EMPTY, layer2)
+        freeze_file(self.directory / generations.EMPTY)
+        return _with(manifest, files=files)
+
+    async def _canary(self, generation: Generation) -> tuple[ProbeResult, ...]:
+        """Start one clone of the new generation and run the probes on it."""
+        async with self._slot(generation.layer.empty, "canary") as prepared:
+            forwards, ports = self._forwards()
+            async with self._tail_on_failure(prepared):
+                clock = PhaseClock()
+                hostname = f"{self.spec.name}-canary"
+                try:
+                    vm = await self.context.starter.restore(
+                        prepared,
+                        generation,
+                        hostname,
+                        clock,
+                        self._spawned,
+                        forwards=forwards,
+                    )
+                except (TemplatedError, TimeoutError) as error:
+                    cause = clock.failure(error)
+                    raise BuildError(
+                        f"the canary: {cause.message}", hint=cause.hint
+                    ) from error
+                try:
+                    return await self._probe(vm, ports, canary=True)
+                finally:
+                    await vm.destroy()
+
+    def _forwards(self) -> tuple[tuple[Forward, ...], dict[int, tuple[str, int]]]:
+        """Forwards for the probes that come from the host, and where they are."""
+        ports = {
+            p: ("127.0.0.1", _free_port()) for p in forwarded_ports(self.spec.probes)
+        }
+        if isinstance(self.context.config.network, BridgeNetwork):
+            return (), ports
+        return tuple(Forward(guest, host) for guest, (_, host) in ports.items()), ports
+
+    @asynccontextmanager
+    async def _slot(self, empty: Path, role: str) -> AsyncIterator[PreparedSlot]:
+        """A slot for a VM of this build, given back at the end."""
+        slots, journal = self.context.slots, self.context.journal
+        prepared = await slots.make(Layer(self.id, empty))
+        try:
+            name = f"{INTERNAL}{role}-{self.id}"
+            path = StartPath.COLD if role == "base" else StartPath.DIRECT
+            await journal.new_clone(name, prepared.slot.id, self.spec.name, path)
+            yield prepared
+        finally:
+            prepared.close()
+            await slots.drop(prepared.slot.id)
+
+    @asynccontextmanager
+    async def _tail_on_failure(self, prepared: PreparedSlot) -> AsyncIterator[None]:
+        """Report the end of the console before a failed VM's log goes away with its slot."""
+        try:
+            yield
+        except (TemplatedError, TimeoutError) as error:
+            lines = tail(prepared.places.serial_log, 12) or [
+                "(the console stayed empty)"
+            ]
+            for line in lines:
+                self.progress.log(f"console: {line}")
+            if isinstance(error, BuildError):
+                raise
+            cause = (
+                error.message
+                if isinstance(error, TemplatedError)
+                else "it took too long"
+            )
+            raise BuildError(
+                f"the base VM of {self.spec.name} did not come up: {cause}; "
+                f"last on its console: {lines[-1].strip()[:120]}",
+                hint="the console lines above show how far it got; see boot_timeout",
+            ) from error
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.progress.phase(name, "start")
+        begin = time.monotonic()
+        yield
+        self.phases_s[name] = round(time.monotonic() - begin, 3)
+        self.progress.phase(name, "done", self.phases_s[name])
+
+    def _manifest(
+        self,
+        image: Image,
+        launch: Launch,
+        kernel: Kernel,
+        qemu: QemuVersion,
+        probes: tuple[ProbeResult, ...],
+        lag: float,
+    ) -> Manifest:
+        command = qemu_arguments(qemu.path, replace(launch, boot=kernel))
+        return Manifest(
+            format=generations.MANIFEST_FORMAT,
+            id=self.id,
+            template=self.spec.name,
+            created=now(),
+            spec=self.spec,
+            image=image.digest,
+            qemu=qemu,
+            accel=launch.hardware.accel,
+            cpu=launch.hardware.cpu,
+            command_line=tuple(command),
+            kernel_cmdline=kernel.cmdline,
+            files={},
+            probes=probes,
+            canary_probes=(),
+            phases_s={},
+            freeze_lag_s=round(lag, 6),
+        )
+
+
+def boot_kernel(image: Image, spec: TemplateSpec) -> Kernel:
+    """What a full boot of this template starts."""
+    cmdline = f"{KERNEL_CMDLINE} {spec.machine.cmdline}".strip()
+    return Kernel(image.kernel, image.initrd, cmdline)
+
+
+async def image_overlay(context: Context, image: Image) -> Path:
+    """An empty layer over the image, made once per image."""
+    path = context.layout.state / "overlays" / f"{image.digest}.qcow2"
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        partial = path.with_suffix(f".{secrets.token_hex(4)}.part")
+        await disk.create_overlay(partial, image.disk)
+        partial.rename(path)
+    return path
+
+
+def _with(manifest: Manifest, **changes: object) -> Manifest:
+    return msgspec.structs.replace(manifest, **changes)
+
+
+def _free_port() -> int:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _fsync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _is_root() -> bool:
+    return os.geteuid() == 0

@@ -1,0 +1,444 @@
+"""Clones: starting, showing, removing, and noticing their end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+
+from templated.drivers.image import Image
+from templated.errors import (
+    Busy,
+    Conflict,
+    HostError,
+    NotFound,
+    StartError,
+    TemplatedError,
+)
+from templated.journal import CloneRow, now
+from templated.model.api import CloneRequest
+from templated.model.clone import TRANSITIONS, CloneState, CloneView, Identity
+from templated.model.clone import Path as StartPath
+from templated.model.names import check_clone_name, numbered
+from templated.services.build import INTERNAL, boot_kernel, image_overlay
+from templated.services.context import Context
+from templated.services.generations import Generation
+from templated.services.slots import Layer, PreparedSlot
+from templated.services.templates import Templates
+from templated.services.vm import PhaseClock, Vm, tail
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Clone:
+    """A clone that exists or is about to: its journal row, its VM, and what it waits for."""
+
+    name: str
+    template: str
+    generation: str
+    path: StartPath
+    created: str
+    state: CloneState = CloneState.STARTING
+    row: CloneRow | None = None
+    vm: Vm | None = None
+    phases_ms: dict[str, float] = field(default_factory=dict)
+    total_ms: float | None = None
+    reason: str = ""
+
+    def move(self, state: CloneState, reason: str = "") -> None:
+        """Change the state; a transition that the table does not have is a defect."""
+        if state not in TRANSITIONS[self.state]:
+            raise Conflict(
+                f"clone {self.name} is {self.state.value}, it cannot become {state}"
+            )
+        self.state = state
+        self.reason = reason or self.reason
+
+    def view(self) -> CloneView:
+        """The clone as users see it; the slot's numbers once it has one."""
+        slot = self.row.slot if self.row else None
+        return CloneView(
+            name=self.name,
+            template=self.template,
+            generation=self.generation,
+            state=self.state,
+            path=self.path,
+            pid=self.vm.machine.pid if self.vm else None,
+            uuid=slot.uuid if slot else "",
+            identity=Identity(
+                mac=slot.mac if slot else "",
+                ip=slot.ip if slot else "",
+                hostname=self.name,
+                machine_id=slot.machine_id if slot else "",
+                boot_id=slot.boot_id if slot else "",
+            ),
+            phases_ms=self.phases_ms,
+            total_ms=self.total_ms,
+            created=self.created,
+            reason=self.reason,
+        )
+
+
+class Clones:
+    """All clones of one daemon."""
+
+    def __init__(self, context: Context, group: asyncio.TaskGroup) -> None:
+        self._context = context
+        self._group = group
+        self._clones: dict[str, Clone] = {}
+        self._starts = asyncio.Semaphore(context.config.limits.concurrent_starts)
+        self._randoms: set[str] = set()
+        self.templates = Templates(context, self._in_use)
+        self._closing = False
+
+    def __len__(self) -> int:
+        return len(self._clones)
+
+    def _in_use(self, generation: str) -> int:
+        return sum(
+            1 for clone in self._clones.values() if clone.generation == generation
+        )
+
+    # --- starting ---------------------------------------------------------------------------
+
+    async def create(self, request: CloneRequest) -> list[CloneView]:
+        """Start one clone, or NAME-1 to NAME-count side by side.
+
+        All or nothing: when one fails, the others of the request are removed again. Raises
+        Conflict when a name is taken, StartError when a phase failed; nothing is left then.
+        """
+        clock = PhaseClock()
+        names = numbered(request.name, request.count)
+        path = StartPath(request.path or StartPath.DIRECT)
+        self._reserve(names, request, path)
+        tasks = [
+            self._group.create_task(self._start(name, clock.started)) for name in names
+        ]
+        try:
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        except asyncio.CancelledError:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            raise
+        failures = [r for r in results if isinstance(r, BaseException)]
+        if failures:
+            started = [
+                n for n, r in zip(names, results, strict=True) if isinstance(r, Clone)
+            ]
+            await asyncio.gather(*(self._remove_quietly(name) for name in started))
+            raise failures[0]
+        return [clone.view() for clone in results if isinstance(clone, Clone)]
+
+    def _reserve(
+        self, names: list[str], request: CloneRequest, path: StartPath
+    ) -> None:
+        """Take the names at once, so that of two requests for a name one fails early."""
+        generation = self.templates.serving(request.template)
+        for name in names:
+            if name in self._clones:
+                raise Conflict(
+                    f"a clone named {name} exists already",
+                    hint=f"take another name, or: templated rm {name}",
+                )
+        limit = self._context.config.limits.clones
+        if len(self._clones) + len(names) > limit:
+            raise Busy(
+                f"the limit of {limit} clones is reached", hint="see limits.clones"
+            )
+        for name in names:
+            self._clones[name] = Clone(
+                name, generation.manifest.template, generation.id, path, now()
+            )
+
+    async def _start(self, name: str, requested: float) -> Clone:
+        clone = self._clones[name]
+        clock = PhaseClock()
+        clock.started = requested
+        try:
+            generation = self.templates.serving(clone.template)
+            clone.generation = generation.id
+            async with self._starts:
+                await self._bring_up(clone, generation, clock)
+        except BaseException as error:
+            self._clones.pop(name, None)
+            raise self._failed(clone, clock, error) from error
+        self._count_states()
+        return clone
+
+    def _failed(
+        self, clone: Clone, clock: PhaseClock, error: BaseException
+    ) -> BaseException:
+        if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt)):
+            return error
+        failure = clock.failure(error)
+        failure = StartError(
+            f"clone {clone.name}: {failure.message}",
+            phase=failure.phase,
+            reason=failure.reason,
+            hint=failure.hint or f"see: templated template show {clone.template}",
+        )
+        metrics = self._context.metrics
+        metrics.failures.labels(clone.template, failure.reason).inc()
+        self._context.events.emit(
+            "clone.failed",
+            clone.name,
+            template=clone.template,
+            phase=failure.phase,
+            reason=failure.message,
+        )
+        if failure.reason == "internal":
+            log.error("start of %s failed", clone.name, exc_info=error)
+        return failure
+
+    async def _bring_up(
+        self, clone: Clone, generation: Generation, clock: PhaseClock
+    ) -> None:
+        slots = self._context.slots
+        begin = clock.total_ms()
+        layer, image = await self._layer(clone, generation)
+        prepared = await slots.take(layer)
+        try:
+            clone.row = await self._context.journal.new_clone(
+                clone.name, prepared.slot.id, clone.template, clone.path
+            )
+            clock.phases_ms["allocate"] = round(clock.total_ms() - begin, 3)
+            clone.vm = await self._start_vm(clone, generation, image, prepared, clock)
+            clone.phases_ms = clock.phases_ms
+            clone.total_ms = clock.total_ms()
+            await self._context.journal.clone_running(
+                prepared.slot.id, clone.phases_ms, clone.total_ms
+            )
+            clone.move(CloneState.RUNNING)
+        except BaseException:
+            await asyncio.shield(self._give_back(clone, prepared))
+            raise
+        self._watch(clone)
+        metrics = self._context.metrics
+        metrics.observe_start(
+            clone.template, clone.path, clone.phases_ms, clone.total_ms
+        )
+        self._context.events.emit(
+            "clone.running",
+            clone.name,
+            template=clone.template,
+            path=clone.path.value,
+            total_ms=clone.total_ms,
+        )
+
+    async def _layer(
+        self, clone: Clone, generation: Generation
+    ) -> tuple[Layer, Image | None]:
+        if clone.path is StartPath.DIRECT:
+            if generation.changed():
+                await self.templates.recheck(generation)
+            return generation.layer, None
+        image = self._context.images.get(generation.manifest.image)
+        if image is None:
+            raise HostError(
+                f"image {generation.manifest.image} is gone",
+                hint=f"run: templated template build {clone.template}",
+            )
+        # Not a layer that slots are kept ready for.
+        return Layer(
+            f"cold-{image.digest}", await image_overlay(self._context, image)
+        ), image
+
+    async def _start_vm(
+        self,
+        clone: Clone,
+        generation: Generation,
+        image: Image | None,
+        prepared: PreparedSlot,
+        clock: PhaseClock,
+    ) -> Vm:
+        starter = self._context.starter
+        if image is None:
+            return await starter.restore(
+                prepared, generation, clone.name, clock, self._spawned
+            )
+        spec = generation.manifest.spec
+        launch = starter.launch(prepared, generation.hardware)
+        kernel = boot_kernel(image, spec)
+        return await starter.boot(
+            prepared, launch, kernel, spec, clone.name, clock, self._spawned
+        )
+
+    async def _spawned(self, vm: Vm) -> None:
+        machine = vm.machine
+        await self._context.journal.clone_spawned(
+            vm.slot.id, machine.pid, machine.start_time
+        )
+
+    async def _give_back(self, clone: Clone, prepared: PreparedSlot) -> None:
+        if clone.vm is not None:
+            await clone.vm.destroy()
+        prepared.close()
+        await self._context.slots.drop(prepared.slot.id)
+
+    # --- showing ----------------------------------------------------------------------------
+
+    def views(self) -> list[CloneView]:
+        """All clones, oldest first."""
+        return [clone.view() for clone in self._clones.values()]
+
+    def view(self, name: str) -> CloneView:
+        """One clone; NotFound."""
+        return self._get(name).view()
+
+    def running(self, name: str) -> Vm:
+        """The VM of a running clone; NotFound, or Conflict when it does not run."""
+        clone = self._get(name)
+        if clone.state is not CloneState.RUNNING or clone.vm is None:
+            detail = f": {clone.reason}" if clone.reason else ""
+            raise Conflict(
+                f"clone {name} is {clone.state.value}{detail}",
+                hint=f"see: templated logs {name}, or remove it: templated rm {name}",
+            )
+        return clone.vm
+
+    def serial_log(self, name: str, lines: int) -> list[str]:
+        """The last lines of a clone's console."""
+        clone = self._get(name)
+        if clone.row is None:
+            return []
+        return tail(self._context.layout.vm(clone.row.slot.id).serial_log, lines)
+
+    def _get(self, name: str) -> Clone:
+        check_clone_name(name)
+        try:
+            return self._clones[name]
+        except KeyError:
+            raise NotFound(
+                f"there is no clone {name}", hint="see: templated ls"
+            ) from None
+
+    # --- ending -----------------------------------------------------------------------------
+
+    async def remove(self, name: str) -> None:
+        """End a clone and give back all that it had; NotFound, Conflict while it starts.
+
+        When giving back fails the clone stays, as removing, and `rm` can be tried again.
+        """
+        clone = self._get(name)
+        if clone.state is CloneState.STARTING:
+            raise Conflict(
+                f"clone {name} is still starting", hint="try again in a moment"
+            )
+        if clone.state is not CloneState.REMOVING:
+            clone.move(CloneState.REMOVING)
+        assert clone.row is not None
+        await self._context.journal.clone_state(name, CloneState.REMOVING)
+        if clone.vm is not None:
+            await clone.vm.destroy()
+        await self._context.slots.drop(clone.row.slot.id)
+        if self._clones.get(name) is clone:
+            del self._clones[name]
+            self._context.events.emit("clone.removed", name, template=clone.template)
+            self._count_states()
+            await self.templates.clone_ended(clone.generation)
+
+    async def _remove_quietly(self, name: str) -> None:
+        with contextlib.suppress(TemplatedError):
+            await self.remove(name)
+
+    def _watch(self, clone: Clone) -> None:
+        """Notice the end of a running clone's VM at once, by its pidfd."""
+
+        def ended(future: asyncio.Future[str]) -> None:
+            if (
+                not self._closing
+                and clone.state is CloneState.RUNNING
+                and not future.cancelled()
+            ):
+                self._group.create_task(self._died(clone, future.result()))
+
+        assert clone.vm is not None
+        clone.vm.machine.exited.add_done_callback(ended)
+
+    async def _died(self, clone: Clone, how: str) -> None:
+        if clone.state is not CloneState.RUNNING:
+            return
+        clone.move(CloneState.DEAD, f"its VM {how}")
+        self._context.events.emit("clone.dead", clone.name, reason=clone.reason)
+        self._count_states()
+        assert clone.vm is not None
+        await clone.vm.destroy()
+        clone.vm = None
+        with contextlib.suppress(TemplatedError):
+            await self._context.journal.clone_state(
+                clone.name, CloneState.DEAD, clone.reason
+            )
+
+    def _count_states(self) -> None:
+        gauge = self._context.metrics.clones
+        gauge.clear()
+        counts = Counter((c.template, c.state.value) for c in self._clones.values())
+        for (template, state), number in counts.items():
+            gauge.labels(template, state).set(number)
+
+    # --- restart of the daemon --------------------------------------------------------------
+
+    async def adopt(self, rows: list[CloneRow]) -> list[str]:
+        """Take over the clones that an earlier daemon left running.
+
+        Returns the ids of slots whose VM is not to be kept: starts that were interrupted, VMs of
+        builds, and removals under way. The caller destroys those.
+        """
+        orphans = []
+        for row in rows:
+            keep = row.state in (CloneState.RUNNING, CloneState.DEAD)
+            if row.name.startswith(INTERNAL) or not keep:
+                orphans.append(row.slot.id)
+            else:
+                await self._adopt_one(row)
+        self._count_states()
+        return orphans
+
+    async def _adopt_one(self, row: CloneRow) -> None:
+        clone = Clone(
+            row.name,
+            row.template,
+            row.slot.generation,
+            row.path,
+            row.created,
+            state=row.state,
+            row=row,
+            phases_ms=row.phases,
+            total_ms=row.total_ms,
+            reason=row.reason,
+        )
+        self._clones[row.name] = clone
+        if row.state is not CloneState.RUNNING:
+            return
+        places = self._context.layout.vm(row.slot.id)
+        machine = None
+        if row.pid is not None and row.pid_start is not None:
+            machine = self._context.hypervisor.adopt(
+                row.pid, row.pid_start, places, row.slot.uuid
+            )
+        if machine is None:
+            clone.move(CloneState.DEAD, "its VM ended while the daemon was away")
+            await self._context.journal.clone_state(
+                row.name, CloneState.DEAD, clone.reason
+            )
+            return
+        clone.vm = Vm(row.slot, places, machine)
+        try:
+            await clone.vm.connect(10.0)
+        except TemplatedError as error:
+            log.warning(
+                "clone %s runs but does not answer: %s", row.name, error.message
+            )
+        self._watch(clone)
+        self._context.events.emit("clone.adopted", row.name, template=row.template)
+
+    async def release(self) -> None:
+        """Let go of all VMs, which outlive the daemon."""
+        self._closing = True
+        for clone in self._clones.values():
+            if clone.vm is not None:
+                await clone.vm.release()

@@ -1,0 +1,36 @@
+"""What all services of one daemon share. Built once by `Daemon`, in one direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from templated.drivers.hypervisor.base import Hypervisor
+from templated.drivers.image import ImageStore
+from templated.drivers.network import Network
+from templated.journal import Journal
+from templated.model.config import Config
+from templated.model.network import AddressPlan
+from templated.services.events import EventBus
+from templated.services.host import Host
+from templated.services.metrics import Metrics
+from templated.services.places import Layout
+from templated.services.slots import Slots
+from templated.services.starter import Starter
+
+
+@dataclass(frozen=True)
+class Context:
+    """The parts below the services that own state machines."""
+
+    config: Config
+    layout: Layout
+    journal: Journal
+    images: ImageStore
+    host: Host
+    hypervisor: Hypervisor
+    network: Network
+    plan: AddressPlan
+    slots: Slots
+    starter: Starter
+    events: EventBus
+    metrics: Metrics

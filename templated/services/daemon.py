@@ -1,0 +1,161 @@
+"""Builds all services of one daemon, in order, and takes them down in the reverse order."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from templated.drivers.hypervisor.base import Hypervisor
+from templated.drivers.hypervisor.qemu import Qemu
+from templated.drivers.image import ImageStore
+from templated.drivers.network import Network, make_network
+from templated.errors import Conflict
+from templated.journal import Journal
+from templated.model.config import Config
+from templated.model.network import AddressPlan
+from templated.services.clones import Clones
+from templated.services.context import Context
+from templated.services.events import EventBus
+from templated.services.host import Host
+from templated.services.janitor import keep_logs_short
+from templated.services.metrics import Metrics
+from templated.services.operations import Operations
+from templated.services.places import Layout
+from templated.services.recovery import recover
+from templated.services.slots import Slots
+from templated.services.starter import Starter
+
+log = logging.getLogger(__name__)
+
+
+class Services:
+    """What the API calls."""
+
+    def __init__(
+        self, context: Context, clones: Clones, operations: Operations
+    ) -> None:
+        self.context = context
+        self.clones = clones
+        self.templates = clones.templates
+        self.operations = operations
+
+
+class Foundation:
+    """What must be made before the event loop runs (the bridge driver's import blocks)."""
+
+    def __init__(self, config: Config, hypervisor: Hypervisor | None = None) -> None:
+        self.config = config
+        self.layout = Layout(config)
+        self.layout.create()
+        self._lock = _lock(self.layout.lock)
+        tag = _machine_id()
+        self.plan = AddressPlan(config.network.subnet, tag)
+        owner = hashlib.sha256(tag + str(self.layout.state).encode()).hexdigest()[:12]
+        self.network: Network = make_network(config.network, self.plan, owner)
+        self.hypervisor = hypervisor or Qemu(config.qemu)
+
+    def close(self) -> None:
+        """Let another daemon use state_dir."""
+        os.close(self._lock)
+
+
+@asynccontextmanager
+async def services(foundation: Foundation) -> AsyncIterator[Services]:
+    """All services, recovered and running. VMs go on when this ends."""
+    journal = Journal(foundation.layout.journal)
+    await journal.open()
+    context = _context(foundation, journal)
+    try:
+        async with asyncio.TaskGroup() as group:
+            clones = Clones(context, group)
+            await recover(context, clones)
+            await clones.templates.open()
+            helpers = [
+                group.create_task(context.slots.refill(), name="slots"),
+                group.create_task(
+                    keep_logs_short(foundation.layout.slots), name="janitor"
+                ),
+            ]
+            try:
+                yield Services(context, clones, Operations(group))
+            finally:
+                await _stop(context, clones, helpers, group)
+    finally:
+        await context.network.close(remove=False)
+        await journal.close()
+
+
+async def _stop(
+    context: Context,
+    clones: Clones,
+    helpers: list[asyncio.Task[None]],
+    group: asyncio.TaskGroup,
+) -> None:
+    """Cancel what still runs (builds, starts), and wait until it has given everything back."""
+    context.events.close()
+    current = asyncio.current_task()
+    running = [t for t in group._tasks if t is not current]
+    for task in {*helpers, *running}:
+        task.cancel()
+    await asyncio.wait({*helpers, *running})
+    await context.slots.close()
+    await clones.release()
+
+
+def _context(foundation: Foundation, journal: Journal) -> Context:
+    config, layout = foundation.config, foundation.layout
+    slots = Slots(
+        journal,
+        layout,
+        foundation.network,
+        foundation.plan,
+        ready=config.slots.ready,
+        capacity=config.limits.clones + config.slots.ready * 64,
+    )
+    starter = Starter(
+        foundation.hypervisor,
+        foundation.network,
+        foundation.plan,
+        config.restore.transport,
+    )
+    return Context(
+        config=config,
+        layout=layout,
+        journal=journal,
+        images=ImageStore(layout.state),
+        host=Host(config, layout.state),
+        hypervisor=foundation.hypervisor,
+        network=foundation.network,
+        plan=foundation.plan,
+        slots=slots,
+        starter=starter,
+        events=EventBus(),
+        metrics=Metrics(),
+    )
+
+
+def _lock(path: Path) -> int:
+    """One daemon per state_dir; Conflict when there is one already."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise Conflict(
+            f"another daemon uses {path.parent}",
+            hint="stop it first, or set another state_dir",
+        ) from None
+    return fd
+
+
+def _machine_id() -> bytes:
+    try:
+        return Path("/etc/machine-id").read_bytes() or b"no machine-id"
+    except OSError:
+        return os.uname().nodename.encode()

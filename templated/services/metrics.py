@@ -1,0 +1,99 @@
+"""Prometheus metrics. Names and buckets are fixed: dashboards and alerts depend on them."""
+
+from __future__ import annotations
+
+import platform
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+
+from templated import __version__
+
+# Seconds. 100 ms is what a user of functions waits for, so the buckets are dense around it.
+START_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1),
+    *(0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
+BUILD_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """All metrics of one daemon, on a registry of its own. No label ever holds a clone's name."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self._starts()
+        self._templates()
+
+    def _starts(self) -> None:
+        self.clone_seconds = Histogram(
+            "templated_clone_seconds",
+            "From the request's arrival to the guest's confirmed identity with its link up.",
+            ("template", "path"),
+            buckets=START_BUCKETS,
+            registry=self.registry,
+        )
+        self.phase_seconds = Histogram(
+            "templated_clone_phase_seconds",
+            "Time of one phase of a start.",
+            ("template", "path", "phase"),
+            buckets=START_BUCKETS,
+            registry=self.registry,
+        )
+        self.failures = Counter(
+            "templated_clone_failures",
+            "Starts that failed, by the reason.",
+            ("template", "reason"),
+            registry=self.registry,
+        )
+        self.clones = Gauge(
+            "templated_clones",
+            "Clones by state.",
+            ("template", "state"),
+            registry=self.registry,
+        )
+
+    def _templates(self) -> None:
+        self.build_seconds = Histogram(
+            "templated_template_build_seconds",
+            "Time of one phase of a template build.",
+            ("template", "phase"),
+            buckets=BUILD_BUCKETS,
+            registry=self.registry,
+        )
+        self.generation_info = Gauge(
+            "templated_template_generation_info",
+            "1 for the active generation of a template.",
+            ("template", "generation", "accel", "qemu_version"),
+            registry=self.registry,
+        )
+        self.probe_seconds = Histogram(
+            "templated_probe_seconds",
+            "Time until a QA probe passed.",
+            ("template", "probe"),
+            buckets=BUILD_BUCKETS,
+            registry=self.registry,
+        )
+        self.build_info = Gauge(
+            "templated_build_info",
+            "1; the labels tell what runs.",
+            ("version", "python_version"),
+            registry=self.registry,
+        )
+        self.build_info.labels(__version__, platform.python_version()).set(1)
+
+    def observe_start(
+        self, template: str, path: str, phases_ms: dict[str, float], total_ms: float
+    ) -> None:
+        """Count one successful start; times in milliseconds."""
+        self.clone_seconds.labels(template, path).observe(total_ms / 1000)
+        for phase, ms in phases_ms.items():
+            self.phase_seconds.labels(template, path, phase).observe(ms / 1000)

@@ -1,0 +1,158 @@
+"""Long work that a request starts and does not wait for: it can be followed and looked up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from templated.errors import NotFound, TemplatedError
+from templated.journal import now
+from templated.model.api import ErrorInfo, Operation, OperationEvent, OperationState
+
+log = logging.getLogger(__name__)
+_KEPT = 100
+
+
+class Progress:
+    """Where a piece of long work reports its steps."""
+
+    def __init__(self) -> None:
+        self.events: list[OperationEvent] = []
+        self._changed = asyncio.Event()
+
+    def phase(self, name: str, state: str, seconds: float | None = None) -> None:
+        """A phase begins ("start") or has ended ("done", with its seconds)."""
+        self._add(
+            OperationEvent(
+                time=now(), type="phase", name=name, state=state, seconds=seconds
+            )
+        )
+
+    def probe(self, name: str, state: str, seconds: float | None, saw: str) -> None:
+        """A probe begins, has passed, or has failed."""
+        event = OperationEvent(
+            time=now(), type="probe", name=name, state=state, seconds=seconds, saw=saw
+        )
+        self._add(event)
+
+    def log(self, message: str) -> None:
+        """A line for people."""
+        self._add(OperationEvent(time=now(), type="log", message=message))
+
+    def end(
+        self,
+        state: OperationState,
+        error: ErrorInfo | None,
+        result: dict[str, Any] | None,
+    ) -> None:
+        """The last event."""
+        event = OperationEvent(
+            time=now(), type="end", state=state.value, error=error, result=result
+        )
+        self._add(event)
+
+    async def follow(self) -> AsyncIterator[OperationEvent]:
+        """All events from the beginning, until the last one."""
+        position = 0
+        while True:
+            while position < len(self.events):
+                event = self.events[position]
+                position += 1
+                yield event
+                if event.type == "end":
+                    return
+            await self._changed.wait()
+
+    def _add(self, event: OperationEvent) -> None:
+        self.events.append(event)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+Work = Callable[[Progress], Awaitable[dict[str, Any]]]
+
+
+class Operations:
+    """Runs long work in the daemon's task group and remembers the last of it."""
+
+    def __init__(self, group: asyncio.TaskGroup) -> None:
+        self._group = group
+        self._known: dict[str, tuple[Operation, Progress]] = {}
+
+    def start(self, kind: str, target: str, work: Work) -> Operation:
+        """Begin; the answer names the operation to follow."""
+        operation = Operation(
+            id=secrets.token_hex(6),
+            kind=kind,
+            target=target,
+            state=OperationState.RUNNING,
+            started=now(),
+        )
+        progress = Progress()
+        self._known[operation.id] = (operation, progress)
+        self._forget()
+        self._group.create_task(
+            self._run(operation, progress, work), name=f"{kind} {target}"
+        )
+        return operation
+
+    def get(self, operation_id: str) -> tuple[Operation, Progress]:
+        """An operation and its events; NotFound when it is not (or no longer) known."""
+        try:
+            return self._known[operation_id]
+        except KeyError:
+            raise NotFound(f"there is no operation {operation_id}") from None
+
+    async def _run(self, operation: Operation, progress: Progress, work: Work) -> None:
+        try:
+            result = await work(progress)
+        except TemplatedError as error:
+            info = ErrorInfo(code=error.code, message=error.message, hint=error.hint)
+            self._end(operation, progress, OperationState.FAILED, error=info)
+        except asyncio.CancelledError:
+            info = ErrorInfo(code="cancelled", message="the daemon was stopped")
+            self._end(operation, progress, OperationState.FAILED, error=info)
+            raise
+        except Exception as error:
+            log.exception("%s %s failed", operation.kind, operation.target)
+            info = ErrorInfo(
+                code="internal",
+                message=f"{type(error).__name__}: {error}",
+                hint="the daemon's log has the details; this is a defect",
+            )
+            self._end(operation, progress, OperationState.FAILED, error=info)
+        else:
+            self._end(operation, progress, OperationState.DONE, result=result)
+
+    def _end(
+        self,
+        operation: Operation,
+        progress: Progress,
+        state: OperationState,
+        *,
+        error: ErrorInfo | None = None,
+        result: dict[str, Any] | None = None,
+    ) -> None:
+        ended = Operation(
+            id=operation.id,
+            kind=operation.kind,
+            target=operation.target,
+            started=operation.started,
+            state=state,
+            error=error,
+            result=result,
+        )
+        self._known[operation.id] = (ended, progress)
+        progress.end(state, error, result)
+
+    def _forget(self) -> None:
+        ended = [
+            i
+            for i, (o, _) in self._known.items()
+            if o.state is not OperationState.RUNNING
+        ]
+        for operation_id in ended[: max(0, len(self._known) - _KEPT)]:
+            del self._known[operation_id]

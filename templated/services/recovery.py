@@ -1,0 +1,64 @@
+"""After a restart: what the journal names is adopted or destroyed, and nothing else is touched.
+
+Owner tags: a QEMU is ours when its command line has the UUID of a slot in the journal, a tap when
+its alias has our owner id, a directory when it lies in slots/ or vm/ of our own places.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+from pathlib import Path
+
+from templated.drivers.hypervisor import process
+from templated.drivers.hypervisor.base import Hypervisor
+from templated.model.clone import Slot
+from templated.services.clones import Clones
+from templated.services.context import Context
+
+log = logging.getLogger(__name__)
+
+
+async def recover(context: Context, clones: Clones) -> None:
+    """Bring the world and the journal together again, before the first request."""
+    rows = await context.journal.clones()
+    slots = {row.slot.id: row.slot for row in rows}
+    orphans = await clones.adopt(rows)
+    kept = set(slots) - set(orphans)
+    await context.network.open()
+    await context.network.sweep(kept)
+    free = {slot.id: slot for slot, _ in await context.journal.free_slots()}
+    for slot in [*(slots[i] for i in orphans), *free.values()]:
+        await _destroy(context.hypervisor, context, slot)
+    await asyncio.to_thread(_remove_strays, context.layout.slots, kept)
+    await asyncio.to_thread(_remove_strays, context.layout.sockets, kept)
+
+
+async def _destroy(hypervisor: Hypervisor, context: Context, slot: Slot) -> None:
+    """End a VM that is not to be kept, also when it was killed before its pid was written."""
+    for pid in await asyncio.to_thread(_pids_of, slot.uuid):
+        started = process.start_time(pid)
+        places = context.layout.vm(slot.id)
+        machine = hypervisor.adopt(pid, started, places, slot.uuid) if started else None
+        if machine is not None:
+            log.info(
+                "ending the VM of slot %s, which an earlier daemon left (pid %d)",
+                slot.id,
+                pid,
+            )
+            await machine.destroy()
+    await context.slots.drop(slot.id)
+
+
+def _pids_of(uuid: str) -> list[int]:
+    pids = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
+    return [pid for pid in pids if uuid in process.command_line(pid)]
+
+
+def _remove_strays(directory: Path, keep: set[str]) -> None:
+    for path in directory.iterdir():
+        if path.name not in keep:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

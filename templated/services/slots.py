@@ -1,0 +1,211 @@
+"""Slots: everything that a clone needs and that can be made before anyone asks for it.
+
+A slot has its numbers (UUID, MAC, IP, machine-id), its directories, listening sockets, network
+port and disk layer 3. Some per generation are kept ready; taking one is a pop from a deque.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import shutil
+import socket
+import uuid
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from templated.drivers import disk
+from templated.drivers.hypervisor.base import Places
+from templated.drivers.network import Network, Port
+from templated.errors import HostError, TemplatedError
+from templated.journal import Journal
+from templated.model.clone import Slot
+from templated.model.network import AddressPlan
+from templated.services.places import Layout
+
+log = logging.getLogger(__name__)
+_RETRY_AFTER = 5.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a slot's disk layer 3 is made from: an empty overlay to copy."""
+
+    generation: str
+    empty: Path
+
+
+@dataclass
+class PreparedSlot:
+    """A slot with its things. `close` gives back the descriptors that only the parent needs."""
+
+    slot: Slot
+    places: Places
+    overlay: Path
+    port: Port
+    qmp: socket.socket
+    agent: socket.socket
+    extra_fds: list[int] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Close our copies; a QEMU that was started has its own."""
+        self.qmp.close()
+        self.agent.close()
+        self.port.close()
+
+
+class Slots:
+    """Makes slots, keeps some ready, and gives back what they hold."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        layout: Layout,
+        network: Network,
+        plan: AddressPlan,
+        *,
+        ready: int,
+        capacity: int,
+    ) -> None:
+        self._journal = journal
+        self._layout = layout
+        self._network = network
+        self._plan = plan
+        self._target = ready
+        self._capacity = min(capacity, plan.capacity)
+        self._ready: dict[str, deque[PreparedSlot]] = defaultdict(deque)
+        self._layers: dict[str, Layer] = {}
+        self._wanted = asyncio.Event()
+
+    async def take(self, layer: Layer) -> PreparedSlot:
+        """A ready slot, or one made now; the caller gives it back with `drop`."""
+        self._wanted.set()
+        waiting = self._ready.get(layer.generation)
+        if waiting:
+            return waiting.popleft()
+        return await self.make(layer)
+
+    def put_back(self, prepared: PreparedSlot) -> None:
+        """Return a slot that was never used."""
+        self._ready[prepared.slot.generation].appendleft(prepared)
+
+    async def make(self, layer: Layer) -> PreparedSlot:
+        """Make a slot with all its things; on failure nothing of it is left."""
+        slot = await self._journal.new_slot(
+            layer.generation, lambda index: self._numbers(index, layer), self._capacity
+        )
+        try:
+            prepared = await self._equip(slot, layer)
+            await self._journal.slot_ready(slot.id)
+        except BaseException:
+            await self.drop(slot.id)
+            raise
+        return prepared
+
+    async def drop(self, slot_id: str) -> None:
+        """Give back everything that a slot holds, its journal rows last. Idempotent."""
+        places = self._layout.vm(slot_id)
+        await self._network.drop_port(slot_id)
+        await asyncio.to_thread(_remove, places)
+        await self._journal.drop_slot(slot_id)
+
+    def serve(self, layer: Layer) -> None:
+        """Keep slots of this generation ready from now on."""
+        self._layers[layer.generation] = layer
+        self._wanted.set()
+
+    async def retire(self, generation: str) -> None:
+        """Give back the ready slots of a generation that nobody will ask for any more."""
+        self._layers.pop(generation, None)
+        for prepared in self._ready.pop(generation, ()):
+            prepared.close()
+            await self.drop(prepared.slot.id)
+
+    async def refill(self) -> None:
+        """Keep the deques filled until cancelled. A failure is logged and tried again later."""
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            try:
+                await self._fill()
+            except TemplatedError as error:
+                log.warning("cannot make slots ready: %s", error.message)
+                await asyncio.sleep(_RETRY_AFTER)
+                self._wanted.set()
+
+    async def _fill(self) -> None:
+        for generation, layer in list(self._layers.items()):
+            while len(self._ready[generation]) < self._target:
+                prepared = await self.make(layer)
+                if generation not in self._layers:  # retired meanwhile
+                    prepared.close()
+                    await self.drop(prepared.slot.id)
+                    break
+                self._ready[generation].append(prepared)
+
+    async def close(self) -> None:
+        """Give back all ready slots."""
+        for generation in list(self._ready):
+            await self.retire(generation)
+
+    def _numbers(self, index: int, layer: Layer) -> Slot:
+        return Slot(
+            id=secrets.token_hex(5),
+            index=index,
+            generation=layer.generation,
+            uuid=str(uuid.uuid4()),
+            mac=self._plan.mac(index),
+            ip=self._plan.ip(index),
+            machine_id=uuid.uuid4().hex,
+            boot_id=str(uuid.uuid4()),
+        )
+
+    async def _equip(self, slot: Slot, layer: Layer) -> PreparedSlot:
+        places = self._layout.vm(slot.id)
+        overlay = self._layout.overlay(slot.id)
+        with contextlib.ExitStack() as undo:
+            qmp, agent = await asyncio.to_thread(_files, places, layer.empty, overlay)
+            undo.callback(qmp.close)
+            undo.callback(agent.close)
+            port = await self._network.make_port(slot.id, slot.index)
+            undo.pop_all()
+        return PreparedSlot(slot, places, overlay, port, qmp, agent)
+
+
+def _files(
+    places: Places, empty: Path, overlay: Path
+) -> tuple[socket.socket, socket.socket]:
+    try:
+        places.directory.mkdir(mode=0o700)
+        places.sockets.mkdir(mode=0o700)
+        disk.copy_overlay(empty, overlay)
+        qmp = _listen(places.qmp)
+        try:
+            return qmp, _listen(places.agent)
+        except BaseException:
+            qmp.close()
+            raise
+    except OSError as error:
+        raise HostError(
+            f"cannot prepare a slot: {error}", hint="see `templated doctor`"
+        ) from error
+
+
+def _listen(path: Path) -> socket.socket:
+    """A socket that QEMU inherits: whoever connects before QEMU runs waits in its backlog."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        listener.bind(str(path))
+        listener.listen(2)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove(places: Places) -> None:
+    shutil.rmtree(places.sockets, ignore_errors=True)
+    shutil.rmtree(places.directory, ignore_errors=True)

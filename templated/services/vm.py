@@ -1,0 +1,143 @@
+"""One virtual machine on its slot: what the base VM, the canary and every clone have in common."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from templated.drivers.guest import Agent
+from templated.drivers.hypervisor.base import Hypervisor, Launch, Machine, Places
+from templated.drivers.hypervisor.qemu import log_tail
+from templated.errors import GuestError, HostError, StartError, TemplatedError
+from templated.model.clone import Phase, Slot
+
+
+class PhaseClock:
+    """Times the phases of one start; knows which one it is in when something fails."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.phases_ms: dict[str, float] = {}
+        self.current: Phase = Phase.ALLOCATE
+
+    @contextmanager
+    def __call__(self, phase: Phase) -> Iterator[None]:
+        self.current = phase
+        begin = time.perf_counter()
+        yield
+        self.phases_ms[phase.value] = round((time.perf_counter() - begin) * 1000, 3)
+
+    def total_ms(self) -> float:
+        """Milliseconds since the request's arrival."""
+        return round((time.perf_counter() - self.started) * 1000, 3)
+
+    def failure(self, error: BaseException) -> StartError:
+        """What went wrong, and where."""
+        if isinstance(error, TemplatedError):
+            message, hint, reason = error.message, error.hint, error.code
+        elif isinstance(error, TimeoutError):
+            message, hint, reason = (
+                "the start took too long",
+                "see start_timeout",
+                "timeout",
+            )
+        else:
+            message, hint, reason = f"{type(error).__name__}: {error}", "", "internal"
+        return StartError(
+            f"the start failed in phase {self.current.value}: {message}",
+            phase=self.current.value,
+            reason=reason,
+            hint=hint,
+        )
+
+
+class Vm:
+    """A process, its control channel and its agent. `destroy` or `release` ends the handle."""
+
+    def __init__(self, slot: Slot, places: Places, machine: Machine) -> None:
+        self.slot = slot
+        self.places = places
+        self.machine = machine
+        self.agent = Agent(places.agent)
+
+    async def connect(self, timeout: float) -> None:
+        """Wait for the control channel; the agent's port is connected at the same time.
+
+        The port must be connected before state is restored: the frozen guest knows it as open.
+        """
+        await self.agent.connect()
+        await self.machine.connect(timeout)
+
+    async def boot(self, timeout: float) -> None:
+        """Wait until the agent of a booting guest answers."""
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                async with asyncio.timeout(left):
+                    await self._ping_or_exit(min(left, 1.0))
+                return
+            except (GuestError, TimeoutError, TemplatedError) as error:
+                if self.machine.exited.done():
+                    raise
+                last = error
+                await asyncio.sleep(0.02)
+        raise GuestError(f"the guest did not boot within {timeout:g} s ({last})")
+
+    async def _ping_or_exit(self, timeout: float) -> None:
+        ping = asyncio.ensure_future(self.agent.ping(timeout))
+        await asyncio.wait(
+            {ping, self.machine.exited}, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not ping.done():
+            ping.cancel()
+            await asyncio.wait({ping})
+            how = self.machine.exited.result()
+            raise GuestError(f"QEMU {how}{log_tail(self.places.qemu_log)}")
+        ping.result()
+
+    def serial_tail(self, lines: int = 12) -> list[str]:
+        """The last lines of the console."""
+        return tail(self.places.serial_log, lines)
+
+    async def destroy(self) -> None:
+        """End the VM at once and let go of everything of it. Idempotent."""
+        await self.agent.close()
+        await self.machine.destroy()
+
+    async def release(self) -> None:
+        """Let go of a VM that outlives the daemon."""
+        await self.agent.close()
+        await self.machine.release()
+
+
+def spawn(hypervisor: Hypervisor, slot: Slot, launch: Launch) -> Vm:
+    """Start a VM; HostError when the hypervisor cannot be started."""
+    return Vm(slot, launch.places, hypervisor.spawn(launch))
+
+
+def tail(path: Path, lines: int) -> list[str]:
+    """The last lines of a log, printable; empty when there is none."""
+    with contextlib.suppress(OSError), open(path, "rb") as log:
+        log.seek(max(0, os.fstat(log.fileno()).st_size - 16384))
+        text = log.read().decode(errors="replace").replace("\r", "")
+        printable = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+        return printable.splitlines()[-lines:]
+    return []
+
+
+def require_space(directory: Path, needed: int, what: str) -> None:
+    """HostError unless `needed` bytes are free: QEMU dies of SIGBUS when /dev/shm fills up."""
+    status = os.statvfs(directory)
+    free = status.f_bavail * status.f_frsize
+    if free < needed:
+        raise HostError(
+            f"{what} needs {needed >> 20} MiB in {directory}, where {free >> 20} MiB are free",
+            hint="remove old generations and clones, or enlarge it: "
+            "mount -o remount,size=... /dev/shm",
+        )
