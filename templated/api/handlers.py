@@ -16,14 +16,18 @@ from prometheus_client import generate_latest
 
 from templated import __version__
 from templated.api.errors import body_of
-from templated.errors import InvalidRequest, TemplatedError
+from templated.errors import Busy, InvalidRequest, TemplatedError
 from templated.model.api import BuildRequest, CloneRequest, ExecFrame, ExecRequest, Info
 from templated.model.names import check_clone_name
 from templated.services.daemon import Services
+from templated.services.events import Event
+from templated.services.vm import tail
 
 SERVICES = web.AppKey("services", Services)
 _FOLLOW_INTERVAL = 0.2
 _FILE_TIMEOUT = 30.0
+# Frames of up to 64 KiB that wait for a slow reader before its request is ended.
+_MAX_UNREAD = 512
 
 
 def _json(value: Any, status: int = 200) -> web.Response:
@@ -87,6 +91,8 @@ async def exec_in_clone(request: web.Request) -> web.StreamResponse:
     output: asyncio.Queue[ExecFrame | None] = asyncio.Queue()
 
     def sink(stream: str, data: bytes) -> None:
+        if output.qsize() > _MAX_UNREAD:
+            raise Busy("the client does not read the command's output")
         kind: Any = stream
         output.put_nowait(ExecFrame(stream=kind, data=base64.b64encode(data).decode()))
 
@@ -120,14 +126,15 @@ async def exec_in_clone(request: web.Request) -> web.StreamResponse:
 async def logs(request: web.Request) -> web.StreamResponse:
     clones = request.app[SERVICES].clones
     name = request.match_info["name"]
-    lines = clones.serial_log(name, _number(request, "lines", 1000))
+    wanted = _number(request, "lines", 1000)
     if not _flag(request, "follow"):
+        lines = clones.serial_log(name, wanted)
         return web.Response(text="".join(f"{line}\n" for line in lines))
     path = clones.running(name).places.serial_log
 
     async def follow() -> AsyncIterator[bytes]:
         position = path.stat().st_size
-        yield "".join(f"{line}\n" for line in lines).encode()
+        yield "".join(f"{line}\n" for line in tail(path, wanted)).encode()
         while True:
             await asyncio.sleep(_FOLLOW_INTERVAL)
             try:
@@ -169,13 +176,16 @@ async def events(request: web.Request) -> web.StreamResponse:
     bus = request.app[SERVICES].context.events
 
     async def lines() -> AsyncIterator[bytes]:
-        for event in bus.recent():
+        source = bus.follow() if _flag(request, "follow") else _each(bus.recent())
+        async for event in source:
             yield msgspec.json.encode(event) + b"\n"
-        if _flag(request, "follow"):
-            async for event in bus.follow():
-                yield msgspec.json.encode(event) + b"\n"
 
     return await _stream(request, lines(), "application/x-ndjson")
+
+
+async def _each(items: list[Event]) -> AsyncIterator[Event]:
+    for item in items:
+        yield item
 
 
 async def list_templates(request: web.Request) -> web.Response:

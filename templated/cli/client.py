@@ -14,7 +14,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Self
 from urllib.parse import quote, urlencode
 
 from templated.cli.failures import RemoteError
@@ -40,7 +40,8 @@ def default_socket(env: Mapping[str, str] = os.environ, uid: int | None = None) 
         return given
     if uid == 0:
         return SYSTEM_SOCKET
-    return (env.get("XDG_RUNTIME_DIR") or f"/tmp/templated-{uid}") + "/templated/templated.sock"
+    runtime = env.get("XDG_RUNTIME_DIR") or f"/tmp/templated-{uid}"
+    return os.path.join(runtime, "templated/templated.sock")
 
 
 class Client:
@@ -53,9 +54,9 @@ class Client:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def get(self, *parts: str, timeout: float = 30.0, **query: object) -> Any:
+    def get(self, *parts: str, timeout: float = 30.0) -> Any:
         """The JSON at /v1/PART/PART..."""
-        with self.request("GET", *parts, timeout=timeout, **query) as answer:
+        with self.request("GET", *parts, timeout=timeout) as answer:
             return answer.json()
 
     def post(self, *parts: str, body: Any = None) -> Any:
@@ -75,8 +76,8 @@ class Client:
         *parts: str,
         body: Body = None,
         headers: Mapping[str, str] = {},
+        query: Mapping[str, object] = {},
         timeout: float | None = None,
-        **query: object,
     ) -> Answer:
         """Send a request and return the answer, which the caller closes; its body is not read.
 
@@ -157,7 +158,7 @@ class Answer:
             data: bytes = read(*arguments)
             return data
 
-    def __enter__(self) -> Answer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

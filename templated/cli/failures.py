@@ -45,6 +45,8 @@ def _dispatch(error: BaseException, settings: Settings) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        if sys.stderr.isatty():
+            click.echo(err=True)  # the shell's prompt would follow the terminal's ^C
         return exit_codes.INTERRUPTED
     if isinstance(error, BrokenPipeError):
         raise error
@@ -52,8 +54,9 @@ def _dispatch(error: BaseException, settings: Settings) -> int:
         import traceback
 
         traceback.print_exception(error)
-    if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        click.echo(error.format_message(), err=True)
+    # click before 8.2 has no such error: it prints the help and exits with 0.
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+        click.echo(str(error), err=True)
         return exit_codes.USAGE
     return report(_as_templated(error), settings)
 

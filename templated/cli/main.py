@@ -68,9 +68,7 @@ def _has_bench() -> bool:
         return False
 
 
-@click.group(
-    cls=Root, examples=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]}
-)
+@click.group(cls=Root, examples=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="templated", message="%(prog)s %(version)s")
 def root() -> None:
     """Virtual machines that start the way processes fork.
@@ -80,9 +78,20 @@ def root() -> None:
     """
 
 
+def _open_closed_streams() -> None:
+    """Started with `>&-`, Python has None there; nothing below wants to know."""
+    # None is what the type stubs do not tell of.
+    streams: tuple[object, object] = (sys.stdout, sys.stderr)
+    if streams[0] is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if streams[1] is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; nothing is ever raised to the caller."""
     settings = Settings()
+    _open_closed_streams()
     try:
         if os.environ.get("_TEMPLATED_COMPLETE"):
             root.main(prog_name="templated", obj=settings)
@@ -91,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             root.invoke(context)
         sys.stdout.flush()
         return 0
-    except BaseException as error:
+    # Everything: also what click raises to exit, and Ctrl-C at any moment.
+    except BaseException as error:  # noqa: BLE001
         from templated.cli.failures import exit_code
 
         return exit_code(error, settings)

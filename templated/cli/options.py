@@ -89,8 +89,9 @@ class _Shared(click.Command):
         own: list[tuple[str, str]] = []
         everywhere: list[tuple[str, str]] = []
         for parameter in self.get_params(ctx):
+            # Newer click lists arguments here too, which the docstrings explain.
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):
                 (everywhere if isinstance(parameter, GlobalOption) else own).append(record)
         for title, records in (("Options", own), ("Global options", everywhere)):
             with formatter.section(title):

@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from templated.errors import GuestError, Timeout
+from templated.errors import GuestError, TemplatedError, Timeout
 
 T = TypeVar("T")
 MAX_LINE = 1 << 20
 CHUNK = 32768
+MAX_FILE = 64 << 20
 OutputSink = Callable[[str, bytes], None]
 
 
@@ -152,9 +153,7 @@ class Agent:
 
     async def identify(self, timeout: float, **identity: Any) -> Confirmation:
         """Give the guest its identity and get back what it then reads of itself."""
-        return _convert(
-            await self.request("identify", timeout, identity), Confirmation
-        )
+        return _convert(await self.request("identify", timeout, identity), Confirmation)
 
     async def adjust_clock(self, seconds: float, timeout: float) -> float:
         """Shift the guest's wall clock; returns its time after that."""
@@ -191,7 +190,13 @@ class Agent:
             chunk = content[offset : offset + CHUNK]
             eof = offset + len(chunk) >= len(content)
             data = base64.b64encode(chunk).decode()
-            part = {"path": path, "mode": mode, "data": data, "offset": offset, "eof": eof}
+            part = {
+                "path": path,
+                "mode": mode,
+                "data": data,
+                "offset": offset,
+                "eof": eof,
+            }
             await self.request("put", timeout, part)
             offset += len(chunk)
             if eof:
@@ -201,11 +206,11 @@ class Agent:
         """Read a file of the guest."""
         content = bytearray()
         while True:
-            raw = await self.request(
-                "get", timeout, path=path, offset=len(content), length=CHUNK
-            )
-            chunk = _convert(raw, FileChunk)
+            part = {"path": path, "offset": len(content), "length": CHUNK}
+            chunk = _convert(await self.request("get", timeout, part), FileChunk)
             content += base64.b64decode(chunk.data)
+            if len(content) > MAX_FILE:
+                raise GuestError(f"{path} in the guest has more than {MAX_FILE >> 20} MiB")
             if chunk.eof:
                 return bytes(content)
 
@@ -229,13 +234,15 @@ class Agent:
         if pending is None or pending.reply.done():
             return  # the answer to a request that nobody waits for any more
         if reply.stream is not None:
-            if pending.sink is not None:
-                pending.sink(reply.stream, base64.b64decode(reply.data))
+            try:
+                if pending.sink is not None:
+                    pending.sink(reply.stream, base64.b64decode(reply.data))
+            except TemplatedError as error:  # the receiver has had enough
+                pending.reply.set_exception(error)
         elif reply.ok:
             pending.reply.set_result(reply.result)
         else:
-            error = reply.error or {}
-            message = error.get("message", "no reason given")
+            message = (reply.error or {}).get("message", "no reason given")
             pending.reply.set_exception(
                 GuestError(f"the guest's agent refused: {message}")
             )

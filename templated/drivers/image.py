@@ -23,17 +23,12 @@ from pathlib import Path
 
 import msgspec
 
-from templated.drivers.image_build import (
-    GUEST_FILES,
-    Build,
-    Progress,
-    kill_group,
-    start,
-)
+from templated.drivers.image_build import GUEST_FILES, Build, Progress
+from templated.drivers.image_process import remove_tree
 from templated.errors import BuildError, HostError
 from templated.model.spec import ImageSpec
 
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 _LOCK_INTERVAL = 0.2
 
 
@@ -81,9 +76,7 @@ class ImageStore:
         """The image, or None when it is not there or not complete."""
         folder = self._folder / digest
         try:
-            record = msgspec.json.decode(
-                (folder / "image.json").read_bytes(), type=_Record
-            )
+            record = msgspec.json.decode((folder / "image.json").read_bytes(), type=_Record)
         except (OSError, msgspec.DecodeError, msgspec.ValidationError):
             return None
         files = [folder / name for name in ("disk.qcow2", "vmlinuz", "initrd")]
@@ -96,11 +89,7 @@ class ImageStore:
         """The complete images, oldest first."""
         if not self._folder.is_dir():
             return []
-        names = [
-            path.name
-            for path in self._folder.iterdir()
-            if not path.name.startswith(".")
-        ]
+        names = [path.name for path in self._folder.iterdir() if not path.name.startswith(".")]
         images = [image for name in names if (image := self.get(name)) is not None]
         return sorted(images, key=lambda image: image.built_at)
 
@@ -130,9 +119,7 @@ class ImageStore:
                 self._locked(digest, on_progress) as lock,
             ):
                 await self._sweep(digest)
-                return self.get(digest) or await self._build(
-                    spec, digest, lock, on_progress
-                )
+                return self.get(digest) or await self._build(spec, digest, lock, on_progress)
         except TimeoutError:
             raise BuildError(
                 f"the image was not built within {timeout:g} s",
@@ -177,9 +164,7 @@ class ImageStore:
         for path in self._folder.glob(f".build-{digest}-*"):
             await remove_tree(path)
 
-    async def _build(
-        self, spec: ImageSpec, digest: str, lock: int, on_progress: Progress
-    ) -> Image:
+    async def _build(self, spec: ImageSpec, digest: str, lock: int, on_progress: Progress) -> Image:
         work = Path(tempfile.mkdtemp(prefix=f".build-{digest}-", dir=self._folder))
         log = self._log(digest)
         try:
@@ -193,9 +178,7 @@ class ImageStore:
             await remove_tree(work)
         image = self.get(digest)
         if image is None:
-            raise BuildError(
-                "the finished image is not readable", hint=f"check {self._folder}"
-            )
+            raise BuildError("the finished image is not readable", hint=f"check {self._folder}")
         return image
 
     def _publish(self, out: Path, record: _Record) -> None:
@@ -217,25 +200,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-async def remove_tree(path: Path) -> None:
-    """Delete a directory of a build; HostError when something is mounted in it.
-
-    Runs in the namespaces of a build, as some files may belong to its mapped users.
-    """
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        if Path(line.split(" ")[4]).is_relative_to(path.resolve()):
-            raise HostError(
-                f"{path} has a mount in it", hint=f"umount {line.split(' ')[4]}"
-            )
-    command = ["rm", "-rf", "--one-file-system", "--", str(path)]
-    for _ in range(5):  # a process that was just killed may still be writing
-        process = await start(command, namespace=os.geteuid() != 0, folder=path.parent)
-        try:
-            await process.wait()
-        finally:
-            await kill_group(process)
-        if not path.exists():
-            return
-        await asyncio.sleep(0.2)

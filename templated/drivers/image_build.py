@@ -1,54 +1,48 @@
 """How an image is made: mmdebstrap, an initial RAM disk, mkfs.ext4, qemu-img.
 
-Everything that must see the owners of files runs in namespaces made by unshare(1): as root with
-its own mount and process namespaces, otherwise with a user namespace too, in which the user is
-root (`--map-root-user --map-auto`, newuidmap(1)). So one way serves both, what root owns in the
-image belongs to the user outside, and a killed build leaves neither processes nor mounts.
+What must see the owners of files runs in the namespaces of `image_process`; the rest writes
+into the root directly, since what root owns in the image belongs to the user outside.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import shlex
 import shutil
-import signal
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import IO
 
+from templated.drivers.image_process import check_tools, kill_group, start
 from templated.drivers.initramfs import build_initramfs, driver_order
-from templated.errors import BuildError, HostError
+from templated.errors import BuildError
 from templated.model.spec import ImageSpec
 from templated.model.units import size_bytes
 
 GUEST_FILES = Path(__file__).parent.parent / "guest"
 PACKAGES = ("busybox-static", "python3")
-APPLETS = "free hexdump httpd ip less nc netstat nslookup ping ps route telnet top traceroute vi wget"
+# What people type and a small Debian root lacks: links to busybox, unless a package has the name.
+APPLETS = (
+    "clear free fuser hexdump httpd ifconfig ip killall less lsof mount nc netstat nslookup pgrep "
+    "ping pkill pmap ps route sysctl telnet top traceroute tree udhcpc umount unzip uptime vi "
+    "watch wget xxd"
+)
 Progress = Callable[[str], None]
 
-_TOOLS = {
-    "mmdebstrap": "mmdebstrap",
-    "unshare": "util-linux",
-    "mkfs.ext4": "e2fsprogs",
-    "qemu-img": "qemu-utils",
-    "dpkg-deb": "dpkg",
-}
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # Fetches the kernel without installing it: that would pull initramfs-tools into the guest. Runs
 # outside the new root, with its apt configuration (mmdebstrap(1), HOOKS).
-_KERNEL_HOOK = """\
-export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
-name=$(apt-cache depends --important {package} |
-    sed -n 's/^ *Depends: *\\(linux-image-[^ ]*\\)$/\\1/p' | head -n1)
-cd {folder} && apt-get -qq download "${{name:-{package}}}"
-"""
+_KERNEL_HOOK = (
+    'export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"; '
+    "name=$(apt-cache depends --important {package} |"
+    " sed -n 's/^ *Depends: *\\(linux-image-[^ ]*\\)$/\\1/p' | head -n1); "
+    'cd {folder} && apt-get -qq download "${{name:-{package}}}"'
+)
 _EXCLUDED = ("doc/*", "man/*", "locale/*", "info/*", "lintian/*", "bash-completion/*")
 _GENERIC = re.compile(
-    r"E: (run_|setup |mmdebstrap |.* failed(: |$)|.*Sub-process .* returned)"
+    r"E: (run_|setup |Some index files |mmdebstrap |.* failed(: |$)|.*Sub-process .* returned)"
 )
 
 
@@ -117,7 +111,7 @@ class Build:
             *([self._spec.mirror] if self._spec.mirror else []),
         ]
         async for line in self._lines(command, log, namespace=True):
-            if line.startswith("I: ") and len(line) < 100:
+            if line.startswith("I: ") and "hook" not in line:
                 self._progress(f"packages: {line[3:]}")
 
     async def _unpack_kernel(self, log: IO[bytes]) -> None:
@@ -137,12 +131,9 @@ class Build:
             )
 
     def _write_initrd(self) -> None:
-        busybox = (self._root / "bin/busybox").resolve()
-        content = build_initramfs(
-            (GUEST_FILES / "initrd.sh").read_bytes(),
-            busybox.read_bytes(),
-            driver_order(self._kernel),
-        )
+        script = (GUEST_FILES / "initrd.sh").read_bytes()
+        busybox = _in_root(self._root, "bin/busybox").read_bytes()
+        content = build_initramfs(script, busybox, driver_order(self._kernel))
         (self.out / "initrd").write_bytes(content)
 
     def _customize(self) -> None:
@@ -176,15 +167,13 @@ class Build:
         init = root / "usr/sbin/init"
         init.unlink(missing_ok=True)
         init.symlink_to("/bin/busybox")
-        for name, folder in [
-            ("reboot", "sbin"),
-            *((name, "local/bin") for name in APPLETS.split()),
-        ]:
-            if not any(
-                (root / "usr" / part / name).is_symlink()
-                or (root / "usr" / part / name).exists()
-                for part in ("bin", "sbin")
-            ):
+        known = _in_root(root, "bin/busybox").read_bytes()
+        links = [("reboot", "sbin"), *((name, "local/bin") for name in APPLETS.split())]
+        for name, folder in links:
+            # Its table of names tells what this busybox was built with.
+            missing = b"\0" + name.encode() + b"\0" not in known
+            taken = any(os.path.lexists(root / "usr" / part / name) for part in ("bin", "sbin"))
+            if not missing and not taken:
                 (root / "usr" / folder / name).symlink_to("/bin/busybox")
 
     async def _write_disk(self, log: IO[bytes]) -> None:
@@ -206,13 +195,9 @@ class Build:
             namespace=True,
         )
         target = str(self.out / "disk.qcow2")
-        await self._do(
-            ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), target], log
-        )
+        await self._do(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), target], log)
 
-    async def _do(
-        self, command: list[str], log: IO[bytes], *, namespace: bool = False
-    ) -> None:
+    async def _do(self, command: list[str], log: IO[bytes], *, namespace: bool = False) -> None:
         async for _ in self._lines(command, log, namespace=namespace):
             pass
 
@@ -221,9 +206,7 @@ class Build:
     ) -> AsyncIterator[str]:
         """Run a command and yield its output by lines; BuildError when it fails."""
         tail: list[str] = []
-        process = await start(
-            command, namespace=namespace, folder=self._work, keep=(self._lock,)
-        )
+        process = await start(command, namespace=namespace, folder=self._work, keep=(self._lock,))
         assert process.stdout is not None
         try:
             async for raw in process.stdout:
@@ -239,20 +222,18 @@ class Build:
             raise self._failure(command[0], code, tail)
 
     def _failure(self, program: str, code: int, tail: Sequence[str]) -> BuildError:
-        reason = last_error(tail) or f"exit code {code}"
+        reason = last_error(tail).removeprefix(f"{program}: ") or f"exit code {code}"
         hint = f"the full log is {self._log}"
         text = "\n".join(tail)
         if "No space left on device" in text:
             hint = f"free space on the file system of {self._work.parent}; {hint}"
         elif program == "mkfs.ext4" and "allocate" in text:
-            hint = (
-                f"the packages do not fit: raise image.size ({self._spec.size}); {hint}"
-            )
+            hint = f"the packages do not fit: raise image.size ({self._spec.size}); {hint}"
         elif "Unable to locate package" in text or "no installation candidate" in text:
             hint = f"correct image.packages, image.kernel or image.suite; {hint}"
-        elif re.search(
-            r"Failed to fetch|Could not (connect|resolve)|Temporary failure", text
-        ):
+        elif "does not have a Release file" in text:
+            hint = f"correct image.suite or image.mirror; {hint}"
+        elif re.search(r"Failed to fetch|Could not (connect|resolve)|Temporary failure", text):
             hint = f"check the network, the proxy and image.mirror; {hint}"
         return BuildError(f"{program} failed: {reason}", hint=hint)
 
@@ -267,58 +248,12 @@ def last_error(lines: Sequence[str]) -> str:
     return plain[-1] if plain else ""
 
 
-def check_tools() -> None:
-    """HostError that names the package when a program of the build is missing."""
-    for tool, package in _TOOLS.items():
-        if shutil.which(tool, path=_PATH) is None:
-            raise HostError(
-                f"{tool} is not installed",
-                hint=f"apt install {package}, or run scripts/setup",
-            )
-    if os.geteuid() != 0 and shutil.which("newuidmap", path=_PATH) is None:
-        raise HostError(
-            "newuidmap is not installed, which a build without root needs",
-            hint="apt install uidmap, and give the user a range in /etc/subuid and /etc/subgid",
-        )
-
-
-def namespace_prefix() -> list[str]:
-    """The unshare command that runs a program as root of namespaces of its own."""
-    user = [] if os.geteuid() == 0 else ["--map-root-user", "--map-auto"]
-    return ["unshare", *user, "--mount", "--pid", "--fork", "--kill-child", "--"]
-
-
-async def start(
-    command: list[str], *, namespace: bool, folder: Path, keep: tuple[int, ...] = ()
-) -> asyncio.subprocess.Process:
-    """Start a program in its own process group, stdout and stderr in one pipe."""
-    environment = {
-        **os.environ,
-        "PATH": _PATH,
-        "LC_ALL": "C.UTF-8",
-        "TMPDIR": str(folder),
-    }
-    return await asyncio.create_subprocess_exec(
-        *(namespace_prefix() if namespace else []),
-        *command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        env=environment,
-        cwd="/",
-        umask=0o022,
-        pass_fds=keep,
-        start_new_session=True,
-        limit=1 << 20,
-    )
-
-
-async def kill_group(process: asyncio.subprocess.Process) -> None:
-    """Kill what is left of a process group, and reap its leader."""
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
+def _in_root(root: Path, name: str) -> Path:
+    """A file of the root, through relative links such as /bin; BuildError when it leads out."""
+    path = (root / name).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise BuildError(f"/{name} of the image leads out of it", hint="check image.packages")
+    return path
 
 
 def _install(path: Path, content: bytes, mode: int) -> None:

@@ -57,9 +57,7 @@ class Newc:
             len(encoded),
             0,
         )
-        self._data += (
-            b"070701" + b"".join(b"%08x" % field for field in fields) + encoded
-        )
+        self._data += b"070701" + b"".join(b"%08x" % field for field in fields) + encoded
         self._pad()
         self._data += content
         self._pad()
@@ -109,9 +107,7 @@ def build_initramfs(script: bytes, busybox: bytes, modules: list[Path]) -> bytes
     names = [f"{_module_name(path)}.ko" for path in modules]
     for name, path in zip(names, modules, strict=True):
         archive.add(f"modules/{name}", stat.S_IFREG | 0o644, _read_module(path))
-    archive.add(
-        "modules/order", stat.S_IFREG | 0o644, "".join(f"{n}\n" for n in names).encode()
-    )
+    archive.add("modules/order", stat.S_IFREG | 0o644, "".join(f"{n}\n" for n in names).encode())
     return archive.finish()
 
 

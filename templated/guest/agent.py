@@ -97,9 +97,7 @@ class System:
 
     def __init__(self) -> None:
         self._random = os.open("/dev/random", os.O_RDWR | os.O_CLOEXEC)
-        self._socket = socket.socket(
-            socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
-        )
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         names = [name for name in sorted(os.listdir("/sys/class/net")) if name != "lo"]
         self._interface = names[0].encode() if names else b""
 
@@ -116,9 +114,7 @@ class System:
     def _up(self, name: bytes) -> None:
         request = fcntl.ioctl(self._socket, SIOCGIFFLAGS, struct.pack("16s24x", name))
         (flags,) = struct.unpack_from("H", request, 16)
-        fcntl.ioctl(
-            self._socket, SIOCSIFFLAGS, struct.pack("16sH22x", name, flags | IFF_UP)
-        )
+        fcntl.ioctl(self._socket, SIOCSIFFLAGS, struct.pack("16sH22x", name, flags | IFF_UP))
 
     def _cover(self, target: str, source: str) -> None:
         if os.path.exists(source):
@@ -197,9 +193,7 @@ class System:
     def address(self) -> str:
         request = struct.pack("16s24x", self._interface)
         try:
-            return socket.inet_ntoa(
-                fcntl.ioctl(self._socket, SIOCGIFADDR, request)[20:24]
-            )
+            return socket.inet_ntoa(fcntl.ioctl(self._socket, SIOCGIFADDR, request)[20:24])
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL:
                 return ""
@@ -212,9 +206,7 @@ class System:
             names = os.listdir(folder)
         except FileNotFoundError:
             return []
-        paths = [
-            f"{folder}/{name}" for name in sorted(names) if not name.startswith(".")
-        ]
+        paths = [f"{folder}/{name}" for name in sorted(names) if not name.startswith(".")]
         return [path for path in paths if os.access(path, os.X_OK)]
 
     def sync(self) -> None:
@@ -381,9 +373,16 @@ class Agent:
             self.watch(fd_in, edges, self._on_port)
             self.watch(fd_out, select.EPOLLOUT | select.EPOLLET, self._on_port)
 
-    def watch(
-        self, descriptor: int, events: int, handler: Callable[[int, int], None]
-    ) -> None:
+    @property
+    def queued(self) -> int:
+        """Bytes that wait for the host to take them."""
+        return self._queued
+
+    def close(self) -> None:
+        """Let go of the port; its descriptors stay open."""
+        self._epoll.close()
+
+    def watch(self, descriptor: int, events: int, handler: Callable[[int, int], None]) -> None:
         """Have `handler` called with the descriptor and its events."""
         self._handlers[descriptor] = handler
         self._epoll.register(descriptor, events)
@@ -632,9 +631,7 @@ class Agent:
         path, offset = os.fspath(request["path"]), int(request.get("offset", 0))
         part = path + ".templated-part"
         data = binascii.a2b_base64(request["data"])
-        flags = (
-            os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if offset == 0 else 0)
-        )
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if offset == 0 else 0)
         descriptor = os.open(part, flags, 0o600)
         try:
             view = memoryview(data)
@@ -653,9 +650,7 @@ class Agent:
         """Read one chunk of a file."""
         offset = int(request.get("offset", 0))
         length = min(int(request.get("length", CHUNK)), CHUNK)
-        descriptor = os.open(
-            request["path"], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-        )
+        descriptor = os.open(request["path"], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             status = os.fstat(descriptor)
             data = os.pread(descriptor, length, offset)
@@ -702,14 +697,10 @@ def run_hooks(paths: list[str], request: dict[str, Any]) -> None:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                raise Refused(
-                    "hook", f"{path}: not done in {HOOK_SECONDS:g} s"
-                ) from None
+                raise Refused("hook", f"{path}: not done in {HOOK_SECONDS:g} s") from None
             if code != 0:
                 size = os.lseek(output, 0, os.SEEK_END)
-                tail = os.pread(output, 500, max(0, size - 500)).decode(
-                    errors="replace"
-                )
+                tail = os.pread(output, 500, max(0, size - 500)).decode(errors="replace")
                 raise Refused("hook", f"{path}: exit code {code}: {tail.strip()}")
         finally:
             os.close(output)

@@ -24,6 +24,7 @@ from templated.drivers import disk
 from templated.drivers.hypervisor.accel import CPUS
 from templated.drivers.hypervisor.base import Hardware, Kernel, Launch
 from templated.drivers.hypervisor.command import qemu_arguments
+from templated.drivers.hypervisor.tsc import tsc_khz
 from templated.drivers.image import Image
 from templated.drivers.network import Forward
 from templated.errors import BuildError, HostError, TemplatedError
@@ -130,7 +131,7 @@ class Build:
         self, image: Image, hardware: Hardware, qemu: QemuVersion
     ) -> Manifest:
         """Boot, probe and freeze the base VM."""
-        kernel = boot_kernel(image, self.spec)
+        kernel = boot_kernel(image, self.spec, hardware.accel)
         empty = await image_overlay(self.context, image)
         async with self._slot(empty, "base") as prepared:
             forwards, ports = self._forwards()
@@ -326,9 +327,11 @@ class Build:
         )
 
 
-def boot_kernel(image: Image, spec: TemplateSpec) -> Kernel:
+def boot_kernel(image: Image, spec: TemplateSpec, accel: str) -> Kernel:
     """What a full boot of this template starts."""
-    cmdline = f"{KERNEL_CMDLINE} {spec.machine.cmdline}".strip()
+    frequency = tsc_khz() if accel == "tcg" else None
+    known = f"tsc_early_khz={frequency}" if frequency else ""
+    cmdline = " ".join(f"{KERNEL_CMDLINE} {known} {spec.machine.cmdline}".split())
     return Kernel(image.kernel, image.initrd, cmdline)
 
 

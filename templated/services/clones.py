@@ -262,7 +262,7 @@ class Clones:
             )
         spec = generation.manifest.spec
         launch = starter.launch(prepared, generation.hardware)
-        kernel = boot_kernel(image, spec)
+        kernel = boot_kernel(image, spec, generation.manifest.accel)
         return await starter.boot(
             prepared, launch, kernel, spec, clone.name, clock, self._spawned
         )

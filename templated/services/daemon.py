@@ -13,6 +13,7 @@ from pathlib import Path
 
 from templated.drivers.hypervisor.base import Hypervisor
 from templated.drivers.hypervisor.qemu import Qemu
+from templated.drivers.hypervisor.tsc import tsc_khz
 from templated.drivers.image import ImageStore
 from templated.drivers.network import Network, make_network
 from templated.errors import Conflict
@@ -54,6 +55,7 @@ class Foundation:
         self.layout = Layout(config)
         self.layout.create()
         self._lock = _lock(self.layout.lock)
+        tsc_khz()  # measured here, where it may block, and remembered
         tag = _machine_id()
         self.plan = AddressPlan(config.network.subnet, tag)
         owner = hashlib.sha256(tag + str(self.layout.state).encode()).hexdigest()[:12]

@@ -51,12 +51,14 @@ class EventBus:
         return list(self._recent)
 
     async def follow(self) -> AsyncIterator[Event]:
-        """Events from now on, until the bus is closed."""
-        queue: asyncio.Queue[Event | None] = asyncio.Queue(_BACKLOG)
+        """The events that are still kept and those from now on, until the bus is closed."""
+        queue: asyncio.Queue[Event | None] = asyncio.Queue(_KEPT + _BACKLOG)
+        for event in self._recent:
+            queue.put_nowait(event)
         self._followers.add(queue)
         try:
-            while (event := await queue.get()) is not None:
-                yield event
+            while (following := await queue.get()) is not None:
+                yield following
         finally:
             self._followers.discard(queue)
 

@@ -77,6 +77,7 @@ class Vm:
     async def boot(self, timeout: float) -> None:
         """Wait until the agent of a booting guest answers."""
         deadline = time.monotonic() + timeout
+        last = "its agent never answered"
         while (left := deadline - time.monotonic()) > 0:
             try:
                 async with asyncio.timeout(left):
@@ -85,15 +86,14 @@ class Vm:
             except (GuestError, TimeoutError, TemplatedError) as error:
                 if self.machine.exited.done():
                     raise
-                last = error
+                last = str(error) or last
                 await asyncio.sleep(0.02)
         raise GuestError(f"the guest did not boot within {timeout:g} s ({last})")
 
     async def _ping_or_exit(self, timeout: float) -> None:
         ping = asyncio.ensure_future(self.agent.ping(timeout))
-        await asyncio.wait(
-            {ping, self.machine.exited}, return_when=asyncio.FIRST_COMPLETED
-        )
+        ends: set[asyncio.Future[Any]] = {ping, self.machine.exited}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if not ping.done():
             ping.cancel()
             await asyncio.wait({ping})

@@ -1,0 +1,65 @@
+"""Shell completion: click's scripts, and names that come from the daemon."""
+
+from __future__ import annotations
+
+import click
+
+from templated.cli.options import Settings, command
+
+# A shell waits for this while the user holds Tab.
+_SECONDS = 1.0
+
+
+def clone_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Names of clones that begin with `incomplete`; none when the daemon does not say."""
+    return _names(context, "clones", incomplete)
+
+
+def template_names(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[str]:
+    """Names of templates that begin with `incomplete`; none when the daemon does not say."""
+    return _names(context, "templates", incomplete)
+
+
+def _names(context: click.Context, kind: str, incomplete: str) -> list[str]:
+    try:
+        found = context.ensure_object(Settings).client().get(kind, timeout=_SECONDS)
+        given = set(_flat(context.params.values()))
+        names = [item["name"] for item in found]
+        return [name for name in names if name.startswith(incomplete) and name not in given]
+    except Exception:  # noqa: BLE001
+        # Whatever is wrong, a message in the middle of a command line helps nobody.
+        return []
+
+
+def _flat(values: object) -> list[str]:
+    if isinstance(values, str):
+        return [values]
+    try:
+        return [text for value in values for text in _flat(value)]  # type: ignore[attr-defined]
+    except TypeError:
+        return []
+
+
+EXAMPLES = """
+templated completion bash > /etc/bash_completion.d/templated
+templated completion zsh > "${fpath[1]}/_templated"
+templated completion fish > ~/.config/fish/completions/templated.fish
+"""
+
+
+@command("completion", examples=EXAMPLES)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(context: click.Context, shell: str) -> None:
+    """Print the completion script for a shell.
+
+    Names of clones and templates are completed too, while the daemon runs.
+    """
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    root = context.find_root().command
+    click.echo(found(root, {}, "templated", "_TEMPLATED_COMPLETE").source())

@@ -1,0 +1,32 @@
+"""`serve`: the daemon, in the foreground."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from templated.cli.options import command
+
+EXAMPLES = """
+templated serve
+templated serve --config ./templated.yaml
+systemctl start templated
+"""
+
+
+@command("serve", examples=EXAMPLES)
+@click.option(
+    "--config",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Default: /etc/templated/templated.yaml; without root ~/.config/templated/templated.yaml.",
+)
+def serve(config: Path | None) -> None:
+    """Run the daemon in the foreground, as the systemd unit does.
+
+    The VMs outlive it: after a restart it finds them again. SIGTERM and Ctrl-C end it.
+    """
+    from templated.api.daemon import run
+
+    run(config)

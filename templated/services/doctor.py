@@ -1,0 +1,281 @@
+"""What this host can and cannot do. Every finding that is not good says how to mend it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from templated.drivers.configfile import load_template, template_files
+from templated.drivers.hypervisor import accel
+from templated.drivers.hypervisor.tsc import tsc_khz
+from templated.drivers.image import ImageStore
+from templated.errors import HostError, TemplatedError
+from templated.model.config import Config
+from templated.model.network import BridgeNetwork
+
+Status = Literal["PASS", "WARN", "FAIL"]
+_MIN_SHM = 256 << 20
+_MIN_DISK = 2 << 30
+_MIN_FILES = 4096
+_TESTED_QEMU = (7, 2)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding."""
+
+    name: str
+    status: Status
+    detail: str
+    fix: str = ""
+
+
+def run_checks(config: Config) -> list[Check]:
+    """All checks, in a fixed order. Takes at most some 20 s, when KVM has to be proven."""
+    checks: list[Callable[[Config], Iterator[Check]]] = [
+        _qemu,
+        _accelerator,
+        _tools,
+        _places,
+        _shm,
+        _disk,
+        _hugepages,
+        _network,
+        _nftables,
+        _libvirt,
+        _limits,
+        _pressure,
+        _templates,
+    ]
+    return [found for check in checks for found in check(config)]
+
+
+def _qemu(config: Config) -> Iterator[Check]:
+    try:
+        version = asyncio.run(accel.qemu_version(config.qemu)).version
+    except HostError as error:
+        yield Check("qemu", "FAIL", error.message, "apt install qemu-system-x86")
+        return
+    parts = tuple(int(p) for p in version.split(".")[:2] if p.isdigit())
+    if parts < _TESTED_QEMU:
+        fix = "use QEMU 7.2 or later"
+        yield Check(
+            "qemu", "WARN", f"{config.qemu} {version} is older than what is tested", fix
+        )
+    else:
+        yield Check("qemu", "PASS", f"{config.qemu} {version}")
+
+
+def _accelerator(config: Config) -> Iterator[Check]:
+    """The device proves nothing; only a guest that runs does."""
+    if config.accel == "tcg":
+        yield Check("accelerator", "PASS", "tcg, as configured")
+    elif reason := accel.kvm_opens():
+        status: Status = "FAIL" if config.accel == "kvm" else "WARN"
+        fix = "enable virtualisation, modprobe kvm_intel or kvm_amd, and join the group kvm"
+        yield Check(
+            "accelerator", status, f"{reason}: guests run under TCG, slower", fix
+        )
+    else:
+        yield _kvm_proof(config)
+    if config.accel != "kvm" and tsc_khz() is None:
+        fix = "boot a host kernel with a constant TSC, or use KVM"
+        yield Check(
+            "clock", "WARN", "the host's TSC is not constant: TCG guests may drift", fix
+        )
+
+
+def _kvm_proof(config: Config) -> Check:
+    state = Path(config.state_dir)
+    cache = state / "kvm-proof.json"
+    try:
+        version = asyncio.run(accel.qemu_version(config.qemu)).version
+        images = ImageStore(state).list()
+        proof = accel.recall(cache, version)
+        if proof is None and images:
+            image = images[-1]
+            work = accel.prove_kvm(
+                config.qemu, version, image.kernel, image.initrd, cache
+            )
+            proof = asyncio.run(work)
+    except (TemplatedError, OSError) as error:
+        return Check(
+            "accelerator", "WARN", f"KVM could not be proven: {error}", "see `qemu`"
+        )
+    if proof is None:
+        detail = "/dev/kvm opens; that a guest runs is proven at the first build"
+        return Check("accelerator", "WARN", detail, "templated template build NAME")
+    if proof.works:
+        return Check("accelerator", "PASS", f"kvm: {proof.detail}")
+    status: Status = "FAIL" if config.accel == "kvm" else "WARN"
+    fix = "set accel: tcg to silence this, or use a host whose KVM runs guests; "
+    fix += f"to prove it again: rm {cache}"
+    return Check(
+        "accelerator", status, f"KVM does not run a guest: {proof.detail}", fix
+    )
+
+
+def _tools(config: Config) -> Iterator[Check]:
+    packages = {
+        "qemu-img": "qemu-utils",
+        "mmdebstrap": "mmdebstrap",
+        "mkfs.ext4": "e2fsprogs",
+    }
+    for tool, package in packages.items():
+        found = shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+        if found:
+            yield Check(tool, "PASS", found)
+        else:
+            yield Check(tool, "FAIL", "not installed", f"apt install {package}")
+
+
+def _places(config: Config) -> Iterator[Check]:
+    for key in ("state_dir", "runtime_dir", "shm_dir"):
+        path = Path(getattr(config, key))
+        existing = next(p for p in (path, *path.parents) if p.exists())
+        if not os.access(existing, os.W_OK | os.X_OK):
+            fix = f"run as root, or set {key} to a place of your own"
+            yield Check(
+                key, "FAIL", f"{existing} is not writable for uid {os.geteuid()}", fix
+            )
+        elif path.exists() and path.stat().st_uid != os.geteuid():
+            fix = "run as that user, or choose another place"
+            yield Check(key, "FAIL", f"{path} belongs to uid {path.stat().st_uid}", fix)
+        else:
+            yield Check(key, "PASS", str(path))
+
+
+def _shm(config: Config) -> Iterator[Check]:
+    size, free, kind = _space(config.shm_dir)
+    detail = f"{free >> 20} of {size >> 20} MiB free"
+    fix = "mount -o remount,size=80% /dev/shm"
+    if kind not in ("tmpfs", "ramfs", "hugetlbfs"):
+        fix = "put shm_dir on a tmpfs, such as /dev/shm"
+        yield Check(
+            "shm", "WARN", f"{config.shm_dir} lies on {kind}, not in memory", fix
+        )
+    elif free < _MIN_SHM:
+        yield Check("shm", "FAIL", detail + ", a template needs its memory in it", fix)
+    else:
+        yield Check("shm", "PASS", detail)
+
+
+def _disk(config: Config) -> Iterator[Check]:
+    _, free, _ = _space(config.state_dir)
+    detail = f"{free >> 20} MiB free for images and disk layers"
+    if free < _MIN_DISK:
+        yield Check(
+            "disk", "WARN", detail, "free some space, or set state_dir elsewhere"
+        )
+    else:
+        yield Check("disk", "PASS", detail)
+
+
+def _space(directory: str) -> tuple[int, int, str]:
+    """Size and free bytes of a directory's file system, and its type."""
+    path = Path(directory)
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    status = os.statvfs(existing)
+    mounts = [
+        line.split() for line in Path("/proc/self/mounts").read_text().splitlines()
+    ]
+    over = [
+        m
+        for m in mounts
+        if existing.is_relative_to(m[1].encode().decode("unicode_escape"))
+    ]
+    kind = max(over, key=lambda m: len(m[1]))[2] if over else "unknown"
+    return status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize, kind
+
+
+def _hugepages(config: Config) -> Iterator[Check]:
+    path = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    try:
+        chosen = path.read_text().split("[")[1].split("]")[0]
+    except (OSError, IndexError):
+        yield Check("hugepages", "PASS", "not offered by this kernel")
+        return
+    if chosen in ("always", "force"):
+        fix = f"echo advise > {path}"
+        detail = f"shmem_enabled is {chosen}: a clone that writes one byte copies 2 MiB"
+        yield Check("hugepages", "WARN", detail, fix)
+    else:
+        yield Check("hugepages", "PASS", f"shmem_enabled is {chosen}")
+
+
+def _network(config: Config) -> Iterator[Check]:
+    if not isinstance(config.network, BridgeNetwork):
+        yield Check("network", "PASS", f"user mode, {config.network.subnet}")
+    elif os.geteuid() != 0:
+        fix = "run as root, or set network: {mode: user}"
+        yield Check("network", "FAIL", "bridge mode needs CAP_NET_ADMIN", fix)
+    elif not Path("/dev/net/tun").exists():
+        yield Check("network", "FAIL", "/dev/net/tun is missing", "modprobe tun")
+    else:
+        detail = f"bridge {config.network.bridge}, {config.network.subnet}"
+        yield Check("network", "PASS", detail)
+
+
+def _nftables(config: Config) -> Iterator[Check]:
+    network = config.network
+    needed = isinstance(network, BridgeNetwork) and (network.nat or network.antispoof)
+    found = shutil.which("nft", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if found:
+        yield Check("nftables", "PASS", found)
+    else:
+        detail = "nft is not installed" + (
+            "" if needed else "; nat and antispoof need it"
+        )
+        yield Check(
+            "nftables", "FAIL" if needed else "WARN", detail, "apt install nftables"
+        )
+
+
+def _libvirt(config: Config) -> Iterator[Check]:
+    found = shutil.which(
+        "libvirtd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    )
+    detail = found or "not installed; nothing here needs it"
+    yield Check("libvirt", "PASS", detail)
+
+
+def _limits(config: Config) -> Iterator[Check]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # A clone costs the daemon its pidfd and two sockets.
+    if hard != resource.RLIM_INFINITY and hard < _MIN_FILES:
+        fix = "LimitNOFILE=65536 in the unit, or ulimit -Hn"
+        yield Check(
+            "limits",
+            "WARN",
+            f"at most {hard} open files: about {hard // 4} clones",
+            fix,
+        )
+    else:
+        yield Check("limits", "PASS", f"open files: {soft} now, up to {hard}")
+
+
+def _pressure(config: Config) -> Iterator[Check]:
+    if Path("/proc/pressure/memory").exists():
+        yield Check("pressure", "PASS", "/proc/pressure is there")
+    else:
+        yield Check("pressure", "WARN", "no /proc/pressure", "boot the host with psi=1")
+
+
+def _templates(config: Config) -> Iterator[Check]:
+    files = template_files(config.template_dirs)
+    if not files:
+        fix = "put a template into " + " or ".join(config.template_dirs)
+        yield Check("templates", "WARN", "there is none", fix)
+    for name, path in files.items():
+        try:
+            load_template(config.template_dirs, name)
+        except TemplatedError as error:
+            yield Check(f"template {name}", "FAIL", error.message, f"edit {path}")
+        else:
+            yield Check(f"template {name}", "PASS", str(path))

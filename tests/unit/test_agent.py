@@ -1,0 +1,300 @@
+"""The guest's agent, driven over a socketpair and over FIFOs, without a guest."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from templated.guest.agent import Agent, System, write_text
+
+
+class FakeSystem(System):
+    """Remembers what it was told, and keeps its files in a directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run = self.etc = str(folder)
+        self.boot_id = str(folder / "boot_id")
+        self.calls: list[tuple[str, Any]] = []
+        self.state = {"hostname": "", "mac": "", "ip": ""}
+
+    def add_entropy(self, data: bytes) -> None:
+        self.calls.append(("entropy", data))
+
+    def set_clock(self, seconds: float) -> None:
+        self.calls.append(("clock", seconds))
+
+    def set_hostname(self, name: str) -> None:
+        self.state["hostname"] = name
+
+    def hostname(self) -> str:
+        return self.state["hostname"]
+
+    def set_mac(self, mac: str) -> None:
+        self.state["mac"] = mac
+
+    def mac(self) -> str:
+        return self.state["mac"]
+
+    def set_address(self, ip: str, prefix: int, gateway: str | None) -> None:
+        self.state["ip"] = ip
+        self.calls.append(("address", (ip, prefix, gateway)))
+
+    def clear_address(self) -> None:
+        self.state["ip"] = ""
+
+    def address(self) -> str:
+        return self.state["ip"]
+
+    def sync(self) -> None:
+        self.calls.append(("sync", None))
+
+
+class Host:
+    """The host's end: an agent in a thread and a socket to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.system = FakeSystem(folder)
+        self.socket, other = socket.socketpair()
+        other.setblocking(False)
+        self.socket.settimeout(20)
+        self.lines = self.socket.makefile("rb")
+        self.agent = Agent(other.fileno(), other.fileno(), self.system)
+        self._other = other
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while not self.agent.stop:
+            self.agent.turn(0.05)
+
+    def write(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def read(self) -> dict[str, Any]:
+        message = json.loads(self.lines.readline())
+        assert isinstance(message, dict)
+        return message
+
+    def request(self, command: str, **arguments: Any) -> dict[str, Any]:
+        self.write(json.dumps({"id": 7, "cmd": command, **arguments}).encode() + b"\n")
+        return self.read()
+
+    def collect(self, *numbers: int) -> tuple[dict[int, Any], dict[tuple[int, str], bytes]]:
+        """The replies to `numbers`, and what was streamed before them."""
+        replies: dict[int, Any] = {}
+        output: dict[tuple[int, str], bytes] = {}
+        while set(replies) != set(numbers):
+            message = self.read()
+            if "stream" in message:
+                key = (message["id"], message["stream"])
+                output[key] = output.get(key, b"") + base64.b64decode(message["data"])
+            else:
+                replies[message["id"]] = message
+        return replies, output
+
+    def run(self, *argv: str, **arguments: Any) -> tuple[dict[str, Any], bytes]:
+        body = {"id": 7, "cmd": "exec", "argv": argv, **arguments}
+        self.write(json.dumps(body).encode() + b"\n")
+        replies, output = self.collect(7)
+        return replies[7]["result"], output.get((7, "stdout"), b"")
+
+    def close(self) -> None:
+        self.agent.stop = True
+        self._thread.join()
+        self.agent.close()
+        self.lines.close()
+        self.socket.close()
+        self._other.close()
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    host = Host(tmp_path)
+    yield host
+    host.close()
+
+
+def test_ping(host: Host) -> None:
+    reply = host.request("ping")
+    assert reply["ok"] and reply["id"] == 7
+    assert reply["result"]["version"] == 1 and not reply["result"]["identified"]
+
+
+@pytest.mark.parametrize(
+    ("line", "number", "code"),
+    [
+        (b"{nonsense", None, "invalid"),
+        (b"\xff\xfe", None, "invalid"),
+        (b"[1]", None, "invalid"),
+        (b"[" * 100000, None, "invalid"),
+        (b'{"id": 3, "cmd": "fly"}', 3, "unknown_command"),
+        (b'{"id": 3, "cmd": ["ping"]}', 3, "invalid"),
+        (b'{"id": 3, "cmd": "put"}', 3, "invalid"),
+        (b'{"id": 3, "cmd": "exec", "argv": "ls"}', 3, "invalid"),
+        (b'{"id": 3, "cmd": "get", "path": "/not/there"}', 3, "enoent"),
+        (b"x" * (3 << 20), None, "too_long"),
+    ],
+)
+def test_bad_request_is_refused_and_the_agent_goes_on(
+    host: Host, line: bytes, number: int | None, code: str
+) -> None:
+    host.write(b"\n\n" + line + b"\n")
+    reply = host.read()
+    assert (reply["id"], reply["ok"], reply["error"]["code"]) == (number, False, code)
+    assert host.request("ping")["ok"]
+
+
+def test_exec_gives_stdin_and_both_outputs(host: Host) -> None:
+    script = "read -r line; echo out $line $VALUE $PWD; echo err >&2; exit 3"
+    body = {
+        "id": 1,
+        "cmd": "exec",
+        "argv": ["sh", "-c", script],
+        "stdin": base64.b64encode(b"in\n").decode(),
+        "env": {"VALUE": "v"},
+        "cwd": "/tmp",
+    }
+    host.write(json.dumps(body).encode() + b"\n")
+    replies, output = host.collect(1)
+    assert replies[1]["result"] == {"exit_code": 3, "signal": None, "timed_out": False}
+    assert output == {(1, "stdout"): b"out in v /tmp\n", (1, "stderr"): b"err\n"}
+
+
+def test_exec_timeout_kills_the_group(host: Host) -> None:
+    begin = time.monotonic()
+    result, _ = host.run("sh", "-c", "sleep 60; true", timeout=0.3)
+    assert result == {"exit_code": None, "signal": 9, "timed_out": True}
+    assert time.monotonic() - begin < 5
+
+
+def test_exec_of_what_is_missing(host: Host) -> None:
+    result, _ = host.run("no-such-program")
+    assert (result["exit_code"], result["error"]) == (127, "not_found")
+    reply = host.request("exec", argv=["true"], cwd="/no/such/folder")
+    assert reply["error"]["code"] == "bad_cwd"
+
+
+def test_exec_large_output_is_complete_though_the_host_is_slow(host: Host) -> None:
+    body = {"id": 7, "cmd": "exec", "argv": ["head", "-c", "20000000", "/dev/zero"]}
+    host.write(json.dumps(body).encode() + b"\n")
+    time.sleep(0.5)
+    assert host.agent.queued < 3 << 20
+    _, output = host.collect(7)
+    assert len(output[7, "stdout"]) == 20000000
+
+
+def test_exec_ends_though_a_grandchild_keeps_the_pipe(host: Host) -> None:
+    begin = time.monotonic()
+    result, output = host.run("sh", "-c", "sleep 4 & echo done")
+    assert result["exit_code"] == 0 and output == b"done\n"
+    assert time.monotonic() - begin < 3
+
+
+def test_two_execs_at_a_time_and_a_ping_between(host: Host) -> None:
+    for number, argv in ((1, ["sh", "-c", "sleep 0.5; echo a"]), (2, ["echo", "b"])):
+        host.write(json.dumps({"id": number, "cmd": "exec", "argv": argv}).encode() + b"\n")
+    host.write(b'{"id": 3, "cmd": "ping"}\n')
+    order: list[int] = []
+    while len(order) < 3:
+        message = host.read()
+        if "ok" in message:
+            order.append(message["id"])
+    assert sorted(order) == [1, 2, 3] and order[-1] == 1
+
+
+def test_put_and_get(host: Host, tmp_path: Path) -> None:
+    content, path = os.urandom(150000), str(tmp_path / "file")
+    for offset in range(0, len(content), 60000):
+        data = base64.b64encode(content[offset : offset + 60000]).decode()
+        eof = offset + 60000 >= len(content)
+        assert not os.path.exists(path)
+        assert host.request("put", path=path, mode=0o750, data=data, offset=offset, eof=eof)["ok"]
+    back = b""
+    while True:
+        chunk = host.request("get", path=path, offset=len(back), length=65536)["result"]
+        back += base64.b64decode(chunk["data"])
+        if chunk["eof"]:
+            break
+    assert back == content
+    assert (chunk["size"], chunk["mode"]) == (150000, 0o750)
+
+
+def identity() -> dict[str, Any]:
+    return {
+        "hostname": "clone-1",
+        "machine_id": "ab" * 16,
+        "boot_id": str(uuid.uuid4()),
+        "uuid": str(uuid.uuid4()),
+        "mac": "52:54:00:12:34:56",
+        "ip": "10.1.2.3",
+        "prefix": 16,
+        "gateway": None,
+        "dns": ["10.1.0.1"],
+        "time": 1000.0,
+        "entropy": base64.b64encode(bytes(64)).decode(),
+    }
+
+
+def test_identify_reports_what_it_reads_back(host: Host, tmp_path: Path) -> None:
+    wanted = identity()
+    assert host.request("quiesce")["ok"]
+    time.sleep(0.2)
+    result = host.request("identify", **wanted)["result"]
+    for name in ("hostname", "machine_id", "boot_id", "uuid", "mac", "ip"):
+        assert result[name] == wanted[name]
+    names = [name for name, _ in host.system.calls]
+    assert names == ["sync", "entropy", "clock", "address"]
+    assert 1000.2 <= dict(host.system.calls)["clock"] < 1001
+    assert (tmp_path / "resolv.conf").read_text() == "nameserver 10.1.0.1\n"
+    assert host.request("ping")["result"]["identified"]
+
+
+def test_failing_hook_fails_identify(host: Host, tmp_path: Path) -> None:
+    hooks = tmp_path / "templated" / "identity.d"
+    hooks.mkdir(parents=True)
+    write_text(str(hooks / "10-bad"), "#!/bin/sh\necho no $TEMPLATED_HOSTNAME\nexit 4\n")
+    (hooks / "10-bad").chmod(0o755)
+    reply = host.request("identify", **identity())
+    assert (
+        reply["error"]["code"] == "hook" and "exit code 4: no clone-1" in reply["error"]["message"]
+    )
+    assert not host.request("ping")["result"]["identified"]
+
+
+def test_reconnection_drops_the_old_connection(tmp_path: Path) -> None:
+    """FIFOs report a hang-up without a peer and come back with one, as a virtio port does."""
+    for name in ("in", "out"):
+        os.mkfifo(tmp_path / name)
+    fd_in = os.open(tmp_path / "in", os.O_RDONLY | os.O_NONBLOCK)
+    fd_out = os.open(tmp_path / "out", os.O_RDWR | os.O_NONBLOCK)
+    agent = Agent(fd_in, fd_out, FakeSystem(tmp_path))
+    first = os.open(tmp_path / "in", os.O_WRONLY)
+    os.write(first, b'{"id": 1, "cmd": "exec", "argv": ["sh", "-c", "sleep 0.3; echo late"]}\n')
+    agent.turn(1)
+    os.write(first, b'{"id": 2, "cmd": "pi')
+    agent.turn(1)
+    os.close(first)
+    begin = time.monotonic()
+    cpu = time.process_time()
+    while time.monotonic() - begin < 1 or agent.executions:
+        agent.turn(0.2)
+    assert time.process_time() - cpu < 0.2  # a hang-up that lasts is no busy loop
+    second = os.open(tmp_path / "in", os.O_WRONLY)
+    os.write(second, b'\n{"id": 3, "cmd": "ping"}\n')
+    agent.turn(1)
+    agent.turn(0.1)
+    lines = os.read(fd_out, 65536).splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [3]
+    agent.close()
+    for descriptor in (second, fd_in, fd_out):
+        os.close(descriptor)
