@@ -35,6 +35,7 @@ MAX_LINE = 1 << 20
 CHUNK = 1 << 16
 QUEUE_LIMIT = 1 << 20
 DRAIN_SECONDS = 1.0
+GRACE_SECONDS = 5.0
 HOOK_SECONDS = 10.0
 MAX_EXEC_SECONDS = 86400.0
 ENVIRONMENT = {
@@ -358,6 +359,7 @@ class Agent:
         self._queued = 0
         self._retry = False
         self._connected = False
+        self._grace: float | None = None
         self.connection = 0
         """Counts connections: the end of a command must not reach a later one."""
         self.executions: set[Execution] = set()
@@ -403,6 +405,8 @@ class Agent:
             handler = self._handlers.get(descriptor)
             if handler is not None:
                 handler(descriptor, events)
+        if self._grace is not None and self._grace <= time.monotonic():
+            self._disconnect()
         if self._retry:
             self._flush()
         if self.executions:
@@ -412,9 +416,11 @@ class Agent:
                     execution.expire()
 
     def _wait(self, limit: float | None) -> float | None:
-        if not self.executions and not self._retry:
+        if not self.executions and not self._retry and self._grace is None:
             return limit
         due = [item.deadline for item in self.executions if item.deadline is not None]
+        if self._grace is not None:
+            due.append(self._grace)
         waits = [max(0.0, min(due) - time.monotonic())] if due else []
         if self._retry:
             waits.append(0.1)  # in case the port does not tell that there is room again
@@ -423,36 +429,47 @@ class Agent:
         return min(waits, default=None)
 
     def _on_port(self, descriptor: int, events: int) -> None:
-        gone = events & (select.EPOLLHUP | select.EPOLLERR)
-        if events & select.EPOLLIN and descriptor == self._in:
-            gone = self._receive() or gone
-        if gone:
-            self._disconnect()
-        elif self._queue:
+        if descriptor == self._in:
+            if not events & (select.EPOLLHUP | select.EPOLLERR):
+                self._connected, self._grace = True, None
+            elif self._grace is None:
+                self._disconnect()
+            if events & select.EPOLLIN:
+                self._receive()
+        if self._queue:
             self._flush()
 
     def _disconnect(self) -> None:
         self._connected = self._skipping = self._retry = False
+        self._grace = None
         self._input.clear()
+        self._drop_output()
+
+    def _drop_output(self) -> None:
         self._queue.clear()
         self._queued = 0
         for execution in self.executions:
             execution.resume()
 
-    def _receive(self) -> bool:
-        """Read all there is and handle the lines. True when the host is gone."""
+    def _begin(self) -> None:
+        """A new connection: its first line is empty, or ends what an old one left half-said."""
+        self.connection += 1
+        self._drop_output()
+
+    def _receive(self) -> None:
+        """Read all there is and handle the lines."""
         while True:
             try:
                 data = os.read(self._in, CHUNK)
-            except BlockingIOError:
-                return False
-            except OSError:
-                return True
+            except OSError:  # nothing more for now, or a broken port
+                return
             if not data:
-                return True
+                return
             if not self._connected:
+                # Data may overtake the notice that the host is there, which the kernel handles
+                # in a work queue. Until then writing fails, and what is to be said is kept.
                 self._connected = True
-                self.connection += 1
+                self._grace = time.monotonic() + GRACE_SECONDS
             self._take(data)
 
     def _take(self, data: bytes) -> None:
@@ -466,6 +483,8 @@ class Agent:
                 self.refuse(None, "too_long", "a line is longer than 1 MiB")
             elif line and not line.isspace():
                 self._handle(line)
+            else:
+                self._begin()
         if self._skipping:
             self._input.clear()
         elif len(self._input) > MAX_LINE:
@@ -476,7 +495,7 @@ class Agent:
     def _handle(self, line: bytes) -> None:
         number = None
         try:
-            request = _decode(line.decode())
+            request = self._parse(line)
             if not isinstance(request, dict):
                 raise Refused("invalid", "a request must be an object")
             number = request.get("id")
@@ -496,6 +515,13 @@ class Agent:
         except OSError as error:
             code = errno.errorcode.get(error.errno or 0, "os").lower()
             self.refuse(number, code, str(error))
+
+    def _parse(self, line: bytes) -> Any:
+        try:
+            return _decode(line.decode())
+        except ValueError:
+            self._begin()
+            raise
 
     def reply(self, number: Any, result: dict[str, Any], connection: int) -> None:
         """Send the good end of request `number`."""
@@ -532,7 +558,7 @@ class Agent:
                 self._retry = True
                 break
             except OSError:
-                self._disconnect()
+                self._drop_output()
                 return
             self._queued -= count
             if count == len(head):

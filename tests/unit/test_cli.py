@@ -16,7 +16,7 @@ import click
 import msgspec
 import pytest
 import yaml
-from cli_daemon import CLONE, GENERATION, ROOT, TEMPLATE, Daemon, command, popen, run, serving
+from tests.unit.cli_daemon import CLONE, GENERATION, ROOT, TEMPLATE, Daemon, command, popen, run, serving
 
 from templated.cli import client, exit_codes
 from templated.cli.main import COMMANDS, main, root

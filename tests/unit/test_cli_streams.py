@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_daemon import TEMPLATE, Daemon, b64, popen, run, serving
+from tests.unit.cli_daemon import TEMPLATE, Daemon, b64, popen, run, serving
 
 from templated.cli import exit_codes
 from templated.cli.main import main

@@ -1,0 +1,191 @@
+"""A real daemon on temporary places, driven by the real command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PYTHON_FN = ROOT / "templates/python-fn.yaml"
+_BOUND = 300.0
+
+
+class Daemon:
+    """One `templated serve` with its own places. `close` leaves nothing of it on the host."""
+
+    def __init__(self, **config: Any) -> None:
+        # Short, since sockets lie below it.
+        self.places = Path(tempfile.mkdtemp(prefix="tpt.", dir="/tmp"))
+        self.shm = Path(tempfile.mkdtemp(prefix="templated-test.", dir="/dev/shm"))
+        self.templates = self.places / "templates"
+        self.templates.mkdir()
+        self.state = self.places / "state"
+        self.socket = self.places / "run/templated.sock"
+        self.config = {
+            "state_dir": str(self.state),
+            "runtime_dir": str(self.places / "run"),
+            "shm_dir": str(self.shm),
+            "template_dirs": [str(self.templates)],
+            "accel": "tcg",
+            "metrics": None,
+            **config,
+        }
+        self.process: subprocess.Popen[bytes] | None = None
+        shutil.copy(PYTHON_FN, self.templates)
+
+    @property
+    def log(self) -> str:
+        """What the daemon has written so far."""
+        return (self.places / "log").read_text()
+
+    def start(self, *, wait: bool = True) -> None:
+        """Start the daemon and wait until it serves."""
+        # JSON is YAML.
+        (self.places / "templated.yaml").write_text(json.dumps(self.config))
+        command = [sys.executable, "-m", "templated", "serve", "--config"]
+        with open(self.places / "log", "ab") as log:
+            self.process = subprocess.Popen(
+                [*command, str(self.places / "templated.yaml")],
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 60
+        while wait and not self.socket.exists():
+            assert self.process.poll() is None, self.log
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.05)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """End the daemon; its VMs go on."""
+        if self.process is not None:
+            self.process.send_signal(number)
+            self.process.wait(60)
+            self.process = None
+            if number is signal.SIGKILL:
+                self.socket.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """End the daemon and every VM of it, and remove its places."""
+        try:
+            self.stop()
+        finally:
+            for pid in self.qemus():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            deadline = time.monotonic() + 10
+            while self.qemus() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            shutil.rmtree(self.places, ignore_errors=True)
+            shutil.rmtree(self.shm, ignore_errors=True)
+
+    def run(
+        self, *arguments: str, timeout: float = _BOUND, stdin: bytes = b""
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command and return how it ended."""
+        done = subprocess.run(
+            [sys.executable, "-m", "templated", "--socket", str(self.socket), *arguments],
+            input=stdin,
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+            cwd=ROOT,
+        )
+        return subprocess.CompletedProcess(
+            done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
+        )
+
+    def cli(self, *arguments: str, timeout: float = _BOUND, stdin: bytes = b"") -> str:
+        """Run a command that must succeed and return its stdout."""
+        done = self.run(*arguments, timeout=timeout, stdin=stdin)
+        assert done.returncode == 0, f"{arguments}: {done.stderr}\n{self.log[-2000:]}"
+        return done.stdout
+
+    def json(self, *arguments: str, timeout: float = _BOUND) -> Any:
+        """Run a command with `-o json` and return what it printed."""
+        return json.loads(self.cli("-o", "json", *arguments, timeout=timeout))
+
+    def fails(self, *arguments: str, timeout: float = _BOUND) -> str:
+        """Run a command that must fail in the way a user can read; return its error line."""
+        done = self.run(*arguments, timeout=timeout)
+        lines = done.stderr.strip().splitlines()
+        assert done.returncode not in (0, None), f"{arguments} succeeded: {done.stdout}"
+        assert "Traceback" not in done.stderr, done.stderr
+        errors = [line for line in lines if line.startswith("templated: error: ")]
+        assert len(errors) == 1, done.stderr
+        assert any(line.startswith("hint: ") for line in lines), done.stderr
+        return errors[0]
+
+    def guest(self, name: str, code: str) -> str:
+        """Run Python in a clone and return its stdout."""
+        return self.cli("exec", name, "--", "python3", "-c", code)
+
+    def build(self, name: str = "python-fn") -> str:
+        """Build a template and return the id of the generation that serves."""
+        self.cli("-q", "template", "build", name)
+        return str(self.json("template", "show", name)["active"])
+
+    def template(self, name: str, text: str) -> None:
+        """Write a template file."""
+        (self.templates / f"{name}.yaml").write_text(text)
+
+    def variant(self, name: str, *extra: str, without_probes: bool = False) -> None:
+        """Write a template that is python-fn with another name and further lines."""
+        text = PYTHON_FN.read_text().replace("name: python-fn", f"name: {name}", 1)
+        if without_probes:
+            text = text[: text.index("\nprobes:")] + "\n"
+        self.template(name, text + "\n".join(extra) + "\n")
+
+    def qemus(self) -> list[int]:
+        """Processes that have our places on their command line, but for the daemon."""
+        return [
+            pid
+            for pid, arguments in _processes()
+            if f"{self.places}/" in arguments and "qemu-system" in arguments
+        ]
+
+    def held(self) -> dict[str, Any]:
+        """All that a clone takes from the host, counted. Ready slots are none of it."""
+        assert self.process is not None
+        return {
+            "processes": len(self.qemus()),
+            "descriptors": len(os.listdir(f"/proc/{self.process.pid}/fd")),
+            "slots": len(os.listdir(self.state / "slots")),
+            "sockets": len(os.listdir(self.places / "run/vm")),
+            "shm": sorted(str(p.relative_to(self.shm)) for p in self.shm.rglob("*")),
+            "rows": self.rows(),
+        }
+
+    def rows(self) -> dict[str, int]:
+        """Rows per table of the journal."""
+        import sqlite3
+
+        with contextlib.closing(sqlite3.connect(self.state / "journal.sqlite")) as db:
+            tables = ("clones", "slots", "generations", "templates")
+            return {t: db.execute(f"SELECT count(*) FROM {t}").fetchone()[0] for t in tables}
+
+    def settled(self, expected: dict[str, Any]) -> dict[str, Any]:
+        """`held()`, once it equals `expected` or does not come to it within 10 s."""
+        deadline = time.monotonic() + 10
+        while (held := self.held()) != expected and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return held
+
+
+def _processes() -> Iterator[tuple[int, str]]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                arguments = (entry / "cmdline").read_bytes().decode(errors="replace")
+                yield int(entry.name), arguments.replace("\0", " ")
