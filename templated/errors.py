@@ -79,9 +79,7 @@ class StartError(TemplatedError):
 
     code = "start_failed"
 
-    def __init__(
-        self, message: str, *, phase: str, reason: str, hint: str = ""
-    ) -> None:
+    def __init__(self, message: str, *, phase: str, reason: str, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.phase = phase
         self.reason = reason

@@ -121,9 +121,7 @@ class Journal:
 
     # --- slots and clones -------------------------------------------------------------------
 
-    async def new_slot(
-        self, generation: str, make: Callable[[int], Slot], capacity: int
-    ) -> Slot:
+    async def new_slot(self, generation: str, make: Callable[[int], Slot], capacity: int) -> Slot:
         """Take the next free index, and write the slot that `make` builds for it, not yet ready.
 
         Indexes go round, so that an address that was given back is the last to be used again.
@@ -143,9 +141,7 @@ class Journal:
 
         await self._run(work)
 
-    async def new_clone(
-        self, name: str, slot_id: str, template: str, path: StartPath
-    ) -> CloneRow:
+    async def new_clone(self, name: str, slot_id: str, template: str, path: StartPath) -> CloneRow:
         """Give a slot to a name; Conflict when the name is taken."""
         return await self._run(lambda db: _new_clone(db, name, slot_id, template, path))
 
@@ -173,12 +169,8 @@ class Journal:
 
     async def free_slots(self) -> list[tuple[Slot, bool]]:
         """Slots without a clone, each with whether it is ready."""
-        sql = (
-            "SELECT * FROM slots WHERE id NOT IN (SELECT slot FROM clones) ORDER BY idx"
-        )
-        return await self._run(
-            lambda db: [(_slot(r), bool(r["ready"])) for r in db.execute(sql)]
-        )
+        sql = "SELECT * FROM slots WHERE id NOT IN (SELECT slot FROM clones) ORDER BY idx"
+        return await self._run(lambda db: [(_slot(r), bool(r["ready"])) for r in db.execute(sql)])
 
     # --- templates and generations ----------------------------------------------------------
 
@@ -201,9 +193,7 @@ class Journal:
 
         await self._run(work)
 
-    async def generation_state(
-        self, generation_id: str, state: GenerationState
-    ) -> None:
+    async def generation_state(self, generation_id: str, state: GenerationState) -> None:
         """Write a generation's state."""
         sql = "UPDATE generations SET state = ? WHERE id = ?"
         await self._run(_executor(sql, state.value, generation_id))
@@ -214,9 +204,7 @@ class Journal:
 
     async def drop_generation(self, generation_id: str) -> None:
         """Forget a generation whose files are gone."""
-        await self._run(
-            _executor("DELETE FROM generations WHERE id = ?", generation_id)
-        )
+        await self._run(_executor("DELETE FROM generations WHERE id = ?", generation_id))
 
     async def generations(self) -> list[GenerationRow]:
         """All generations, oldest first."""
@@ -226,9 +214,7 @@ class Journal:
     async def active(self) -> dict[str, str]:
         """The active generation of each template that has one."""
         sql = "SELECT name, active FROM templates"
-        return await self._run(
-            lambda db: {r["name"]: r["active"] for r in db.execute(sql)}
-        )
+        return await self._run(lambda db: {r["name"]: r["active"] for r in db.execute(sql)})
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -297,9 +283,7 @@ def _new_slot(
     index = _next_index(db, capacity)
     slot = make(index)
     values = (slot.id, index, generation, slot.uuid, slot.mac, slot.ip, slot.machine_id)
-    db.execute(
-        "INSERT INTO slots VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0)", (*values, slot.boot_id)
-    )
+    db.execute("INSERT INTO slots VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0)", (*values, slot.boot_id))
     return slot
 
 
@@ -310,9 +294,7 @@ def _next_index(db: sqlite3.Connection, capacity: int) -> int:
     for step in range(capacity):
         index = (start + step) % capacity
         if index not in taken:
-            db.execute(
-                "INSERT OR REPLACE INTO counters VALUES ('slot', ?)", (index + 1,)
-            )
+            db.execute("INSERT OR REPLACE INTO counters VALUES ('slot', ?)", (index + 1,))
             return index
     raise Busy(
         f"all {capacity} addresses of the subnet are in use",
@@ -334,9 +316,7 @@ def _new_clone(
             f"a clone named {name} exists already",
             hint=f"take another name, or: rm {name}",
         ) from None
-    return _clone_row(
-        db.execute(_CLONES + " WHERE clones.name = ?", (name,)).fetchone()
-    )
+    return _clone_row(db.execute(_CLONES + " WHERE clones.name = ?", (name,)).fetchone())
 
 
 def _slot(row: sqlite3.Row) -> Slot:

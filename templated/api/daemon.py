@@ -25,9 +25,7 @@ def run(config_path: Path | None) -> None:
 
     VMs go on when it ends, and the next daemon on the same state_dir adopts them.
     """
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s"
-    )
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
     os.umask(0o077)
     config = load_config(config_path)
     foundation = Foundation(config)

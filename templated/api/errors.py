@@ -34,9 +34,7 @@ STATUS = {
 }
 
 
-def error_response(
-    code: str, message: str, hint: str = "", status: int = 0
-) -> web.Response:
+def error_response(code: str, message: str, hint: str = "", status: int = 0) -> web.Response:
     """An answer that says what went wrong."""
     body = ErrorBody(error=ErrorInfo(code=code, message=message, hint=hint))
     return web.Response(
@@ -54,9 +52,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     except TemplatedError as error:
         return error_response(error.code, error.message, error.hint)
     except web.HTTPException as error:
-        code = {404: "not_found", 405: "invalid", 413: "invalid"}.get(
-            error.status, "invalid"
-        )
+        code = {404: "not_found", 405: "invalid", 413: "invalid"}.get(error.status, "invalid")
         return error_response(
             code,
             f"{request.method} {request.path}: {error.reason}",
@@ -78,8 +74,6 @@ async def body_of(request: web.Request, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(content or b"{}", type=kind)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(
-            f"the request's body: {error}", hint="see /v1/openapi.json"
-        ) from error
+        raise InvalidRequest(f"the request's body: {error}", hint="see /v1/openapi.json") from error
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"the request's body is not JSON: {error}") from error

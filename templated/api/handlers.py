@@ -75,9 +75,7 @@ async def show_clone(request: web.Request) -> web.Response:
 
 async def remove_clone(request: web.Request) -> web.Response:
     # A client that goes away half-way must not leave half a clone.
-    await asyncio.shield(
-        request.app[SERVICES].clones.remove(request.match_info["name"])
-    )
+    await asyncio.shield(request.app[SERVICES].clones.remove(request.match_info["name"]))
     return web.Response(status=204)
 
 
@@ -163,12 +161,8 @@ async def put_file(request: web.Request) -> web.Response:
     try:
         mode = int(request.query.get("mode", "644"), 8)
     except ValueError:
-        raise InvalidRequest(
-            "mode is not an octal number", hint="as in mode=644"
-        ) from None
-    await agent.put(
-        _guest_path(request), await request.read(), mode & 0o7777, _FILE_TIMEOUT
-    )
+        raise InvalidRequest("mode is not an octal number", hint="as in mode=644") from None
+    await agent.put(_guest_path(request), await request.read(), mode & 0o7777, _FILE_TIMEOUT)
     return web.Response(status=204)
 
 
@@ -203,9 +197,7 @@ async def show_template(request: web.Request) -> web.Response:
 
 
 async def remove_template(request: web.Request) -> web.Response:
-    await asyncio.shield(
-        request.app[SERVICES].templates.remove(request.match_info["name"])
-    )
+    await asyncio.shield(request.app[SERVICES].templates.remove(request.match_info["name"]))
     return web.Response(status=204)
 
 
@@ -281,7 +273,5 @@ def _number(request: web.Request, name: str, default: int) -> int:
 def _guest_path(request: web.Request) -> str:
     path = request.query.get("path", "")
     if not path.startswith("/"):
-        raise InvalidRequest(
-            "path must be an absolute path in the guest", hint="as in NAME:/tmp/x"
-        )
+        raise InvalidRequest("path must be an absolute path in the guest", hint="as in NAME:/tmp/x")
     return path

@@ -17,21 +17,14 @@ _RAW = {str: {"type": "string"}, bytes: {"type": "string", "format": "binary"}}
 
 def document() -> dict[str, Any]:
     """The whole document, OpenAPI 3.1."""
-    types = [
-        t for r in ROUTES for t in (r.answer, r.body) if t not in (None, str, bytes)
-    ]
-    schemas, components = msgspec.json.schema_components(
-        [*types, ErrorBody], ref_template=_REF
-    )
+    types = [t for r in ROUTES for t in (r.answer, r.body) if t not in (None, str, bytes)]
+    schemas, components = msgspec.json.schema_components([*types, ErrorBody], ref_template=_REF)
     by_type = {
-        repr(kind): schema
-        for kind, schema in zip([*types, ErrorBody], schemas, strict=True)
+        repr(kind): schema for kind, schema in zip([*types, ErrorBody], schemas, strict=True)
     }
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(
-            route, by_type
-        )
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, by_type)
     return {
         "openapi": "3.1.0",
         "info": {"title": "templated", "version": __version__},
@@ -66,9 +59,7 @@ def _operation(route: Route, by_type: dict[str, Any]) -> dict[str, Any]:
         "responses": answers,
     }
     if route.body is not None:
-        media = (
-            "application/octet-stream" if route.body is bytes else "application/json"
-        )
+        media = "application/octet-stream" if route.body is bytes else "application/json"
         schema = _schema(route.body, by_type)
         operation["requestBody"] = {
             "required": True,

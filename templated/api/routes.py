@@ -99,13 +99,9 @@ ROUTES: tuple[Route, ...] = (
         stream=_NDJSON,
         query={"follow": "true: go on with new events"},
     ),
-    Route(
-        "GET", "/v1/templates", h.list_templates, "All templates", list[TemplateView]
-    ),
+    Route("GET", "/v1/templates", h.list_templates, "All templates", list[TemplateView]),
     Route("GET", "/v1/templates/{name}", h.show_template, "One template", TemplateView),
-    Route(
-        "DELETE", "/v1/templates/{name}", h.remove_template, "Remove builds", status=204
-    ),
+    Route("DELETE", "/v1/templates/{name}", h.remove_template, "Remove builds", status=204),
     Route(
         *(
             "POST",

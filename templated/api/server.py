@@ -28,9 +28,7 @@ _CREDENTIALS = 12
 
 def make_app(services: Services) -> web.Application:
     """The API as an aiohttp application."""
-    app = web.Application(
-        middlewares=[_log_requests, errors_as_json], client_max_size=_MAX_BODY
-    )
+    app = web.Application(middlewares=[_log_requests, errors_as_json], client_max_size=_MAX_BODY)
     app[handlers.SERVICES] = services
     for route in ROUTES:
         app.router.add_route(route.method, route.path, route.handler)
@@ -67,9 +65,7 @@ async def listeners(config: Config, services: Services) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as stack:
         listener = _unix_listener(config)
         stack.callback(_unlink, Path(config.socket), os.stat(config.socket).st_ino)
-        api = web.AppRunner(
-            make_app(services), access_log=None, shutdown_timeout=_SHUTDOWN
-        )
+        api = web.AppRunner(make_app(services), access_log=None, shutdown_timeout=_SHUTDOWN)
         await api.setup()
         stack.push_async_callback(api.cleanup)
         await web.SockSite(api, listener).start()

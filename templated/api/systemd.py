@@ -14,9 +14,7 @@ def notify(state: str) -> None:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(
-        socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
-    ) as sender:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
         sender.setblocking(False)
         try:
             sender.sendto(state.encode(), address)

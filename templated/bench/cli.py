@@ -53,9 +53,7 @@ def bench() -> None:
     default=None,
     help="Also compare `restore` with a guest of this memory, as in 1GiB.",
 )
-@click.option(
-    "--template", metavar="T", default=None, help="Default: the only one built."
-)
+@click.option("--template", metavar="T", default=None, help="Default: the only one built.")
 @click.pass_obj
 def paths(
     settings: Settings,
@@ -110,9 +108,7 @@ def _print(report: dict[str, Any]) -> None:
         click.echo(f"{name.replace('_', ' ')}: {ratio:g}")
     if "cli" in report:
         cli = report["cli"]
-        click.echo(
-            f"command line adds: p50 {cli['p50']:g}, p99 {cli['p99']:g} (n = {cli['n']})"
-        )
+        click.echo(f"command line adds: p50 {cli['p50']:g}, p99 {cli['p99']:g} (n = {cli['n']})")
     if "memory" in report:
         for size, row in report["memory"]["restore"].items():
             _row(size, row, "restore only")

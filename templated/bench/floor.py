@@ -104,9 +104,7 @@ class Floor:
         self, places: Places, overlay: Path, qmp: socket.socket, agent: socket.socket
     ) -> Launch:
         plan = AddressPlan(UserNetwork().subnet, b"bench")
-        netdev, _ = make_network(UserNetwork(), plan, "bench").netdev(
-            Port(_SLOT), _INDEX
-        )
+        netdev, _ = make_network(UserNetwork(), plan, "bench").netdev(Port(_SLOT), _INDEX)
         return Launch(
             slot=_SLOT,
             uuid=str(uuid.uuid4()),
@@ -121,9 +119,7 @@ class Floor:
             agent_fd=agent.fileno(),
         )
 
-    def _start(
-        self, places: Places, launch: Launch, lines: list[Line], marks: list[float]
-    ) -> None:
+    def _start(self, places: Places, launch: Launch, lines: list[Line], marks: list[float]) -> None:
         agent, qmp = Line(places.agent), Line(places.qmp)
         lines += [agent, qmp]
         qmp.read()
@@ -131,9 +127,7 @@ class Floor:
         marks.append(time.perf_counter())
         capability = {"capability": "x-ignore-shared", "state": True}
         qmp.command("migrate-set-capabilities", {"capabilities": [capability]})
-        qmp.command(
-            "migrate-incoming", {"uri": f"exec:exec cat {self.generation.frozen}/state"}
-        )
+        qmp.command("migrate-incoming", {"uri": f"exec:exec cat {self.generation.frozen}/state"})
         while qmp.read().get("data", {}).get("status") != "completed":
             pass
         marks.append(time.perf_counter())
@@ -160,9 +154,7 @@ def floor(generation: Generation, qemu: str) -> Iterator[Floor]:
 @contextmanager
 def _listening(path: Path) -> Iterator[socket.socket]:
     path.unlink(missing_ok=True)
-    with contextlib.closing(
-        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    ) as listener:
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as listener:
         listener.bind(str(path))
         listener.listen(1)
         yield listener

@@ -30,9 +30,7 @@ class Bench:
         self._progress = progress
         self._tag = f"bench-{secrets.token_hex(3)}"
 
-    def paths(
-        self, n: int, n_cold: int, n_cli: int, memory: str | None
-    ) -> dict[str, Any]:
+    def paths(self, n: int, n_cold: int, n_cli: int, memory: str | None) -> dict[str, Any]:
         """All figures of one run, in milliseconds."""
         generation = self._generation(self._template)
         rows: dict[str, list[Row]] = {"floor": [], "direct": [], "cold": []}
@@ -45,9 +43,7 @@ class Bench:
             report["memory"] = self._memory(memory, n)
         return report
 
-    def _rounds(
-        self, rows: dict[str, list[Row]], bare: Floor, n: int, n_cold: int
-    ) -> None:
+    def _rounds(self, rows: dict[str, list[Row]], bare: Floor, n: int, n_cold: int) -> None:
         bare.once()
         self.start("direct")
         every = max(1, n // n_cold) if n_cold else 0
@@ -55,9 +51,7 @@ class Bench:
             self._progress(f"round {i + 1} of {n}")
             # Which of the two goes first alternates, in case one leaves something warm.
             for what in ("floor", "direct") if i % 2 else ("direct", "floor"):
-                rows[what].append(
-                    bare.once() if what == "floor" else self.start("direct")
-                )
+                rows[what].append(bare.once() if what == "floor" else self.start("direct"))
             if every and i % every == 0 and len(rows["cold"]) < n_cold:
                 rows["cold"].append(self.start("cold"))
 
@@ -74,9 +68,7 @@ class Bench:
         for what, samples in rows.items():
             if samples:
                 summary = summarize([row["total"] for row in samples]).as_dict()
-                phases = medians(
-                    [{k: v for k, v in r.items() if k != "total"} for r in samples]
-                )
+                phases = medians([{k: v for k, v in r.items() if k != "total"} for r in samples])
                 report["paths"][what] = {**summary, "phases_p50": phases}
         paths = report["paths"]
         direct = paths["direct"]["p50"]
@@ -105,14 +97,10 @@ class Bench:
                 self._client.path,
             ]
             begin = time.perf_counter()
-            done = subprocess.run(
-                command, capture_output=True, timeout=120, check=False
-            )
+            done = subprocess.run(command, capture_output=True, timeout=120, check=False)
             wall = (time.perf_counter() - begin) * 1000
             if done.returncode != 0:
-                raise HostError(
-                    f"templated clone failed: {done.stderr.decode().strip()}"
-                )
+                raise HostError(f"templated clone failed: {done.stderr.decode().strip()}")
             added.append(wall - json.loads(done.stdout)["total_ms"])
             self._client.delete("clones", name)
         return summarize(added).as_dict()
@@ -133,9 +121,7 @@ class Bench:
                 samples[memory].append(self.start("direct", name)["restore"])
         finally:
             self._client.delete("templates", name)
-        summaries = {
-            size: summarize(values).as_dict() for size, values in samples.items()
-        }
+        summaries = {size: summarize(values).as_dict() for size, values in samples.items()}
         ratio = round(summaries[memory]["p50"] / summaries[own]["p50"], 3)
         return {"restore": summaries, "ratio": ratio}
 
@@ -143,9 +129,7 @@ class Bench:
         # JSON is YAML.
         body = {"spec": json.dumps(spec), "source": "the benchmark's template"}
         operation = self._client.post("templates", name, "build", body=body)
-        with self._client.request(
-            "GET", "operations", operation["id"], "events"
-        ) as answer:
+        with self._client.request("GET", "operations", operation["id"], "events") as answer:
             for event in answer.objects():
                 if event["type"] == "end" and event["state"] != "done":
                     raise BuildError(f"{name}: {event['error']['message']}")
@@ -162,6 +146,4 @@ class Bench:
                 error.message,
                 hint="the bench reads the daemon's files: run it as its user",
             ) from error
-        return Generation(
-            manifest, directory, Path(info["shm_dir"]) / template / str(active)
-        )
+        return Generation(manifest, directory, Path(info["shm_dir"]) / template / str(active))

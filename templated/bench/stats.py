@@ -54,6 +54,5 @@ def medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     """The median of each key over all rows that have it."""
     keys = dict.fromkeys(key for row in rows for key in row)
     return {
-        key: round(quantile(sorted(row[key] for row in rows if key in row), 0.5), 2)
-        for key in keys
+        key: round(quantile(sorted(row[key] for row in rows if key in row), 0.5), 2) for key in keys
     }

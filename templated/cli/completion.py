@@ -28,7 +28,7 @@ def _names(context: click.Context, kind: str, incomplete: str) -> list[str]:
         given = set(_flat(context.params.values()))
         names = [item["name"] for item in found]
         return [name for name in names if name.startswith(incomplete) and name not in given]
-    except Exception:  # noqa: BLE001
+    except Exception:
         # Whatever is wrong, a message in the middle of a command line helps nobody.
         return []
 

@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     # Everything: also what click raises to exit, and Ctrl-C at any moment.
-    except BaseException as error:  # noqa: BLE001
+    except BaseException as error:
         from templated.cli.failures import exit_code
 
         return exit_code(error, settings)

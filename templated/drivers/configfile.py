@@ -58,9 +58,7 @@ def load_template(directories: tuple[str, ...], name: str) -> TemplateSpec:
         )
     spec = parse_template(_read(path), str(path))
     if spec.name != name:
-        raise ConfigError(
-            f"{path}: the name in it is {spec.name}, not {name} as the file's"
-        )
+        raise ConfigError(f"{path}: the name in it is {spec.name}, not {name} as the file's")
     return spec
 
 
@@ -85,9 +83,7 @@ def _parse(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         where = f"{source}:{mark.line + 1}" if mark else source
-        raise ConfigError(
-            f"{where}: not YAML: {problem}", hint="check the indentation"
-        ) from error
+        raise ConfigError(f"{where}: not YAML: {problem}", hint="check the indentation") from error
     except (RecursionError, ValueError) as error:
         raise ConfigError(f"{source}: not YAML: {error}") from error
 
@@ -102,9 +98,7 @@ def _refuse_duplicates(node: yaml.Node | None, source: str) -> None:
         for key, value in node.value:
             if key.value in seen and isinstance(key, yaml.ScalarNode):
                 line = key.start_mark.line + 1
-                raise ConfigError(
-                    f"{source}:{line}: the key {key.value!r} stands here twice"
-                )
+                raise ConfigError(f"{source}:{line}: the key {key.value!r} stands here twice")
             if isinstance(key, yaml.ScalarNode):
                 seen.add(key.value)
             _refuse_duplicates(value, source)
@@ -117,9 +111,7 @@ def _convert(data: Any, kind: type[T], text: str, source: str) -> T:
         message = str(error)
         line = _line_of(text, message)
         where = f"{source}:{line}" if line else source
-        raise ConfigError(
-            f"{where}: {message}", hint="see the manual for the keys"
-        ) from error
+        raise ConfigError(f"{where}: {message}", hint="see the manual for the keys") from error
 
 
 def _line_of(text: str, message: str) -> int | None:
@@ -138,14 +130,8 @@ def _line_of(text: str, message: str) -> int | None:
     return line
 
 
-def _child(
-    node: yaml.Node | None, key: str, index: int | None
-) -> tuple[int, yaml.Node] | None:
-    if (
-        isinstance(node, yaml.SequenceNode)
-        and index is not None
-        and index < len(node.value)
-    ):
+def _child(node: yaml.Node | None, key: str, index: int | None) -> tuple[int, yaml.Node] | None:
+    if isinstance(node, yaml.SequenceNode) and index is not None and index < len(node.value):
         item = node.value[index]
         return item.start_mark.line + 1, item
     if isinstance(node, yaml.MappingNode):

@@ -38,9 +38,7 @@ async def run(*arguments: str, timeout: float = _TIMEOUT) -> str:
             child.kill()
         await child.wait()
         if isinstance(error, TimeoutError):
-            raise HostError(
-                f"{arguments[0]} did not end within {timeout:g} s"
-            ) from None
+            raise HostError(f"{arguments[0]} did not end within {timeout:g} s") from None
         raise
     if child.returncode != 0:
         lines = err.decode(errors="replace").strip().splitlines() or ["no message"]

@@ -70,9 +70,7 @@ class _Pending:
     """A request under way: its reply, and where its output goes."""
 
     def __init__(self, sink: OutputSink | None) -> None:
-        self.reply: asyncio.Future[msgspec.Raw] = (
-            asyncio.get_running_loop().create_future()
-        )
+        self.reply: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
         self.sink = sink
 
 
@@ -96,16 +94,12 @@ class Agent:
     async def connect(self) -> None:
         """Connect to QEMU's end of the port; GuestError when it is not there."""
         try:
-            reader, self._writer = await asyncio.open_unix_connection(
-                self._path, limit=MAX_LINE
-            )
+            reader, self._writer = await asyncio.open_unix_connection(self._path, limit=MAX_LINE)
         except OSError as error:
             raise GuestError(f"the agent's port is not there: {error}") from error
         # Whatever an earlier connection left half-written ends here.
         self._writer.write(b"\n")
-        self._receiver = asyncio.create_task(
-            self._receive(reader), name=f"agent {self._path}"
-        )
+        self._receiver = asyncio.create_task(self._receive(reader), name=f"agent {self._path}")
 
     async def close(self) -> None:
         """End the connection; requests under way fail with GuestError."""
@@ -140,9 +134,7 @@ class Agent:
                 await self._writer.drain()
                 return await pending.reply
         except TimeoutError:
-            raise Timeout(
-                f"the guest did not answer {command!r} within {timeout:g} s"
-            ) from None
+            raise Timeout(f"the guest did not answer {command!r} within {timeout:g} s") from None
         except OSError as error:
             raise GuestError(f"the agent's connection broke: {error}") from error
         finally:
@@ -243,9 +235,7 @@ class Agent:
             pending.reply.set_result(reply.result)
         else:
             message = (reply.error or {}).get("message", "no reason given")
-            pending.reply.set_exception(
-                GuestError(f"the guest's agent refused: {message}")
-            )
+            pending.reply.set_exception(GuestError(f"the guest's agent refused: {message}"))
 
 
 def _convert(raw: msgspec.Raw, kind: type[T]) -> T:

@@ -89,9 +89,7 @@ def defaults(env: Mapping[str, str], uid: int) -> dict[str, object]:
         shm, templates = Path("/dev/shm/templated"), Path("/etc/templated/templates")
     else:
         state = _xdg(env, "XDG_STATE_HOME", ".local/state") / "templated"
-        runtime = (
-            Path(env.get("XDG_RUNTIME_DIR") or f"/tmp/templated-{uid}") / "templated"
-        )
+        runtime = Path(env.get("XDG_RUNTIME_DIR") or f"/tmp/templated-{uid}") / "templated"
         shm = Path(f"/dev/shm/templated-{uid}")
         templates = _xdg(env, "XDG_CONFIG_HOME", ".config") / "templated/templates"
     return {

@@ -14,9 +14,7 @@ def check_clone_name(name: str) -> str:
     """Return `name`, or raise InvalidRequest that says which rule it breaks."""
     if _LABEL.fullmatch(name):
         return name
-    raise InvalidRequest(
-        f"{_shown(name)} is not a clone name: {_broken_rule(name)}", hint=_HINT
-    )
+    raise InvalidRequest(f"{_shown(name)} is not a clone name: {_broken_rule(name)}", hint=_HINT)
 
 
 _HINT = "a name is a host name: 1 to 63 of a-z, 0-9 and '-', as in fn-123"

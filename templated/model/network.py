@@ -11,9 +11,7 @@ from msgspec import Meta, Struct
 # Linux allows 15 bytes (IFNAMSIZ - 1). A first letter keeps names apart from options and indexes.
 InterfaceName = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_.-]{0,14}$")]
 NamespaceName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}$")]
-Subnet = Annotated[
-    str, Meta(pattern=r"^[0-9.]{7,15}/[0-9]{1,2}$", examples=["10.77.0.0/16"])
-]
+Subnet = Annotated[str, Meta(pattern=r"^[0-9.]{7,15}/[0-9]{1,2}$", examples=["10.77.0.0/16"])]
 
 # A /8 has 2**24 addresses, as many as the 24 bits of a MAC that carry the index; a /29 leaves
 # four clones beside the addresses that are taken.
@@ -23,9 +21,7 @@ _WIDEST, _NARROWEST = 8, 29
 _FRONT, _RESERVED = 3, 4
 
 
-class _Section(
-    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="mode"
-):
+class _Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="mode"):
     """Base of the modes: immutable, and a key it does not know is an error."""
 
 
@@ -68,9 +64,7 @@ class BridgeNetwork(_Section, frozen=True, tag="bridge"):
     def __post_init__(self) -> None:
         parse_subnet(self.subnet)
         if self.nat and not self.host_address:
-            raise ValueError(
-                "nat: true needs host_address: true, the host is the way out"
-            )
+            raise ValueError("nat: true needs host_address: true, the host is the way out")
 
 
 NetworkConfig: TypeAlias = UserNetwork | BridgeNetwork
@@ -83,15 +77,8 @@ def parse_subnet(text: str) -> ipaddress.IPv4Network:
     except ValueError as error:
         raise ValueError(f"subnet {text!r} is not an IPv4 network: {error}") from None
     if not _WIDEST <= network.prefixlen <= _NARROWEST:
-        raise ValueError(
-            f"subnet {text!r}: the prefix must be /{_WIDEST} to /{_NARROWEST}"
-        )
-    if (
-        network.is_loopback
-        or network.is_multicast
-        or network.is_reserved
-        or text[:2] == "0."
-    ):
+        raise ValueError(f"subnet {text!r}: the prefix must be /{_WIDEST} to /{_NARROWEST}")
+    if network.is_loopback or network.is_multicast or network.is_reserved or text[:2] == "0.":
         raise ValueError(f"subnet {text!r} is a range that hosts cannot have")
     return network
 
@@ -150,7 +137,5 @@ class AddressPlan:
 
     def _checked(self, index: int) -> int:
         if not 0 <= index < self.capacity:
-            raise ValueError(
-                f"no address {index} in {self.network}: it has {self.capacity}"
-            )
+            raise ValueError(f"no address {index} in {self.network}: it has {self.capacity}")
         return index

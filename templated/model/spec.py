@@ -25,9 +25,7 @@ class ImageSpec(_Spec, frozen=True, kw_only=True):
     packages: tuple[PackageName, ...] = ()
     kernel: PackageName = "linux-image-cloud-amd64"
     size: Size = "1GiB"
-    mirror: Annotated[str, Meta(pattern=r"^(https?|file)://[!-~]{1,300}$")] | None = (
-        None
-    )
+    mirror: Annotated[str, Meta(pattern=r"^(https?|file)://[!-~]{1,300}$")] | None = None
 
 
 class MachineSpec(_Spec, frozen=True, kw_only=True):
@@ -89,9 +87,7 @@ class SettleProbe(_Probe, frozen=True, kw_only=True, tag="settle"):
     quiet: Duration = "1s"
 
 
-Probe: TypeAlias = (
-    SerialProbe | AgentProbe | ExecProbe | TcpProbe | HttpProbe | SettleProbe
-)
+Probe: TypeAlias = SerialProbe | AgentProbe | ExecProbe | TcpProbe | HttpProbe | SettleProbe
 
 
 class IdentitySpec(_Spec, frozen=True, kw_only=True):

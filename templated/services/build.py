@@ -44,9 +44,7 @@ from templated.services.vm import PhaseClock, Vm, require_space, tail
 
 # tsc=reliable: with nothing to check the TSC against, the kernel would otherwise never leave the
 # periodic tick (250 Hz), which is most of what an idle guest costs.
-KERNEL_CMDLINE = (
-    "console=ttyS0 quiet loglevel=4 reboot=t panic=-1 ipv6.disable=1 tsc=reliable"
-)
+KERNEL_CMDLINE = "console=ttyS0 quiet loglevel=4 reboot=t panic=-1 ipv6.disable=1 tsc=reliable"
 _SAVE_TIMEOUT = 120.0
 _QUIT_TIMEOUT = 30.0
 _QUIESCE_TIMEOUT = 30.0
@@ -64,9 +62,7 @@ def new_generation_id() -> str:
 class Build:
     """One build, from its spec to a proven generation. `run` does it, once."""
 
-    def __init__(
-        self, context: Context, spec: TemplateSpec, progress: Progress
-    ) -> None:
+    def __init__(self, context: Context, spec: TemplateSpec, progress: Progress) -> None:
         self.context = context
         self.spec = spec
         self.progress = progress
@@ -84,9 +80,7 @@ class Build:
             raise HostError(f"the build cannot write its files: {error}") from error
         finally:
             for name, seconds in self.phases_s.items():
-                self.context.metrics.build_seconds.labels(self.spec.name, name).observe(
-                    seconds
-                )
+                self.context.metrics.build_seconds.labels(self.spec.name, name).observe(seconds)
 
     async def discard(self) -> None:
         """Remove everything of a build that failed."""
@@ -96,9 +90,7 @@ class Build:
     async def _run(self) -> Generation:
         qemu = await self.context.host.qemu()
         with self._phase("image"):
-            image = await self.context.images.ensure(
-                self.spec.image, on_progress=self.progress.log
-            )
+            image = await self.context.images.ensure(self.spec.image, on_progress=self.progress.log)
         with self._phase("accelerator"):
             hardware = await self._hardware(image)
         self.progress.log(f"accelerator: {hardware.accel}")
@@ -114,9 +106,7 @@ class Build:
             await generation.verify()
         with self._phase("canary"):
             canary = await self._canary(generation)
-        generation.manifest = _with(
-            manifest, canary_probes=canary, phases_s=self.phases_s
-        )
+        generation.manifest = _with(manifest, canary_probes=canary, phases_s=self.phases_s)
         generations.write_manifest(self.directory, generation.manifest)
         return generation
 
@@ -131,18 +121,14 @@ class Build:
             cpu=CPUS[accel],
         )
 
-    async def _base(
-        self, image: Image, hardware: Hardware, qemu: QemuVersion
-    ) -> Manifest:
+    async def _base(self, image: Image, hardware: Hardware, qemu: QemuVersion) -> Manifest:
         """Boot, probe and freeze the base VM."""
         kernel = boot_kernel(image, self.spec, hardware.accel)
         empty = await image_overlay(self.context, image)
         async with self._slot(empty, "base") as prepared:
             forwards, ports = self._forwards()
             launch = self.context.starter.launch(prepared, hardware, forwards=forwards)
-            launch = replace(
-                launch, memory=self.frozen / generations.MEMORY, memory_shared=True
-            )
+            launch = replace(launch, memory=self.frozen / generations.MEMORY, memory_shared=True)
             async with self._tail_on_failure(prepared):
                 with self._phase("boot"):
                     vm = await self.context.starter.boot(
@@ -166,9 +152,7 @@ class Build:
 
     async def _spawned(self, vm: Vm) -> None:
         machine = vm.machine
-        await self.context.journal.clone_spawned(
-            vm.slot.id, machine.pid, machine.start_time
-        )
+        await self.context.journal.clone_spawned(vm.slot.id, machine.pid, machine.start_time)
 
     async def _probe(
         self, vm: Vm, ports: dict[int, tuple[str, int]], *, canary: bool = False
@@ -176,14 +160,10 @@ class Build:
         if isinstance(self.context.config.network, BridgeNetwork):
             ports = {port: (vm.slot.ip, port) for port in ports}
         # What a console showed while booting, it does not show again after a restore.
-        probes = [
-            p for p in self.spec.probes if not (canary and isinstance(p, SerialProbe))
-        ]
+        probes = [p for p in self.spec.probes if not (canary and isinstance(p, SerialProbe))]
         results = await run_probes(Target(vm, ports), probes, self.progress.probe)
         for result in () if canary else results:
-            label = self.context.metrics.probe_seconds.labels(
-                self.spec.name, result.name
-            )
+            label = self.context.metrics.probe_seconds.labels(self.spec.name, result.name)
             label.observe(result.seconds)
         return results
 
@@ -212,9 +192,7 @@ class Build:
         }
         for name, path in paths.items():
             # QEMU 7.2 opens a private memory file for writing too; only root still can then.
-            freeze_file(
-                path
-            ) if name != generations.MEMORY or _is_root() else path.chmod(0o600)
+            freeze_file(path) if name != generations.MEMORY or _is_root() else path.chmod(0o600)
             files[name] = await digest_file(path)
         await disk.create_overlay(self.directory / generations.EMPTY, layer2)
         freeze_file(self.directory / generations.EMPTY)
@@ -238,9 +216,7 @@ class Build:
                     )
                 except (TemplatedError, TimeoutError) as error:
                     cause = clock.failure(error)
-                    raise BuildError(
-                        f"the canary: {cause.message}", hint=cause.hint
-                    ) from error
+                    raise BuildError(f"the canary: {cause.message}", hint=cause.hint) from error
                 try:
                     return await self._probe(vm, ports, canary=True)
                 finally:
@@ -248,9 +224,7 @@ class Build:
 
     def _forwards(self) -> tuple[tuple[Forward, ...], dict[int, tuple[str, int]]]:
         """Forwards for the probes that come from the host, and where they are."""
-        ports = {
-            p: ("127.0.0.1", _free_port()) for p in forwarded_ports(self.spec.probes)
-        }
+        ports = {p: ("127.0.0.1", _free_port()) for p in forwarded_ports(self.spec.probes)}
         if isinstance(self.context.config.network, BridgeNetwork):
             return (), ports
         return tuple(Forward(guest, host) for guest, (_, host) in ports.items()), ports
@@ -275,18 +249,12 @@ class Build:
         try:
             yield
         except (TemplatedError, TimeoutError) as error:
-            lines = tail(prepared.places.serial_log, 12) or [
-                "(the console stayed empty)"
-            ]
+            lines = tail(prepared.places.serial_log, 12) or ["(the console stayed empty)"]
             for line in lines:
                 self.progress.log(f"console: {line}")
             if isinstance(error, BuildError):
                 raise
-            cause = (
-                error.message
-                if isinstance(error, TemplatedError)
-                else "it took too long"
-            )
+            cause = error.message if isinstance(error, TemplatedError) else "it took too long"
             raise BuildError(
                 f"the base VM of {self.spec.name} did not come up: {cause}; "
                 f"last on its console: {lines[-1].strip()[:120]}",

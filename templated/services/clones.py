@@ -51,9 +51,7 @@ class Clone:
     def move(self, state: CloneState, reason: str = "") -> None:
         """Change the state; a transition that the table does not have is a defect."""
         if state not in TRANSITIONS[self.state]:
-            raise Conflict(
-                f"clone {self.name} is {self.state.value}, it cannot become {state}"
-            )
+            raise Conflict(f"clone {self.name} is {self.state.value}, it cannot become {state}")
         self.state = state
         self.reason = reason or self.reason
 
@@ -98,9 +96,7 @@ class Clones:
         return len(self._clones)
 
     def _in_use(self, generation: str) -> int:
-        return sum(
-            1 for clone in self._clones.values() if clone.generation == generation
-        )
+        return sum(1 for clone in self._clones.values() if clone.generation == generation)
 
     # --- starting ---------------------------------------------------------------------------
 
@@ -114,9 +110,7 @@ class Clones:
         names = numbered(request.name, request.count)
         path = StartPath(request.path or StartPath.DIRECT)
         self._reserve(names, request, path)
-        tasks = [
-            self._group.create_task(self._start(name, clock.started)) for name in names
-        ]
+        tasks = [self._group.create_task(self._start(name, clock.started)) for name in names]
         try:
             results = await asyncio.gather(*tasks, return_exceptions=True)
         except asyncio.CancelledError:
@@ -126,16 +120,12 @@ class Clones:
             raise
         failures = [r for r in results if isinstance(r, BaseException)]
         if failures:
-            started = [
-                n for n, r in zip(names, results, strict=True) if isinstance(r, Clone)
-            ]
+            started = [n for n, r in zip(names, results, strict=True) if isinstance(r, Clone)]
             await asyncio.gather(*(self._remove_quietly(name) for name in started))
             raise failures[0]
         return [clone.view() for clone in results if isinstance(clone, Clone)]
 
-    def _reserve(
-        self, names: list[str], request: CloneRequest, path: StartPath
-    ) -> None:
+    def _reserve(self, names: list[str], request: CloneRequest, path: StartPath) -> None:
         """Take the names at once, so that of two requests for a name one fails early."""
         generation = self.templates.serving(request.template)
         for name in names:
@@ -146,9 +136,7 @@ class Clones:
                 )
         limit = self._context.config.limits.clones
         if len(self._clones) + len(names) > limit:
-            raise Busy(
-                f"the limit of {limit} clones is reached", hint="see limits.clones"
-            )
+            raise Busy(f"the limit of {limit} clones is reached", hint="see limits.clones")
         for name in names:
             self._clones[name] = Clone(
                 name, generation.manifest.template, generation.id, path, now()
@@ -169,9 +157,7 @@ class Clones:
         self._count_states()
         return clone
 
-    def _failed(
-        self, clone: Clone, clock: PhaseClock, error: BaseException
-    ) -> BaseException:
+    def _failed(self, clone: Clone, clock: PhaseClock, error: BaseException) -> BaseException:
         if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt)):
             return error
         failure = clock.failure(error)
@@ -194,9 +180,7 @@ class Clones:
             log.error("start of %s failed", clone.name, exc_info=error)
         return failure
 
-    async def _bring_up(
-        self, clone: Clone, generation: Generation, clock: PhaseClock
-    ) -> None:
+    async def _bring_up(self, clone: Clone, generation: Generation, clock: PhaseClock) -> None:
         slots = self._context.slots
         begin = clock.total_ms()
         layer, image = await self._layer(clone, generation)
@@ -218,9 +202,7 @@ class Clones:
             raise
         self._watch(clone)
         metrics = self._context.metrics
-        metrics.observe_start(
-            clone.template, clone.path, clone.phases_ms, clone.total_ms
-        )
+        metrics.observe_start(clone.template, clone.path, clone.phases_ms, clone.total_ms)
         self._context.events.emit(
             "clone.running",
             clone.name,
@@ -229,9 +211,7 @@ class Clones:
             total_ms=clone.total_ms,
         )
 
-    async def _layer(
-        self, clone: Clone, generation: Generation
-    ) -> tuple[Layer, Image | None]:
+    async def _layer(self, clone: Clone, generation: Generation) -> tuple[Layer, Image | None]:
         if clone.path is StartPath.DIRECT:
             if generation.changed():
                 await self.templates.recheck(generation)
@@ -243,9 +223,7 @@ class Clones:
                 hint=f"run: templated template build {clone.template}",
             )
         # Not a layer that slots are kept ready for.
-        return Layer(
-            f"cold-{image.digest}", await image_overlay(self._context, image)
-        ), image
+        return Layer(f"cold-{image.digest}", await image_overlay(self._context, image)), image
 
     async def _start_vm(
         self,
@@ -257,21 +235,15 @@ class Clones:
     ) -> Vm:
         starter = self._context.starter
         if image is None:
-            return await starter.restore(
-                prepared, generation, clone.name, clock, self._spawned
-            )
+            return await starter.restore(prepared, generation, clone.name, clock, self._spawned)
         spec = generation.manifest.spec
         launch = starter.launch(prepared, generation.hardware)
         kernel = boot_kernel(image, spec, generation.manifest.accel)
-        return await starter.boot(
-            prepared, launch, kernel, spec, clone.name, clock, self._spawned
-        )
+        return await starter.boot(prepared, launch, kernel, spec, clone.name, clock, self._spawned)
 
     async def _spawned(self, vm: Vm) -> None:
         machine = vm.machine
-        await self._context.journal.clone_spawned(
-            vm.slot.id, machine.pid, machine.start_time
-        )
+        await self._context.journal.clone_spawned(vm.slot.id, machine.pid, machine.start_time)
 
     async def _give_back(self, clone: Clone, prepared: PreparedSlot) -> None:
         if clone.vm is not None:
@@ -312,9 +284,7 @@ class Clones:
         try:
             return self._clones[name]
         except KeyError:
-            raise NotFound(
-                f"there is no clone {name}", hint="see: templated ls"
-            ) from None
+            raise NotFound(f"there is no clone {name}", hint="see: templated ls") from None
 
     # --- ending -----------------------------------------------------------------------------
 
@@ -325,9 +295,7 @@ class Clones:
         """
         clone = self._get(name)
         if clone.state is CloneState.STARTING:
-            raise Conflict(
-                f"clone {name} is still starting", hint="try again in a moment"
-            )
+            raise Conflict(f"clone {name} is still starting", hint="try again in a moment")
         if clone.state is not CloneState.REMOVING:
             clone.move(CloneState.REMOVING)
         assert clone.row is not None
@@ -349,11 +317,7 @@ class Clones:
         """Notice the end of a running clone's VM at once, by its pidfd."""
 
         def ended(future: asyncio.Future[str]) -> None:
-            if (
-                not self._closing
-                and clone.state is CloneState.RUNNING
-                and not future.cancelled()
-            ):
+            if not self._closing and clone.state is CloneState.RUNNING and not future.cancelled():
                 self._group.create_task(self._died(clone, future.result()))
 
         assert clone.vm is not None
@@ -369,9 +333,7 @@ class Clones:
         await clone.vm.destroy()
         clone.vm = None
         with contextlib.suppress(TemplatedError):
-            await self._context.journal.clone_state(
-                clone.name, CloneState.DEAD, clone.reason
-            )
+            await self._context.journal.clone_state(clone.name, CloneState.DEAD, clone.reason)
 
     def _count_states(self) -> None:
         gauge = self._context.metrics.clones
@@ -417,22 +379,16 @@ class Clones:
         places = self._context.layout.vm(row.slot.id)
         machine = None
         if row.pid is not None and row.pid_start is not None:
-            machine = self._context.hypervisor.adopt(
-                row.pid, row.pid_start, places, row.slot.uuid
-            )
+            machine = self._context.hypervisor.adopt(row.pid, row.pid_start, places, row.slot.uuid)
         if machine is None:
             clone.move(CloneState.DEAD, "its VM ended while the daemon was away")
-            await self._context.journal.clone_state(
-                row.name, CloneState.DEAD, clone.reason
-            )
+            await self._context.journal.clone_state(row.name, CloneState.DEAD, clone.reason)
             return
         clone.vm = Vm(row.slot, places, machine)
         try:
             await clone.vm.connect(10.0)
         except TemplatedError as error:
-            log.warning(
-                "clone %s runs but does not answer: %s", row.name, error.message
-            )
+            log.warning("clone %s runs but does not answer: %s", row.name, error.message)
         self._watch(clone)
         self._context.events.emit("clone.adopted", row.name, template=row.template)
 

@@ -38,9 +38,7 @@ log = logging.getLogger(__name__)
 class Services:
     """What the API calls."""
 
-    def __init__(
-        self, context: Context, clones: Clones, operations: Operations
-    ) -> None:
+    def __init__(self, context: Context, clones: Clones, operations: Operations) -> None:
         self.context = context
         self.clones = clones
         self.templates = clones.templates
@@ -80,9 +78,7 @@ async def services(foundation: Foundation) -> AsyncIterator[Services]:
             await clones.templates.open()
             helpers = [
                 group.create_task(context.slots.refill(), name="slots"),
-                group.create_task(
-                    keep_logs_short(foundation.layout.slots), name="janitor"
-                ),
+                group.create_task(keep_logs_short(foundation.layout.slots), name="janitor"),
             ]
             try:
                 yield Services(context, clones, Operations(group))

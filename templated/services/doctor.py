@@ -65,9 +65,7 @@ def _qemu(config: Config) -> Iterator[Check]:
     parts = tuple(int(p) for p in version.split(".")[:2] if p.isdigit())
     if parts < _TESTED_QEMU:
         fix = "use QEMU 7.2 or later"
-        yield Check(
-            "qemu", "WARN", f"{config.qemu} {version} is older than what is tested", fix
-        )
+        yield Check("qemu", "WARN", f"{config.qemu} {version} is older than what is tested", fix)
     else:
         yield Check("qemu", "PASS", f"{config.qemu} {version}")
 
@@ -79,16 +77,12 @@ def _accelerator(config: Config) -> Iterator[Check]:
     elif reason := accel.kvm_opens():
         status: Status = "FAIL" if config.accel == "kvm" else "WARN"
         fix = "enable virtualisation, modprobe kvm_intel or kvm_amd, and join the group kvm"
-        yield Check(
-            "accelerator", status, f"{reason}: guests run under TCG, slower", fix
-        )
+        yield Check("accelerator", status, f"{reason}: guests run under TCG, slower", fix)
     else:
         yield _kvm_proof(config)
     if config.accel != "kvm" and tsc_khz() is None:
         fix = "boot a host kernel with a constant TSC, or use KVM"
-        yield Check(
-            "clock", "WARN", "the host's TSC is not constant: TCG guests may drift", fix
-        )
+        yield Check("clock", "WARN", "the host's TSC is not constant: TCG guests may drift", fix)
 
 
 def _kvm_proof(config: Config) -> Check:
@@ -100,14 +94,10 @@ def _kvm_proof(config: Config) -> Check:
         proof = accel.recall(cache, version)
         if proof is None and images:
             image = images[-1]
-            work = accel.prove_kvm(
-                config.qemu, version, image.kernel, image.initrd, cache
-            )
+            work = accel.prove_kvm(config.qemu, version, image.kernel, image.initrd, cache)
             proof = asyncio.run(work)
     except (TemplatedError, OSError) as error:
-        return Check(
-            "accelerator", "WARN", f"KVM could not be proven: {error}", "see `qemu`"
-        )
+        return Check("accelerator", "WARN", f"KVM could not be proven: {error}", "see `qemu`")
     if proof is None:
         detail = "/dev/kvm opens; that a guest runs is proven at the first build"
         return Check("accelerator", "WARN", detail, "templated template build NAME")
@@ -116,9 +106,7 @@ def _kvm_proof(config: Config) -> Check:
     status: Status = "FAIL" if config.accel == "kvm" else "WARN"
     fix = "set accel: tcg to silence this, or use a host whose KVM runs guests; "
     fix += f"to prove it again: rm {cache}"
-    return Check(
-        "accelerator", status, f"KVM does not run a guest: {proof.detail}", fix
-    )
+    return Check("accelerator", status, f"KVM does not run a guest: {proof.detail}", fix)
 
 
 def _tools(config: Config) -> Iterator[Check]:
@@ -141,9 +129,7 @@ def _places(config: Config) -> Iterator[Check]:
         existing = next(p for p in (path, *path.parents) if p.exists())
         if not os.access(existing, os.W_OK | os.X_OK):
             fix = f"run as root, or set {key} to a place of your own"
-            yield Check(
-                key, "FAIL", f"{existing} is not writable for uid {os.geteuid()}", fix
-            )
+            yield Check(key, "FAIL", f"{existing} is not writable for uid {os.geteuid()}", fix)
         elif path.exists() and path.stat().st_uid != os.geteuid():
             fix = "run as that user, or choose another place"
             yield Check(key, "FAIL", f"{path} belongs to uid {path.stat().st_uid}", fix)
@@ -157,9 +143,7 @@ def _shm(config: Config) -> Iterator[Check]:
     fix = "mount -o remount,size=80% /dev/shm"
     if kind not in ("tmpfs", "ramfs", "hugetlbfs"):
         fix = "put shm_dir on a tmpfs, such as /dev/shm"
-        yield Check(
-            "shm", "WARN", f"{config.shm_dir} lies on {kind}, not in memory", fix
-        )
+        yield Check("shm", "WARN", f"{config.shm_dir} lies on {kind}, not in memory", fix)
     elif free < _MIN_SHM:
         yield Check("shm", "FAIL", detail + ", a template needs its memory in it", fix)
     else:
@@ -170,9 +154,7 @@ def _disk(config: Config) -> Iterator[Check]:
     _, free, _ = _space(config.state_dir)
     detail = f"{free >> 20} MiB free for images and disk layers"
     if free < _MIN_DISK:
-        yield Check(
-            "disk", "WARN", detail, "free some space, or set state_dir elsewhere"
-        )
+        yield Check("disk", "WARN", detail, "free some space, or set state_dir elsewhere")
     else:
         yield Check("disk", "PASS", detail)
 
@@ -182,14 +164,8 @@ def _space(directory: str) -> tuple[int, int, str]:
     path = Path(directory)
     existing = next(p for p in (path, *path.parents) if p.exists())
     status = os.statvfs(existing)
-    mounts = [
-        line.split() for line in Path("/proc/self/mounts").read_text().splitlines()
-    ]
-    over = [
-        m
-        for m in mounts
-        if existing.is_relative_to(m[1].encode().decode("unicode_escape"))
-    ]
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    over = [m for m in mounts if existing.is_relative_to(m[1].encode().decode("unicode_escape"))]
     kind = max(over, key=lambda m: len(m[1]))[2] if over else "unknown"
     return status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize, kind
 
@@ -229,18 +205,12 @@ def _nftables(config: Config) -> Iterator[Check]:
     if found:
         yield Check("nftables", "PASS", found)
     else:
-        detail = "nft is not installed" + (
-            "" if needed else "; nat and antispoof need it"
-        )
-        yield Check(
-            "nftables", "FAIL" if needed else "WARN", detail, "apt install nftables"
-        )
+        detail = "nft is not installed" + ("" if needed else "; nat and antispoof need it")
+        yield Check("nftables", "FAIL" if needed else "WARN", detail, "apt install nftables")
 
 
 def _libvirt(config: Config) -> Iterator[Check]:
-    found = shutil.which(
-        "libvirtd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    )
+    found = shutil.which("libvirtd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     detail = found or "not installed; nothing here needs it"
     yield Check("libvirt", "PASS", detail)
 

@@ -77,11 +77,7 @@ class Generation:
 
     def changed(self) -> list[str]:
         """Names of frozen files that are not what was last verified. Costs one stat each."""
-        return [
-            name
-            for name, path in self.files().items()
-            if _stamp(path) != self.stamps[path]
-        ]
+        return [name for name, path in self.files().items() if _stamp(path) != self.stamps[path]]
 
     async def verify(self) -> None:
         """Digest all frozen files; HostError names the first one that is not as it was frozen.
@@ -95,13 +91,9 @@ class Generation:
                 raise _damaged(self, f"{path} is missing")
             size = path.stat().st_size
             if size != expected.size:
-                raise _damaged(
-                    self, f"{path} has {size} bytes, frozen were {expected.size}"
-                )
+                raise _damaged(self, f"{path} has {size} bytes, frozen were {expected.size}")
             if (await digest_file(path)).sha256 != expected.sha256:
-                raise _damaged(
-                    self, f"the content of {path} has changed since it was frozen"
-                )
+                raise _damaged(self, f"the content of {path} has changed since it was frozen")
             self.stamps[path] = before
 
 
@@ -128,9 +120,7 @@ async def digest_file(path: Path) -> FileDigest:
         try:
             with open(path, "rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
-                return FileDigest(
-                    size=os.fstat(content.fileno()).st_size, sha256=digest
-                )
+                return FileDigest(size=os.fstat(content.fileno()).st_size, sha256=digest)
         except OSError as error:
             raise HostError(f"cannot read {path}: {error.strerror}") from error
 
@@ -150,9 +140,7 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise HostError(f"cannot read {path}: {error.strerror}") from error
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
-        raise HostError(
-            f"{path} is damaged: {error}", hint="build the template again"
-        ) from error
+        raise HostError(f"{path} is damaged: {error}", hint="build the template again") from error
     if manifest.format != MANIFEST_FORMAT:
         raise HostError(f"{path} has format {manifest.format}, not {MANIFEST_FORMAT}")
     return manifest

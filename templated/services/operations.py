@@ -25,11 +25,7 @@ class Progress:
 
     def phase(self, name: str, state: str, seconds: float | None = None) -> None:
         """A phase begins ("start") or has ended ("done", with its seconds)."""
-        self._add(
-            OperationEvent(
-                time=now(), type="phase", name=name, state=state, seconds=seconds
-            )
-        )
+        self._add(OperationEvent(time=now(), type="phase", name=name, state=state, seconds=seconds))
 
     def probe(self, name: str, state: str, seconds: float | None, saw: str) -> None:
         """A probe begins, has passed, or has failed."""
@@ -94,9 +90,7 @@ class Operations:
         progress = Progress()
         self._known[operation.id] = (operation, progress)
         self._forget()
-        self._group.create_task(
-            self._run(operation, progress, work), name=f"{kind} {target}"
-        )
+        self._group.create_task(self._run(operation, progress, work), name=f"{kind} {target}")
         return operation
 
     def get(self, operation_id: str) -> tuple[Operation, Progress]:
@@ -149,10 +143,6 @@ class Operations:
         progress.end(state, error, result)
 
     def _forget(self) -> None:
-        ended = [
-            i
-            for i, (o, _) in self._known.items()
-            if o.state is not OperationState.RUNNING
-        ]
+        ended = [i for i, (o, _) in self._known.items() if o.state is not OperationState.RUNNING]
         for operation_id in ended[: max(0, len(self._known) - _KEPT)]:
             del self._known[operation_id]

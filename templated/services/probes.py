@@ -102,9 +102,7 @@ def type_of(probe: Probe) -> str:
 def forwarded_ports(probes: Iterable[Probe]) -> list[int]:
     """Guest ports that probes reach from the host."""
     kinds = (TcpProbe, HttpProbe)
-    return sorted(
-        {p.port for p in probes if isinstance(p, kinds) and p.via == "forward"}
-    )
+    return sorted({p.port for p in probes if isinstance(p, kinds) and p.via == "forward"})
 
 
 def check_patterns(probes: Iterable[Probe]) -> None:
@@ -143,11 +141,7 @@ async def _serial(vm: Vm, probe: SerialProbe) -> str:
         if found := re.search(probe.pattern, text):
             return _short(found[0])
         lines = text.strip().splitlines()
-        raise _NotYet(
-            f"no match, last line {_short(lines[-1])!r}"
-            if lines
-            else "an empty console"
-        )
+        raise _NotYet(f"no match, last line {_short(lines[-1])!r}" if lines else "an empty console")
     raise _NotYet("no console log")
 
 
@@ -158,9 +152,7 @@ async def _exec(vm: Vm, probe: ExecProbe) -> str:
     return _matching(probe.pattern, output)
 
 
-async def _guest_output(
-    vm: Vm, argv: list[str], timeout: float
-) -> tuple[int | None, str]:
+async def _guest_output(vm: Vm, argv: list[str], timeout: float) -> tuple[int | None, str]:
     output = bytearray()
     # Only so much is kept: a probe is about a pattern, not about a stream.
     result = await vm.agent.exec(
@@ -169,20 +161,14 @@ async def _guest_output(
         sink=lambda _, data: output.extend(data[: max(0, _OUTPUT - len(output))]),
     )
     if result.timed_out:
-        raise _NotYet(
-            f"the command ran into its timeout, output {_short(output.decode())!r}"
-        )
+        raise _NotYet(f"the command ran into its timeout, output {_short(output.decode())!r}")
     return result.exit_code, output.decode(errors="replace")
 
 
 async def _tcp(target: Target, probe: TcpProbe) -> str:
     if probe.via == "guest":
-        script = (
-            f"import socket; socket.create_connection(('127.0.0.1', {probe.port}), 3)"
-        )
-        code, output = await _guest_output(
-            target.vm, ["python3", "-c", script], _ATTEMPT
-        )
+        script = f"import socket; socket.create_connection(('127.0.0.1', {probe.port}), 3)"
+        code, output = await _guest_output(target.vm, ["python3", "-c", script], _ATTEMPT)
         if code != 0:
             raise _NotYet(_last_line(output))
         return "connected"

@@ -175,9 +175,7 @@ class Slots:
         return PreparedSlot(slot, places, overlay, port, qmp, agent)
 
 
-def _files(
-    places: Places, empty: Path, overlay: Path
-) -> tuple[socket.socket, socket.socket]:
+def _files(places: Places, empty: Path, overlay: Path) -> tuple[socket.socket, socket.socket]:
     try:
         places.directory.mkdir(mode=0o700)
         places.sockets.mkdir(mode=0o700)
@@ -189,9 +187,7 @@ def _files(
             qmp.close()
             raise
     except OSError as error:
-        raise HostError(
-            f"cannot prepare a slot: {error}", hint="see `templated doctor`"
-        ) from error
+        raise HostError(f"cannot prepare a slot: {error}", hint="see `templated doctor`") from error
 
 
 def _listen(path: Path) -> socket.socket:

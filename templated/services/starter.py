@@ -96,9 +96,7 @@ class Starter:
                     await vm.machine.resume()
                     return time.time() - lag
 
-            return await self._bring_up(
-                prepared, launch, spec, hostname, clock, spawned, wake
-            )
+            return await self._bring_up(prepared, launch, spec, hostname, clock, spawned, wake)
 
     async def boot(
         self,
@@ -118,9 +116,7 @@ class Starter:
             return time.time()
 
         launch = replace(launch, boot=kernel)
-        return await self._bring_up(
-            prepared, launch, spec, hostname, clock, spawned, wake
-        )
+        return await self._bring_up(prepared, launch, spec, hostname, clock, spawned, wake)
 
     async def _bring_up(
         self,

@@ -59,9 +59,7 @@ class Templates:
         journal = self._context.journal
         for row in await journal.generations():
             if row.state is GenerationState.BUILDING:
-                await generations.remove_files(
-                    self._context.layout, row.template, row.id
-                )
+                await generations.remove_files(self._context.layout, row.template, row.id)
                 await journal.drop_generation(row.id)
             else:
                 self._rows[row.id] = row
@@ -82,9 +80,7 @@ class Templates:
         if generation is None:
             raise self._not_serving(name)
         if name in self.problems:
-            raise HostError(
-                self.problems[name], hint=f"run: templated template build {name}"
-            )
+            raise HostError(self.problems[name], hint=f"run: templated template build {name}")
         return generation
 
     async def recheck(self, generation: Generation) -> None:
@@ -135,9 +131,7 @@ class Templates:
             self._context.events.emit("template.build_failed", spec.name, reason=reason)
             await asyncio.shield(build.discard())
             if isinstance(error, TimeoutError):
-                raise BuildError(
-                    f"the build did not end within {_BUILD_TIMEOUT:g} s"
-                ) from None
+                raise BuildError(f"the build did not end within {_BUILD_TIMEOUT:g} s") from None
             raise
         finally:
             self._building.discard(spec.name)
@@ -159,9 +153,7 @@ class Templates:
         await self._check_qemu(generation)
         await self._context.journal.activate(generation.id, name)
         await self._serve(generation)
-        self._context.events.emit(
-            "template.rolled_back", name, generation=generation.id
-        )
+        self._context.events.emit("template.rolled_back", name, generation=generation.id)
         return self.view(name)
 
     async def remove(self, name: str) -> None:
@@ -243,24 +235,18 @@ class Templates:
                 hint="run: templated template build NAME",
             )
         names = ", ".join(sorted(self._active))
-        raise InvalidRequest(
-            f"there are several templates: {names}", hint="choose: --template T"
-        )
+        raise InvalidRequest(f"there are several templates: {names}", hint="choose: --template T")
 
     def _not_serving(self, name: str) -> TemplatedError:
         if name in self.problems:
-            return HostError(
-                self.problems[name], hint=f"run: templated template build {name}"
-            )
+            return HostError(self.problems[name], hint=f"run: templated template build {name}")
         if name in template_files(self._context.config.template_dirs):
             return NotFound(
                 f"template {name} has not been built",
                 hint=f"run: templated template build {name}",
             )
         known = ", ".join(self.names()) or "none"
-        return NotFound(
-            f"there is no template {name}", hint=f"known templates: {known}"
-        )
+        return NotFound(f"there is no template {name}", hint=f"known templates: {known}")
 
     async def _activate(self, generation: Generation) -> None:
         """Make a proven generation the one that serves, in one step, and retire old ones."""
@@ -273,9 +259,7 @@ class Templates:
             created=manifest.created,
         )
         await self._serve(generation)
-        self._context.events.emit(
-            "generation.active", manifest.template, generation=generation.id
-        )
+        self._context.events.emit("generation.active", manifest.template, generation=generation.id)
         # The one before stays, for a rollback.
         kept = {generation.id, *self._previous(manifest.template, generation.id)}
         for row in self._of(manifest.template):
@@ -334,9 +318,7 @@ class Templates:
     async def _load(self, template: str, generation_id: str) -> None:
         """Load the active generation at the daemon's start; a problem is kept, not raised."""
         try:
-            generation = await generations.load(
-                self._context.layout, template, generation_id
-            )
+            generation = await generations.load(self._context.layout, template, generation_id)
             await self._check_qemu(generation)
         except TemplatedError as error:
             log.warning("template %s cannot serve: %s", template, error.message)

@@ -102,7 +102,9 @@ def _openers(path: str) -> list[int]:
     for pid in os.listdir("/proc"):
         if pid.isdigit():
             try:
-                links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+                links = [
+                    os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")
+                ]
             except OSError:
                 continue
             if path in links:
@@ -210,7 +212,9 @@ def test_cold_path(host: Daemon) -> None:
 def test_events_and_logs(host: Daemon) -> None:
     """What happened is there to read."""
     host.cli("clone", "ev")
-    events = [json.loads(line) for line in host.cli("-o", "json", "events", "--no-follow").splitlines()]
+    events = [
+        json.loads(line) for line in host.cli("-o", "json", "events", "--no-follow").splitlines()
+    ]
     running = [e for e in events if e["type"] == "clone.running" and e["subject"] == "ev"]
     assert running and running[-1]["details"]["path"] == "direct"
     host.cli("exec", "ev", "--", "sh", "-c", "echo to the console > /dev/console")

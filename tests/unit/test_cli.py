@@ -16,7 +16,6 @@ import click
 import msgspec
 import pytest
 import yaml
-from tests.unit.cli_daemon import CLONE, GENERATION, ROOT, TEMPLATE, Daemon, command, popen, run, serving
 
 from templated.cli import client, exit_codes
 from templated.cli.main import COMMANDS, main, root
@@ -25,6 +24,17 @@ from templated.model import config
 from templated.model.clone import CloneView
 from templated.model.generation import Manifest, ProbeResult, QemuVersion, TemplateView
 from templated.model.spec import ImageSpec, TemplateSpec
+from tests.unit.cli_daemon import (
+    CLONE,
+    GENERATION,
+    ROOT,
+    TEMPLATE,
+    Daemon,
+    command,
+    popen,
+    run,
+    serving,
+)
 
 Capture = pytest.CaptureFixture[str]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.cli_daemon import TEMPLATE, Daemon, b64, popen, run, serving
 
 from templated.cli import exit_codes
 from templated.cli.main import main
+from tests.unit.cli_daemon import TEMPLATE, Daemon, b64, popen, run, serving
 
 BUILD = "/v1/templates/python-fn/build"
 EVENTS = "/v1/operations/op1/events"

@@ -77,9 +77,7 @@ def recall(cache: Path, version: str) -> Proof | None:
     return proof if proof.host == host_key(version) else None
 
 
-async def prove_kvm(
-    binary: str, version: str, kernel: Path, initrd: Path, cache: Path
-) -> Proof:
+async def prove_kvm(binary: str, version: str, kernel: Path, initrd: Path, cache: Path) -> Proof:
     """Run a guest under KVM, at most PROOF_TIMEOUT seconds, and remember what came of it."""
     reason = kvm_opens()
     if not reason:

@@ -144,7 +144,5 @@ class Hypervisor(Protocol):
     def spawn(self, launch: Launch) -> Machine:
         """Start a process and return at once; HostError when it cannot be started."""
 
-    def adopt(
-        self, pid: int, start_time: int, places: Places, uuid: str
-    ) -> Machine | None:
+    def adopt(self, pid: int, start_time: int, places: Places, uuid: str) -> Machine | None:
         """The machine that an earlier daemon started; None when it no longer runs."""

@@ -52,9 +52,7 @@ def _machine(launch: Launch) -> list[str]:
     backend = f"memory-backend-ram,id=ram,size={hardware.memory_bytes}"
     if launch.memory is not None:
         path = _escaped(launch.memory)
-        backend = (
-            f"memory-backend-file,id=ram,size={hardware.memory_bytes},mem-path={path}"
-        )
+        backend = f"memory-backend-file,id=ram,size={hardware.memory_bytes},mem-path={path}"
         backend += f",share={share}"
     return [
         *(

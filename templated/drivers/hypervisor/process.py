@@ -43,12 +43,7 @@ def cpu_seconds(pid: int) -> float:
 def command_line(pid: int) -> list[str]:
     """The arguments of a process; empty when it is gone."""
     try:
-        return (
-            Path(f"/proc/{pid}/cmdline")
-            .read_bytes()
-            .decode(errors="replace")
-            .split("\0")
-        )
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except (FileNotFoundError, ProcessLookupError):
         return []
 
@@ -69,9 +64,7 @@ class Process:
         self._loop.add_reader(self._pidfd, self._on_exit)
 
     @classmethod
-    def spawn(
-        cls, arguments: Sequence[str], *, log: Path, fds: Sequence[int]
-    ) -> Process:
+    def spawn(cls, arguments: Sequence[str], *, log: Path, fds: Sequence[int]) -> Process:
         """Start a process in a session of its own; HostError when that is not possible.
 
         vfork and exec take about a millisecond; a thread would cost as much.
@@ -141,9 +134,7 @@ class Process:
             if code is None:  # the pidfd can be a moment ahead of waitpid
                 code = self._child.wait()
             how = (
-                f"was killed by {signal.Signals(-code).name}"
-                if code < 0
-                else f"ended with {code}"
+                f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
             )
         self.close()
         if not self.exited.done():

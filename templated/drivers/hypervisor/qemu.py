@@ -39,9 +39,7 @@ class Qemu:
         child = Process.spawn(arguments, log=launch.places.qemu_log, fds=fds)
         return QemuMachine(child, launch.places)
 
-    def adopt(
-        self, pid: int, start_time: int, places: Places, uuid: str
-    ) -> QemuMachine | None:
+    def adopt(self, pid: int, start_time: int, places: Places, uuid: str) -> QemuMachine | None:
         """Find a QEMU again by pid, start time and the UUID on its command line."""
         found = Process.adopt(pid, start_time, uuid)
         return QemuMachine(found, places) if found else None
@@ -59,9 +57,7 @@ class QemuMachine:
         self.exited = child.exited
 
     async def connect(self, timeout: float) -> None:
-        await self._guarded(
-            self._qmp.connect(str(self._places.qmp)), timeout, "QMP greeting"
-        )
+        await self._guarded(self._qmp.connect(str(self._places.qmp)), timeout, "QMP greeting")
 
     async def restore(self, state: State, timeout: float) -> None:
         _check_state_file(state.path)
@@ -89,9 +85,7 @@ class QemuMachine:
     async def save(self, target: Path, timeout: float) -> None:
         await self._ignore_shared_memory()
         async with self._migration_events() as events:
-            await self._execute(
-                "migrate", {"uri": f"exec:exec cat > {shlex.quote(str(target))}"}
-            )
+            await self._execute("migrate", {"uri": f"exec:exec cat > {shlex.quote(str(target))}"})
             await self._guarded(self._completed(events), timeout, "save")
 
     async def quit(self, timeout: float) -> None:
@@ -139,26 +133,16 @@ class QemuMachine:
             if status == "completed":
                 return
             if status in ("failed", "cancelled"):
-                raise HypervisorError(
-                    f"QEMU reports that the state {status}{self._log_tail()}"
-                )
+                raise HypervisorError(f"QEMU reports that the state {status}{self._log_tail()}")
 
-    async def _execute(
-        self, command: str, arguments: dict[str, object] | None = None
-    ) -> object:
-        return await self._guarded(
-            self._qmp.execute(command, arguments), _REPLY_TIMEOUT, command
-        )
+    async def _execute(self, command: str, arguments: dict[str, object] | None = None) -> object:
+        return await self._guarded(self._qmp.execute(command, arguments), _REPLY_TIMEOUT, command)
 
-    async def _guarded(
-        self, work: Coroutine[Any, Any, T], timeout: float, what: str
-    ) -> T:
+    async def _guarded(self, work: Coroutine[Any, Any, T], timeout: float, what: str) -> T:
         """Run `work` until it is done, the process ends, or `timeout` seconds have passed."""
         task = asyncio.ensure_future(work)
         try:
-            await asyncio.wait(
-                (task, self.exited), timeout=timeout, return_when=FIRST_COMPLETED
-            )
+            await asyncio.wait((task, self.exited), timeout=timeout, return_when=FIRST_COMPLETED)
             if task.done():
                 return task.result()
         except (QMPError, OSError, EOFError) as error:
@@ -198,8 +182,6 @@ def _check_state_file(path: Path) -> None:
     try:
         size = os.stat(path).st_size
     except OSError as error:
-        raise HostError(
-            f"the saved state {path} cannot be read: {error.strerror}"
-        ) from error
+        raise HostError(f"the saved state {path} cannot be read: {error.strerror}") from error
     if size == 0:
         raise HostError(f"the saved state {path} is empty")

@@ -29,9 +29,7 @@ def tsc_khz() -> int | None:
     if platform.machine() != "x86_64" or "constant_tsc" not in _cpu_flags():
         return None
     try:
-        page = mmap.mmap(
-            -1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
-        )
+        page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     except OSError:
         return None  # a host that forbids such pages cannot run TCG either
     page.write(_RDTSC)
@@ -43,7 +41,7 @@ def tsc_khz() -> int | None:
     return round((ticks_after - ticks) * 1_000_000 / (nanoseconds_after - nanoseconds))
 
 
-def _sample(read: "ctypes._CFunctionType") -> tuple[int, int]:
+def _sample(read: ctypes._CFunctionType) -> tuple[int, int]:
     """The counter and the time at the same moment: of several tries, the least interrupted."""
     tries = []
     for _ in range(20):

@@ -62,9 +62,7 @@ class TapNetwork:
         if index is not None:
             self._plan.ip(index)
         elif self._config.antispoof:
-            raise InvalidRequest(
-                "with antispoof a port is made for one address", hint="pass index"
-            )
+            raise InvalidRequest("with antispoof a port is made for one address", hint="pass index")
         return await self._running().run(lambda: self._make_port(tag, index))
 
     async def drop_port(self, tag: str) -> None:
@@ -96,9 +94,7 @@ class TapNetwork:
         if port.fd is None:
             raise InvalidRequest(f"port {port.tag} has been handed over already")
         if port.index not in (None, index):
-            raise InvalidRequest(
-                f"port {port.tag} was made for index {port.index}, not {index}"
-            )
+            raise InvalidRequest(f"port {port.tag} was made for index {port.index}, not {index}")
         self._plan.ip(index)
         return f"tap,id=net0,fd={port.fd}", (port.fd,)
 
@@ -119,9 +115,7 @@ class TapNetwork:
                     hint=f"ip netns add {self._config.netns}",
                 ) from None
             except OSError as error:
-                reason = (
-                    f"cannot enter namespace {self._config.netns}: {error.strerror}"
-                )
+                reason = f"cannot enter namespace {self._config.netns}: {error.strerror}"
                 raise HostError(reason, hint="run the daemon as root") from error
         with host_errors("make tap devices", missing="modprobe tun"):
             tap.probe()
@@ -212,12 +206,8 @@ class TapNetwork:
     def _sweep(self, keep: frozenset[str]) -> list[str]:
         links, _ = self._opened()
         with host_errors("list interfaces"):
-            mine = [
-                x for x in links.all() if x.alias == self._alias and x.kind == "tun"
-            ]
-        tags = {
-            x.name.removeprefix(_PREFIX) for x in mine if x.name.startswith(_PREFIX)
-        }
+            mine = [x for x in links.all() if x.alias == self._alias and x.kind == "tun"]
+        tags = {x.name.removeprefix(_PREFIX) for x in mine if x.name.startswith(_PREFIX)}
         stale = sorted(tags - keep)
         self._drop_ports(stale)
         return stale

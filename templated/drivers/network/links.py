@@ -140,9 +140,7 @@ class Links:
         messages = _dump(lambda: self._ipr.route("dump", family=socket.AF_INET))
         return [
             Route(
-                ipaddress.IPv4Network(
-                    (message.get_attr("RTA_DST"), message["dst_len"])
-                ),
+                ipaddress.IPv4Network((message.get_attr("RTA_DST"), message["dst_len"])),
                 message.get_attr("RTA_OIF") or 0,
             )
             for message in messages
@@ -173,9 +171,7 @@ def _dump(request: Callable[[], Iterable[Any]]) -> list[Any]:
                 return list(request())
             except NetlinkDumpInterrupted:
                 continue
-    raise OSError(
-        errno.EAGAIN, "the kernel's tables kept changing while they were read"
-    )
+    raise OSError(errno.EAGAIN, "the kernel's tables kept changing while they were read")
 
 
 def _link(message: Any) -> Link:

@@ -66,22 +66,12 @@ def unguard_ports(bridge: str, ifnames: set[str]) -> None:
     """Take back `guard_port`, also what a daemon before this one did. Raises HostError."""
     table = table_of(bridge)
     listed = json.loads(_nft(["-j", "list", "table", "bridge", table]))
-    sets = {
-        item["set"]["name"]: item["set"] for item in listed["nftables"] if "set" in item
-    }
+    sets = {item["set"]["name"]: item["set"] for item in listed["nftables"] if "set" in item}
     owners = [element["concat"] for element in sets["owners"].get("elem", ())]
-    stale = [
-        f'"{owner[0]}" . {owner[1]} . {owner[2]}'
-        for owner in owners
-        if owner[0] in ifnames
-    ]
+    stale = [f'"{owner[0]}" . {owner[1]} . {owner[2]}' for owner in owners if owner[0] in ifnames]
     ports = [f'"{name}"' for name in sets["ports"].get("elem", ()) if name in ifnames]
-    lines = [
-        f"delete element bridge {table} owners {{ {element} }}\n" for element in stale
-    ]
-    lines += [
-        f"delete element bridge {table} ports {{ {element} }}\n" for element in ports
-    ]
+    lines = [f"delete element bridge {table} owners {{ {element} }}\n" for element in stale]
+    lines += [f"delete element bridge {table} ports {{ {element} }}\n" for element in ports]
     if lines:
         _apply("".join(lines))
 
@@ -89,10 +79,7 @@ def unguard_ports(bridge: str, ifnames: set[str]) -> None:
 def remove_tables(bridge: str, families: tuple[str, ...]) -> None:
     """Remove the tables, `ip` for NAT and `bridge` for the guard. No error if there are none."""
     table = table_of(bridge)
-    lines = [
-        f"add table {family} {table}\ndelete table {family} {table}\n"
-        for family in families
-    ]
+    lines = [f"add table {family} {table}\ndelete table {family} {table}\n" for family in families]
     if lines:
         _apply("".join(lines))
 
@@ -119,7 +106,5 @@ def _nft(arguments: list[str], script: str = "") -> str:
         raise HostError(f"nft did not end within {_TIMEOUT_S} s") from None
     if done.returncode != 0:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
-        raise HostError(
-            f"nft refused the rules: {reason}", hint="nf_tables must be in the kernel"
-        )
+        raise HostError(f"nft refused the rules: {reason}", hint="nf_tables must be in the kernel")
     return done.stdout

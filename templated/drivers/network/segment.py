@@ -56,17 +56,13 @@ class Segment:
             return
         others = [link.name for link in links.ports(bridge.index)]
         if others:
-            _log.warning(
-                "bridge %s stays, it has ports of others: %s", bridge.name, others
-            )
+            _log.warning("bridge %s stays, it has ports of others: %s", bridge.name, others)
             return
         links.delete(bridge.index)
 
     def _own(self, links: Links, found: Link | None) -> Link:
         """Make the bridge, or make one right that an earlier daemon of this owner made."""
-        bridge = found or links.add_bridge(
-            self._config.bridge, self._mac(), self._alias
-        )
+        bridge = found or links.add_bridge(self._config.bridge, self._mac(), self._alias)
         try:
             disable_ipv6(bridge.name)
             if self._config.host_address:
@@ -88,9 +84,7 @@ class Segment:
     def _check_foreign(self, links: Links, bridge: Link) -> None:
         """Somebody else's bridge is used as it is, so it has to be right already."""
         if not bridge.up:
-            raise HostError(
-                f"bridge {bridge.name} is down", hint=f"ip link set {bridge.name} up"
-            )
+            raise HostError(f"bridge {bridge.name} is down", hint=f"ip link set {bridge.name} up")
         wanted = (self._plan.gateway, self._plan.prefix)
         if self._config.host_address and wanted not in links.addresses(bridge.index):
             text = f"{wanted[0]}/{wanted[1]}"
