@@ -114,9 +114,7 @@ class Journal:
 
     async def close(self) -> None:
         """Close the file; later calls fail."""
-        if self._db is not None:
-            await self._run(lambda db: db.close())
-            self._db = None
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
         self._thread.shutdown(wait=True)
 
     # --- slots and clones -------------------------------------------------------------------
@@ -242,6 +240,11 @@ class Journal:
                 f"the journal {self._path} cannot be used: {error}",
                 hint="check the space and the permissions of state_dir",
             ) from error
+
+    def _close(self) -> None:
+        if self._db is not None:
+            self._db.close()
+            self._db = None
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._path, timeout=5.0, check_same_thread=False)

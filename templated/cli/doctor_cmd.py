@@ -29,7 +29,8 @@ templated doctor -o json | jq '.[] | select(.status != "PASS")'
 def doctor(context: click.Context, settings: Settings, config: Path | None) -> None:
     """Check what this host can and cannot do.
 
-    Each check is PASS, WARN or FAIL, each problem with what to do about it. Needs no daemon. The exit code is 1 when a check failed.
+    Each check is PASS, WARN or FAIL, each problem with what to do about it. Needs no
+    daemon. The exit code is 1 when a check failed.
     """
     from templated.drivers.configfile import load_config
     from templated.services.doctor import run_checks

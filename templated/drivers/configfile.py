@@ -27,7 +27,9 @@ def load_config(path: Path | None) -> Config:
     text = _read(chosen)
     given = _parse(text, str(chosen)) or {}
     if not isinstance(given, dict):
-        raise ConfigError(f"{chosen}: a configuration is a mapping of keys to values")
+        raise ConfigError(
+            f"{chosen}: a configuration is a mapping of keys to values", hint="as in accel: auto"
+        )
     if "runtime_dir" in given and "socket" not in given:
         base["socket"] = f"{given['runtime_dir']}/templated.sock"
     return _convert({**base, **given}, Config, text, str(chosen))
@@ -58,7 +60,10 @@ def load_template(directories: tuple[str, ...], name: str) -> TemplateSpec:
         )
     spec = parse_template(_read(path), str(path))
     if spec.name != name:
-        raise ConfigError(f"{path}: the name in it is {spec.name}, not {name} as the file's")
+        raise ConfigError(
+            f"{path}: the name in it is {spec.name}, not {name} as the file's",
+            hint=f"write `name: {name}`, or rename the file to {spec.name}.yaml",
+        )
     return spec
 
 
@@ -66,12 +71,18 @@ def _read(path: Path) -> str:
     try:
         content = path.read_bytes()
         if len(content) > _MAX_BYTES:
-            raise ConfigError(f"{path} is too large: {len(content)} bytes")
+            raise ConfigError(
+                f"{path} is too large: {len(content)} bytes", hint="a template is a few KB of YAML"
+            )
         return content.decode()
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}", hint="check the path and its permissions"
+        ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8: {error.reason}") from error
+        raise ConfigError(
+            f"{path} is not UTF-8: {error.reason}", hint="save it as UTF-8"
+        ) from error
 
 
 def _parse(text: str, source: str) -> Any:
@@ -85,7 +96,7 @@ def _parse(text: str, source: str) -> Any:
         where = f"{source}:{mark.line + 1}" if mark else source
         raise ConfigError(f"{where}: not YAML: {problem}", hint="check the indentation") from error
     except (RecursionError, ValueError) as error:
-        raise ConfigError(f"{source}: not YAML: {error}") from error
+        raise ConfigError(f"{source}: not YAML: {error}", hint="check its syntax") from error
 
 
 def _refuse_duplicates(node: yaml.Node | None, source: str) -> None:
@@ -98,7 +109,10 @@ def _refuse_duplicates(node: yaml.Node | None, source: str) -> None:
         for key, value in node.value:
             if key.value in seen and isinstance(key, yaml.ScalarNode):
                 line = key.start_mark.line + 1
-                raise ConfigError(f"{source}:{line}: the key {key.value!r} stands here twice")
+                raise ConfigError(
+                    f"{source}:{line}: the key {key.value!r} stands here twice",
+                    hint="keep one of them",
+                )
             if isinstance(key, yaml.ScalarNode):
                 seen.add(key.value)
             _refuse_duplicates(value, source)

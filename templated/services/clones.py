@@ -110,20 +110,22 @@ class Clones:
         names = numbered(request.name, request.count)
         path = StartPath(request.path or StartPath.DIRECT)
         self._reserve(names, request, path)
-        tasks = [self._group.create_task(self._start(name, clock.started)) for name in names]
-        try:
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-        except asyncio.CancelledError:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-            raise
-        failures = [r for r in results if isinstance(r, BaseException)]
+        tasks = [self._group.create_task(self._outcome(name, clock.started)) for name in names]
+        # Whoever asked may go away; the starts go on, or are undone, all the same.
+        outcomes = await asyncio.shield(asyncio.gather(*tasks))
+        started = [outcome for outcome in outcomes if isinstance(outcome, Clone)]
+        failures = [outcome for outcome in outcomes if isinstance(outcome, TemplatedError)]
         if failures:
-            started = [n for n, r in zip(names, results, strict=True) if isinstance(r, Clone)]
-            await asyncio.gather(*(self._remove_quietly(name) for name in started))
+            await asyncio.gather(*(self._remove_quietly(clone.name) for clone in started))
             raise failures[0]
-        return [clone.view() for clone in results if isinstance(clone, Clone)]
+        return [clone.view() for clone in started]
+
+    async def _outcome(self, name: str, requested: float) -> Clone | TemplatedError:
+        """A started clone or why there is none: a task of the daemon's group must not raise."""
+        try:
+            return await self._start(name, requested)
+        except TemplatedError as error:
+            return error
 
     def _reserve(self, names: list[str], request: CloneRequest, path: StartPath) -> None:
         """Take the names at once, so that of two requests for a name one fails early."""
@@ -324,6 +326,12 @@ class Clones:
         clone.vm.machine.exited.add_done_callback(ended)
 
     async def _died(self, clone: Clone, how: str) -> None:
+        try:
+            await self._bury(clone, how)
+        except Exception:
+            log.exception("cannot take down what is left of %s", clone.name)
+
+    async def _bury(self, clone: Clone, how: str) -> None:
         if clone.state is not CloneState.RUNNING:
             return
         clone.move(CloneState.DEAD, f"its VM {how}")

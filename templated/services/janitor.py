@@ -26,6 +26,7 @@ def _sweep(slots: Path) -> None:
     with contextlib.suppress(OSError):
         for directory in slots.iterdir():
             for name in ("serial.log", "qemu.log"):
+                # A log can go away, with its clone, at any moment.
                 with contextlib.suppress(OSError):
                     if (directory / name).stat().st_size > SERIAL_LIMIT:
                         cut(directory / name)

@@ -113,7 +113,8 @@ def check_patterns(probes: Iterable[Probe]) -> None:
             re.compile(pattern)
         except re.error as error:
             raise InvalidRequest(
-                f"not a regular expression: {pattern!r}: {error} - at `$.probes[{number}].pattern`"
+                f"not a regular expression: {pattern!r}: {error} - at `$.probes[{number}].pattern`",
+                hint="escape ( [ { . * + ? with a backslash to mean the character itself",
             ) from None
 
 

@@ -131,8 +131,9 @@ class Slots:
             self._wanted.clear()
             try:
                 await self._fill()
-            except TemplatedError as error:
-                log.warning("cannot make slots ready: %s", error.message)
+            except Exception as error:  # whatever it is, requests still make their own slots
+                known = isinstance(error, TemplatedError)
+                log.warning("cannot make slots ready: %s", error, exc_info=not known)
                 await asyncio.sleep(_RETRY_AFTER)
                 self._wanted.set()
 
