@@ -30,6 +30,7 @@ from templated.model.spec import ImageSpec
 
 BUILDER_VERSION = 2
 _LOCK_INTERVAL = 0.2
+_CAP_SYS_CHROOT, _CAP_SYS_ADMIN = 18, 21
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,18 @@ def image_digest(spec: ImageSpec) -> str:
         if path.is_file() and path.name != "__init__.py":
             content.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return content.hexdigest()[:16]
+
+
+def lacks_rights() -> bool:
+    """Whether this is a root without the capabilities that mmdebstrap needs, as under systemd.
+
+    Any other user builds in a user namespace, and needs none of them. capabilities(7).
+    """
+    if os.geteuid() != 0:
+        return False
+    status = Path("/proc/self/status").read_text()
+    effective = int(status.split("CapEff:")[1].split()[0], 16)
+    return any(not effective >> bit & 1 for bit in (_CAP_SYS_CHROOT, _CAP_SYS_ADMIN))
 
 
 class ImageStore:

@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from templated.model.network import BridgeNetwork, UserNetwork
-from templated.model.units import Duration
 
 AbsolutePath = Annotated[str, Meta(pattern=r"^/[^\0]{0,4000}$")]
 
@@ -69,7 +68,6 @@ class Config(_Section, frozen=True, kw_only=True):
     restore: RestoreConfig = RestoreConfig()
     slots: SlotConfig = SlotConfig()
     limits: LimitConfig = LimitConfig()
-    shutdown_grace: Duration = "5s"
 
 
 SYSTEM_CONFIG = Path("/etc/templated/templated.yaml")

@@ -25,7 +25,7 @@ from templated.drivers.hypervisor.accel import CPUS
 from templated.drivers.hypervisor.base import Hardware, Kernel, Launch
 from templated.drivers.hypervisor.command import qemu_arguments
 from templated.drivers.hypervisor.tsc import tsc_khz
-from templated.drivers.image import Image
+from templated.drivers.image import Image, image_digest, lacks_rights
 from templated.drivers.network import Forward
 from templated.errors import BuildError, HostError, TemplatedError
 from templated.journal import now
@@ -90,6 +90,7 @@ class Build:
     async def _run(self) -> Generation:
         qemu = await self.context.host.qemu()
         with self._phase("image"):
+            self._require_rights()
             image = await self.context.images.ensure(self.spec.image, on_progress=self.progress.log)
         with self._phase("accelerator"):
             hardware = await self._hardware(image)
@@ -109,6 +110,15 @@ class Build:
         generation.manifest = _with(manifest, canary_probes=canary, phases_s=self.phases_s)
         generations.write_manifest(self.directory, generation.manifest)
         return generation
+
+    def _require_rights(self) -> None:
+        present = self.context.images.get(image_digest(self.spec.image))
+        if present is None and lacks_rights():
+            raise HostError(
+                f"the image of {self.spec.name} is missing, and this daemon has not the rights "
+                "to make images",
+                hint=f"run: systemctl start templated-image@{self.spec.name}",
+            )
 
     async def _hardware(self, image: Image) -> Hardware:
         accel = await self.context.host.accelerator(image)

@@ -191,6 +191,7 @@ class Clones:
             clone.row = await self._context.journal.new_clone(
                 clone.name, prepared.slot.id, clone.template, clone.path
             )
+            clone.created = clone.row.created
             clock.phases_ms["allocate"] = round(clock.total_ms() - begin, 3)
             clone.vm = await self._start_vm(clone, generation, image, prepared, clock)
             clone.phases_ms = clock.phases_ms

@@ -52,18 +52,24 @@ def test_clones_outlive_the_daemon(fresh: Daemon, number: signal.Signals) -> Non
     fresh.cli("clone", "again")
 
 
-def test_killed_in_the_middle_of_a_build(fresh: Daemon) -> None:
-    """Nothing of the build stays, and the template can be built again."""
-    fresh.start()
+def building(daemon: Daemon) -> subprocess.Popen[bytes]:
+    """A build under way, whose base VM runs."""
+    command = [sys.executable, "-m", "templated", "--socket", str(daemon.socket)]
     build = subprocess.Popen(
-        [sys.executable, "-m", "templated", "--socket", str(fresh.socket)]
-        + ["template", "build", "python-fn"],
+        [*command, "template", "build", "python-fn"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
-    while not fresh.qemus() and time.monotonic() < deadline:
+    while not daemon.qemus() and time.monotonic() < deadline:
         time.sleep(0.05)
+    return build
+
+
+def test_killed_in_the_middle_of_a_build(fresh: Daemon) -> None:
+    """Nothing of the build stays, and the template can be built again."""
+    fresh.start()
+    build = building(fresh)
     assert fresh.qemus()
     fresh.stop(signal.SIGKILL)
     build.wait(60)
@@ -76,15 +82,7 @@ def test_killed_in_the_middle_of_a_build(fresh: Daemon) -> None:
 def test_stopped_in_the_middle_of_a_build(fresh: Daemon) -> None:
     """An orderly stop gives everything of a build back by itself."""
     fresh.start()
-    build = subprocess.Popen(
-        [sys.executable, "-m", "templated", "--socket", str(fresh.socket)]
-        + ["template", "build", "python-fn"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not fresh.qemus() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    build = building(fresh)
     fresh.stop()
     build.wait(60)
     assert fresh.qemus() == [] and list(fresh.shm.rglob("*")) == []

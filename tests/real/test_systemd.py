@@ -1,0 +1,122 @@
+"""The units, checked by systemd's own tools; the notify protocol on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+
+from templated.api import systemd
+from templated.model.config import Config, defaults
+
+pytestmark = pytest.mark.real
+UNITS = Path(__file__).parents[2] / "systemd"
+NAMES = ("templated.service", "templated-image@.service")
+# systemd-analyze takes tenths: an exposure of 3.5.
+THRESHOLD = 35
+
+
+def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run systemd-analyze, which needs no systemd to run."""
+    return subprocess.run(
+        ["systemd-analyze", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_verify(tmp_path: Path, name: str) -> None:
+    """The units are valid. The program need not be installed where they expect it."""
+    text = (UNITS / name).read_text()
+    assert "\nExecStart=/usr/local/bin/templated " in text
+    unit = tmp_path / name.replace("@", "@python-fn")
+    unit.write_text(text.replace("/usr/local/bin/templated", "/bin/true"))
+    done = analyze("verify", "--man=no", str(unit))
+    assert done.returncode == 0 and done.stderr.strip() == "", done.stderr
+
+
+def test_security() -> None:
+    """The daemon's exposure stays below the threshold."""
+    unit = str(UNITS / "templated.service")
+    done = analyze("security", "--offline=true", f"--threshold={THRESHOLD}", unit)
+    assert done.returncode == 0, done.stdout[-400:]
+
+
+def test_sysusers_and_tmpfiles(tmp_path: Path) -> None:
+    """Both are accepted, and make what they should below another root."""
+    (tmp_path / "etc").mkdir()
+    for name in ("passwd", "group"):
+        shutil.copy(f"/etc/{name}", tmp_path / "etc")
+    sysusers = ["systemd-sysusers", f"--root={tmp_path}", str(UNITS / "templated.sysusers")]
+    subprocess.run(sysusers, check=True, timeout=60, capture_output=True)
+    assert "\ntemplated:" in (tmp_path / "etc/group").read_text()
+    tmpfiles = ["systemd-tmpfiles", "--create", f"--root={tmp_path}"]
+    tmpfiles.append(str(UNITS / "templated.tmpfiles"))
+    subprocess.run(tmpfiles, check=True, timeout=60, capture_output=True)
+    assert (tmp_path / "etc/templated/templates").is_dir()
+    assert (tmp_path / "dev/shm/templated").stat().st_mode & 0o777 == 0o700
+
+
+def test_example_configuration_is_the_default() -> None:
+    """Every key stands in the example, with its default."""
+    example = yaml.safe_load((UNITS / "templated.yaml").read_text())
+    converted = msgspec.convert(example, Config)
+    assert converted == msgspec.convert(defaults({}, 0), Config)
+    assert set(example) == {field.name for field in msgspec.structs.fields(Config)}
+    for key, section in example.items():
+        if isinstance(section, dict):
+            known = {f.name for f in msgspec.structs.fields(type(getattr(converted, key)))}
+            assert set(section) - {"mode"} == known - {"mode"}
+
+
+def test_notify_and_watchdog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """READY and WATCHDOG arrive as the manager expects them."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "100000")
+        systemd.notify("READY=1")
+        assert manager.recv(100) == b"READY=1"
+
+        async def beat() -> None:
+            task = asyncio.create_task(systemd.watchdog())
+            assert await asyncio.to_thread(manager.recv, 100) == b"WATCHDOG=1"
+            assert await asyncio.to_thread(manager.recv, 100) == b"WATCHDOG=1"
+            task.cancel()
+
+        asyncio.run(beat())
+
+
+def test_daemon_is_ready_only_when_it_serves(tmp_path: Path) -> None:
+    """`serve` tells the manager that it is ready, and that it stops."""
+    config = {
+        "state_dir": str(tmp_path / "s"),
+        "runtime_dir": str(tmp_path / "r"),
+        "shm_dir": str(tmp_path / "m"),
+        "template_dirs": [],
+        "metrics": None,
+    }
+    (tmp_path / "c.yaml").write_text(msgspec.json.encode(config).decode())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(60)
+        command = [sys.executable, "-m", "templated", "serve", "--config", str(tmp_path / "c.yaml")]
+        env = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        daemon = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
+        try:
+            assert manager.recv(1000).startswith(b"READY=1")
+            assert (tmp_path / "r/templated.sock").exists()
+            daemon.terminate()
+            assert manager.recv(1000) == b"STOPPING=1"
+            assert daemon.wait(30) == 0
+        finally:
+            daemon.kill()
+            daemon.wait()
