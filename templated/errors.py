@@ -35,42 +35,62 @@ class TemplatedError(Exception):
 
 
 class ConfigError(TemplatedError):
+    """A configuration or template file is wrong."""
+
     code = "config"
 
 
 class InvalidRequest(TemplatedError):
+    """A name, an option or an API body is wrong."""
+
     code = "invalid"
 
 
 class NotFound(TemplatedError):
+    """There is no such thing."""
+
     code = "not_found"
 
 
 class Conflict(TemplatedError):
+    """The name is taken, or the state does not allow the request."""
+
     code = "conflict"
 
 
 class HostError(TemplatedError):
+    """The host lacks something: QEMU, space, a permission."""
+
     code = "host"
 
 
 class Busy(TemplatedError):
+    """A bound on concurrent work is reached."""
+
     code = "busy"
 
 
 class Timeout(TemplatedError):
+    """A bounded wait ended."""
+
     code = "timeout"
 
 
 class HypervisorError(TemplatedError):
+    """QEMU refused, or ended."""
+
     code = "hypervisor"
 
 
 class GuestError(TemplatedError):
+    """The guest's agent answered wrongly or not at all."""
+
     code = "guest"
 
 
 class IdentityError(TemplatedError):
+    """The guest did not confirm the identity it was given."""
+
     code = "identity"
 
 
@@ -86,6 +106,8 @@ class StartError(TemplatedError):
 
 
 class BuildError(TemplatedError):
+    """An image or a template build failed."""
+
     code = "build_failed"
 
 
@@ -100,4 +122,6 @@ class ProbeError(BuildError):
 
 
 class DaemonUnavailable(TemplatedError):
+    """Nothing answers on the socket."""
+
     code = "daemon_unavailable"

@@ -25,12 +25,15 @@ def document() -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, by_type)
-    return {
+    described = {
         "openapi": "3.1.0",
         "info": {"title": "templated", "version": __version__},
         "paths": paths,
         "components": {"schemas": components},
     }
+    # Through JSON, since defaults in the schemas can be tuples and structs.
+    decoded: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(described))
+    return decoded
 
 
 def _operation(route: Route, by_type: dict[str, Any]) -> dict[str, Any]:

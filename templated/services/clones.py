@@ -26,6 +26,7 @@ from templated.services.build import INTERNAL, boot_kernel, image_overlay
 from templated.services.context import Context
 from templated.services.generations import Generation
 from templated.services.slots import Layer, PreparedSlot
+from templated.services.tasks import Tasks
 from templated.services.templates import Templates
 from templated.services.vm import PhaseClock, Vm, tail
 
@@ -83,9 +84,9 @@ class Clone:
 class Clones:
     """All clones of one daemon."""
 
-    def __init__(self, context: Context, group: asyncio.TaskGroup) -> None:
+    def __init__(self, context: Context, tasks: Tasks) -> None:
         self._context = context
-        self._group = group
+        self._tasks = tasks
         self._clones: dict[str, Clone] = {}
         self._starts = asyncio.Semaphore(context.config.limits.concurrent_starts)
         self._randoms: set[str] = set()
@@ -110,7 +111,7 @@ class Clones:
         names = numbered(request.name, request.count)
         path = StartPath(request.path or StartPath.DIRECT)
         self._reserve(names, request, path)
-        tasks = [self._group.create_task(self._outcome(name, clock.started)) for name in names]
+        tasks = [self._tasks.start(self._outcome(name, clock.started)) for name in names]
         # Whoever asked may go away; the starts go on, or are undone, all the same.
         outcomes = await asyncio.shield(asyncio.gather(*tasks))
         started = [outcome for outcome in outcomes if isinstance(outcome, Clone)]
@@ -321,7 +322,7 @@ class Clones:
 
         def ended(future: asyncio.Future[str]) -> None:
             if not self._closing and clone.state is CloneState.RUNNING and not future.cancelled():
-                self._group.create_task(self._died(clone, future.result()))
+                self._tasks.start(self._died(clone, future.result()))
 
         assert clone.vm is not None
         clone.vm.machine.exited.add_done_callback(ended)

@@ -31,6 +31,7 @@ from templated.services.places import Layout
 from templated.services.recovery import recover
 from templated.services.slots import Slots
 from templated.services.starter import Starter
+from templated.services.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -73,37 +74,22 @@ async def services(foundation: Foundation) -> AsyncIterator[Services]:
     context = _context(foundation, journal)
     try:
         async with asyncio.TaskGroup() as group:
-            clones = Clones(context, group)
+            tasks = Tasks(group)
+            clones = Clones(context, tasks)
             await recover(context, clones)
             await clones.templates.open()
-            helpers = [
-                group.create_task(context.slots.refill(), name="slots"),
-                group.create_task(keep_logs_short(foundation.layout.slots), name="janitor"),
-            ]
+            tasks.start(context.slots.refill(), "slots")
+            tasks.start(keep_logs_short(foundation.layout.slots), "janitor")
             try:
-                yield Services(context, clones, Operations(group))
+                yield Services(context, clones, Operations(tasks))
             finally:
-                await _stop(context, clones, helpers, group)
+                context.events.close()
+                await tasks.end()
+                await context.slots.close()
+                await clones.release()
     finally:
         await context.network.close(remove=False)
         await journal.close()
-
-
-async def _stop(
-    context: Context,
-    clones: Clones,
-    helpers: list[asyncio.Task[None]],
-    group: asyncio.TaskGroup,
-) -> None:
-    """Cancel what still runs (builds, starts), and wait until it has given everything back."""
-    context.events.close()
-    current = asyncio.current_task()
-    running = [t for t in group._tasks if t is not current]
-    for task in {*helpers, *running}:
-        task.cancel()
-    await asyncio.wait({*helpers, *running})
-    await context.slots.close()
-    await clones.release()
 
 
 def _context(foundation: Foundation, journal: Journal) -> Context:

@@ -11,6 +11,7 @@ from typing import Any
 from templated.errors import NotFound, TemplatedError
 from templated.journal import now
 from templated.model.api import ErrorInfo, Operation, OperationEvent, OperationState
+from templated.services.tasks import Tasks
 
 log = logging.getLogger(__name__)
 _KEPT = 100
@@ -72,10 +73,10 @@ Work = Callable[[Progress], Awaitable[dict[str, Any]]]
 
 
 class Operations:
-    """Runs long work in the daemon's task group and remembers the last of it."""
+    """Runs long work in the background and remembers the last of it."""
 
-    def __init__(self, group: asyncio.TaskGroup) -> None:
-        self._group = group
+    def __init__(self, tasks: Tasks) -> None:
+        self._tasks = tasks
         self._known: dict[str, tuple[Operation, Progress]] = {}
 
     def start(self, kind: str, target: str, work: Work) -> Operation:
@@ -90,7 +91,7 @@ class Operations:
         progress = Progress()
         self._known[operation.id] = (operation, progress)
         self._forget()
-        self._group.create_task(self._run(operation, progress, work), name=f"{kind} {target}")
+        self._tasks.start(self._run(operation, progress, work), name=f"{kind} {target}")
         return operation
 
     def get(self, operation_id: str) -> tuple[Operation, Progress]:

@@ -93,14 +93,29 @@ class Slots:
         self._ready[prepared.slot.generation].appendleft(prepared)
 
     async def make(self, layer: Layer) -> PreparedSlot:
-        """Make a slot with all its things; on failure nothing of it is left."""
+        """Make a slot with all its things; on failure, or when cancelled, nothing of it is left."""
+        # Threads cannot be cancelled: what they make would be lost. So this is done to its end.
+        making = asyncio.ensure_future(self._make(layer))
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            with contextlib.suppress(TemplatedError):
+                prepared = await making
+                prepared.close()
+                await self.drop(prepared.slot.id)
+            raise
+
+    async def _make(self, layer: Layer) -> PreparedSlot:
         slot = await self._journal.new_slot(
             layer.generation, lambda index: self._numbers(index, layer), self._capacity
         )
+        prepared = None
         try:
             prepared = await self._equip(slot, layer)
             await self._journal.slot_ready(slot.id)
         except BaseException:
+            if prepared is not None:
+                prepared.close()
             await self.drop(slot.id)
             raise
         return prepared

@@ -39,6 +39,8 @@ class PhaseClock:
 
     def failure(self, error: BaseException) -> StartError:
         """What went wrong, and where."""
+        while isinstance(error, BaseExceptionGroup):  # of several, the first is the cause
+            error = error.exceptions[0]
         if isinstance(error, TemplatedError):
             message, hint, reason = error.message, error.hint, error.code
         elif isinstance(error, TimeoutError):

@@ -97,7 +97,7 @@ def test_notify_and_watchdog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_daemon_is_ready_only_when_it_serves(tmp_path: Path) -> None:
     """`serve` tells the manager that it is ready, and that it stops."""
-    config = {
+    config: dict[str, object] = {
         "state_dir": str(tmp_path / "s"),
         "runtime_dir": str(tmp_path / "r"),
         "shm_dir": str(tmp_path / "m"),

@@ -24,6 +24,8 @@ _DUMPS = 10
 
 @dataclass(frozen=True, slots=True)
 class Link:
+    """A network interface, as far as this project needs to know it."""
+
     index: int
     name: str
     kind: str
@@ -34,6 +36,8 @@ class Link:
 
 
 class Route(NamedTuple):
+    """A route of the kernel, as far as overlap with our subnet is concerned."""
+
     network: ipaddress.IPv4Network
     oif: int
 

@@ -1,0 +1,149 @@
+"""A hypervisor without VMs, for tests of logic that needs none. It never stands in for a result.
+
+Its machines are objects, not processes. Each serves the agent's protocol on the slot's own
+listening socket, and can be told to fail at a named step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from templated.drivers.hypervisor.base import Launch, Places, State
+from templated.errors import HostError, HypervisorError
+
+
+class FakeHypervisor:
+    """Starts fake machines.
+
+    `fail` names the step at which every further start fails: spawn, connect, restore, resume,
+    identify (the guest reads back another MAC), nonsense (the agent answers no JSON), silence
+    (it never answers), clock (a clock that cannot be set), link.
+    """
+
+    def __init__(self) -> None:
+        self.fail = ""
+        self.machines: dict[int, FakeMachine] = {}
+        self._pids = itertools.count(1_000_000)
+
+    def spawn(self, launch: Launch) -> FakeMachine:
+        """Start a machine; HostError when told to fail at `spawn`."""
+        if self.fail == "spawn":
+            raise HostError("the fake cannot be started", hint="this is a test")
+        machine = FakeMachine(next(self._pids), launch, self.fail)
+        self.machines[machine.pid] = machine
+        return machine
+
+    def adopt(self, pid: int, start_time: int, places: Places, uuid: str) -> FakeMachine | None:
+        """A machine that still runs."""
+        machine = self.machines.get(pid)
+        if machine is None or machine.exited.done() or machine.launch.uuid != uuid:
+            return None
+        return machine
+
+    def running(self) -> list[FakeMachine]:
+        """Machines that have not ended."""
+        return [m for m in self.machines.values() if not m.exited.done()]
+
+
+class FakeMachine:
+    """One machine; see `templated.drivers.hypervisor.base.Machine`."""
+
+    def __init__(self, pid: int, launch: Launch, fail: str) -> None:
+        self.pid = pid
+        self.start_time = pid
+        self.launch = launch
+        self.fail = fail
+        self.exited: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.link_up = False
+        # The parent closes its own copy, as it does with a real QEMU.
+        self._listener = socket.socket(fileno=os.dup(launch.agent_fd))
+        self._server: asyncio.Task[None] | None = None
+        self._connections: set[asyncio.StreamWriter] = set()
+
+    async def connect(self, timeout: float) -> None:
+        self._step("connect")
+        if self._server is not None:
+            return  # adopted by another daemon: the guest's end is still there
+        server = await asyncio.start_unix_server(self._serve, sock=self._listener)
+        self._server = asyncio.create_task(server.serve_forever())
+
+    async def restore(self, state: State, timeout: float) -> None:
+        self._step("restore")
+
+    async def resume(self) -> None:
+        self._step("resume")
+
+    async def pause(self) -> None:
+        self._step("pause")
+
+    async def set_link(self, up: bool) -> None:
+        self._step("link")
+        self.link_up = up
+
+    async def detach_network(self) -> None:
+        self._step("detach_network")
+
+    async def save(self, target: Path, timeout: float) -> None:
+        self._step("save")
+        target.write_bytes(b"fake state")
+
+    async def quit(self, timeout: float) -> None:
+        await self.destroy()
+
+    async def destroy(self) -> None:
+        self.end("was killed by the test")
+        for writer in self._connections:
+            writer.close()
+        if self._server is not None:
+            self._server.cancel()
+            await asyncio.wait({self._server})
+            self._server = None
+        elif self._listener.fileno() >= 0:
+            self._listener.close()
+
+    async def release(self) -> None:
+        """The machine goes on."""
+
+    def cpu_seconds(self) -> float:
+        return 0.0
+
+    def end(self, how: str) -> None:
+        """End as if killed from outside."""
+        if not self.exited.done():
+            self.exited.set_result(how)
+
+    def _step(self, name: str) -> None:
+        if self.fail == name:
+            raise HypervisorError(f"the fake fails at {name}")
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.add(writer)
+        try:
+            while line := await reader.readline():
+                if line.strip() and self.fail != "silence":
+                    writer.write(self._answer(json.loads(line)))
+        except ConnectionError:
+            pass
+        finally:
+            self._connections.discard(writer)
+            writer.close()
+
+    def _answer(self, request: dict[str, Any]) -> bytes:
+        if self.fail == "nonsense":
+            return b"{nonsense\n"
+        result: dict[str, Any] = {"time": time.time()}
+        if request["cmd"] == "identify":
+            keys = ("hostname", "machine_id", "boot_id", "uuid", "mac", "ip")
+            result |= {key: request[key] for key in keys} | {"random": "00" * 16}
+        if self.fail == "identify":
+            result["mac"] = "02:00:00:00:00:00"
+        if self.fail == "clock":
+            result["time"] = 1.0
+        return json.dumps({"id": request["id"], "ok": True, "result": result}).encode() + b"\n"

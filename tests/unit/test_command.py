@@ -1,0 +1,55 @@
+"""QEMU's command lines against golden files.
+
+To refresh them after a deliberate change: TEMPLATED_UPDATE_GOLDEN=1 scripts/test tests/unit
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from templated.drivers.hypervisor.base import Hardware, Kernel, Launch, Places
+from templated.drivers.hypervisor.command import qemu_arguments
+
+GOLDEN = Path(__file__).parent / "golden"
+LAUNCH = Launch(
+    slot="0123456789",
+    uuid="5e0c0a8e-6f5e-4a63-9d3f-0d6a1f6b2c11",
+    mac="02:34:e3:00:00:03",
+    hardware=Hardware("microvm", 128 << 20, 1, "tcg", "qemu64,+arat"),
+    places=Places(Path("/state/slots/0123456789"), Path("/run/t/vm/0123456789")),
+    memory=Path("/dev/shm/t/python-fn/g/memory"),
+    memory_shared=False,
+    disk=Path("/state/slots/0123456789/disk.qcow2"),
+    netdev="user,id=net0",
+    qmp_fd=7,
+    agent_fd=8,
+)
+BOOT = Kernel(Path("/images/i/vmlinuz"), Path("/images/i/initrd"), "console=ttyS0 quiet")
+CASES = {
+    "microvm-restore": LAUNCH,
+    "microvm-boot": replace(LAUNCH, boot=BOOT, memory_shared=True),
+    "microvm-cold": replace(LAUNCH, boot=BOOT, memory=None),
+    "q35-restore": replace(LAUNCH, hardware=replace(LAUNCH.hardware, type="q35", vcpus=2)),
+    "commas": replace(LAUNCH, disk=Path("/a,b/disk.qcow2"), memory=Path("/c,d/memory")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden(name: str) -> None:
+    """A change of any argument shows in a review."""
+    text = "\n".join(qemu_arguments("qemu-system-x86_64", CASES[name])) + "\n"
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("TEMPLATED_UPDATE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def test_the_path_of_a_clone_has_no_kernel() -> None:
+    """A clone loads nothing that its state already has."""
+    arguments = qemu_arguments("qemu", LAUNCH)
+    assert "-kernel" not in arguments and arguments[-2:] == ["-incoming", "defer"]

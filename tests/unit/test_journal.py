@@ -1,0 +1,160 @@
+"""The journal: one transaction per step, and never one number for two."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from templated.errors import Busy, Conflict, HostError
+from templated.journal import Journal
+from templated.model.clone import CloneState, Slot
+from templated.model.clone import Path as StartPath
+from templated.model.generation import GenerationState
+
+
+@asynccontextmanager
+async def opened(path: Path) -> AsyncIterator[Journal]:
+    """A journal, closed at the end."""
+    journal = Journal(path / "journal.sqlite")
+    await journal.open()
+    try:
+        yield journal
+    finally:
+        await journal.close()
+
+
+def make(index: int) -> Slot:
+    """A slot whose addresses follow from its index, as they do in the daemon."""
+    return Slot(
+        id=uuid.uuid4().hex[:10],
+        index=index,
+        generation="g",
+        uuid=str(uuid.uuid4()),
+        mac=f"02:00:00:00:00:{index:02x}",
+        ip=f"10.0.0.{index}",
+        machine_id=uuid.uuid4().hex,
+        boot_id=str(uuid.uuid4()),
+    )
+
+
+def test_slots_are_never_given_twice(tmp_path: Path) -> None:
+    """A hundred requests at once get a hundred indexes."""
+
+    async def main() -> None:
+        async with opened(tmp_path) as journal:
+            slots = await asyncio.gather(*(journal.new_slot("g", make, 200) for _ in range(100)))
+            assert len({s.index for s in slots}) == len({s.mac for s in slots}) == 100
+
+    asyncio.run(main())
+
+
+def test_indexes_go_round(tmp_path: Path) -> None:
+    """An address that was given back is the last to be used again, also after a restart."""
+
+    async def main() -> None:
+        async with opened(tmp_path) as journal:
+            first = await journal.new_slot("g", make, 3)
+            await journal.drop_slot(first.id)
+            assert (await journal.new_slot("g", make, 3)).index == 1
+        async with opened(tmp_path) as journal:
+            assert (await journal.new_slot("g", make, 3)).index == 2
+            assert (await journal.new_slot("g", make, 3)).index == 0
+            with pytest.raises(Busy, match="all 3 addresses"):
+                await journal.new_slot("g", make, 3)
+
+    asyncio.run(main())
+
+
+def test_a_clones_life(tmp_path: Path) -> None:
+    """Intent, pid, result; all of it is there after a restart, and gone after the end."""
+
+    async def main() -> None:
+        async with opened(tmp_path) as journal:
+            slot = await journal.new_slot("g", make, 9)
+            assert await journal.free_slots() == [(slot, False)]
+            await journal.slot_ready(slot.id)
+            row = await journal.new_clone("a", slot.id, "t", StartPath.DIRECT)
+            assert (row.state, row.pid, row.slot) == (CloneState.STARTING, None, slot)
+            await journal.clone_spawned(slot.id, 12, 34)
+            await journal.clone_running(slot.id, {"spawn": 1.5}, 2.5)
+        async with opened(tmp_path) as journal:
+            (row,) = await journal.clones()
+            assert (row.pid, row.pid_start, row.state) == (12, 34, CloneState.RUNNING)
+            assert (row.phases, row.total_ms) == ({"spawn": 1.5}, 2.5)
+            other = await journal.new_slot("g", make, 9)
+            with pytest.raises(Conflict, match="a exists already"):
+                await journal.new_clone("a", other.id, "t", StartPath.DIRECT)
+            await journal.drop_slot(slot.id)
+            assert await journal.clones() == []
+
+    asyncio.run(main())
+
+
+def test_activation_is_one_step(tmp_path: Path) -> None:
+    """A template points at a ready generation or at the one before."""
+
+    async def main() -> None:
+        async with opened(tmp_path) as journal:
+            await journal.new_generation("g1", "t")
+            assert await journal.active() == {}
+            await journal.activate("g1", "t")
+            await journal.new_generation("g2", "t")
+            assert await journal.active() == {"t": "g1"}
+            states = {row.id: row.state for row in await journal.generations()}
+            assert states == {"g1": GenerationState.READY, "g2": GenerationState.BUILDING}
+
+    asyncio.run(main())
+
+
+def test_cancelled_request_waits_for_its_transaction(tmp_path: Path) -> None:
+    """Who is cancelled in the middle finds what it did in the journal, and can undo it."""
+
+    async def main() -> None:
+        async with opened(tmp_path) as journal:
+            task = asyncio.create_task(journal.new_slot("g", make, 9))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert len(await journal.free_slots()) == 1
+
+    asyncio.run(main())
+
+
+def test_damaged_file(tmp_path: Path) -> None:
+    """A file that is no journal is refused in one line and left as it is."""
+    (tmp_path / "journal.sqlite").write_bytes(b"not a database, " * 100)
+
+    async def main() -> None:
+        journal = Journal(tmp_path / "journal.sqlite")
+        try:
+            with pytest.raises(HostError, match="cannot be used"):
+                await journal.open()
+        finally:
+            await journal.close()
+
+    asyncio.run(main())
+    assert (tmp_path / "journal.sqlite").read_bytes().startswith(b"not a database")
+
+
+def test_other_version(tmp_path: Path) -> None:
+    """A journal of another version is refused."""
+    db = sqlite3.connect(tmp_path / "journal.sqlite")
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+
+    async def main() -> None:
+        journal = Journal(tmp_path / "journal.sqlite")
+        try:
+            with pytest.raises(HostError, match="version 99"):
+                await journal.open()
+        finally:
+            await journal.close()
+
+    asyncio.run(main())
