@@ -1,0 +1,76 @@
+"""The shape of the code: sizes that can be read, and a docstring on what others use."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODULES = sorted(
+    path for folder in ("templated", "tests") for path in (ROOT / folder).rglob("*.py")
+)
+PACKAGE = [path for path in MODULES if path.is_relative_to(ROOT / "templated")]
+
+FUNCTION_LINES = 80
+MODULE_LINES = 600
+# Modules that may be longer, how long, and why.
+LONGER = {
+    # Copied into the guest as one file, where nothing of this package is.
+    "templated/guest/agent.py": 800,
+}
+# One line per class, and the tree in the module's docstring says what each is.
+TREE_EXPLAINED = {"templated/errors.py"}
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def _lines(function: Function) -> int:
+    return (function.end_lineno or function.lineno) - function.lineno + 1
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_sizes(path: Path) -> None:
+    """No function and no module is too long to be read at once."""
+    length = len(path.read_text().splitlines())
+    assert length <= LONGER.get(_name(path), MODULE_LINES), f"{_name(path)} has {length} lines"
+    functions = [node for node in ast.walk(_tree(path)) if isinstance(node, Function)]
+    long = [f"{f.name} at line {f.lineno}: {_lines(f)} lines" for f in functions]
+    assert not [text for f, text in zip(functions, long, strict=True) if _lines(f) > FUNCTION_LINES]
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=_name)
+def test_docstrings(path: Path) -> None:
+    """Modules, public classes and public functions of modules say what they are."""
+    assert not list(_undocumented(path))
+
+
+def _undocumented(path: Path) -> Iterator[str]:
+    tree = _tree(path)
+    # An empty __init__.py only makes a folder a package.
+    if tree.body and ast.get_docstring(tree) is None:
+        yield _name(path)
+    for node in tree.body:
+        if not isinstance(node, Function | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        if isinstance(node, ast.ClassDef) and _name(path) in TREE_EXPLAINED:
+            continue
+        if ast.get_docstring(node) is None:
+            yield f"{_name(path)}:{node.lineno}: {node.name}"
+
+
+def test_exceptions_are_needed() -> None:
+    """A module that has become short again, or is gone, loses its exception."""
+    for name, limit in LONGER.items():
+        assert MODULE_LINES < len((ROOT / name).read_text().splitlines()) <= limit
+    assert all((ROOT / name).is_file() for name in TREE_EXPLAINED)
