@@ -48,6 +48,7 @@ KERNEL_CMDLINE = "console=ttyS0 quiet loglevel=4 reboot=t panic=-1 ipv6.disable=
 _SAVE_TIMEOUT = 120.0
 _QUIT_TIMEOUT = 30.0
 _QUIESCE_TIMEOUT = 30.0
+_HINT = "the console lines show how far the guest got; see boot_timeout and the hooks of the image"
 # What QEMU and the state need beside the guest's memory.
 _SHM_SLACK = 16 << 20
 INTERNAL = "~"
@@ -226,7 +227,9 @@ class Build:
                     )
                 except (TemplatedError, TimeoutError) as error:
                     cause = clock.failure(error)
-                    raise BuildError(f"the canary: {cause.message}", hint=cause.hint) from error
+                    raise BuildError(
+                        f"the canary: {cause.message}", hint=cause.hint or _HINT
+                    ) from error
                 try:
                     return await self._probe(vm, ports, canary=True)
                 finally:
@@ -268,7 +271,7 @@ class Build:
             raise BuildError(
                 f"the base VM of {self.spec.name} did not come up: {cause}; "
                 f"last on its console: {lines[-1].strip()[:120]}",
-                hint="the console lines above show how far it got; see boot_timeout",
+                hint=_HINT,
             ) from error
 
     @contextmanager
