@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ def run(config_path: Path | None) -> None:
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
     os.umask(0o077)
+    _allow_many_files()
     config = load_config(config_path)
     foundation = Foundation(config)
     try:
@@ -52,6 +54,13 @@ async def _serve(config: Config, foundation: Foundation) -> None:
         beat.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await beat
+
+
+def _allow_many_files() -> None:
+    """Raise the soft limit on open files to the hard one: each clone costs three."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # the unit may forbid it, and sets it itself
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

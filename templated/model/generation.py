@@ -67,6 +67,8 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     accel: str
     cpu: str
     command_line: tuple[str, ...]
+    kernel: str
+    kernel_sha256: str
     kernel_cmdline: str
     files: dict[str, FileDigest]
     """By name: `memory` and `state` in shm_dir, `disk.qcow2` in state_dir."""

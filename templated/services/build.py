@@ -149,7 +149,7 @@ class Build:
                         self.spec,
                         self.spec.name,
                         PhaseClock(),
-                        lambda vm: self._spawned(vm),
+                        self._spawned,
                     )
                 try:
                     with self._phase("probes"):
@@ -207,7 +207,8 @@ class Build:
             files[name] = await digest_file(path)
         await disk.create_overlay(self.directory / generations.EMPTY, layer2)
         freeze_file(self.directory / generations.EMPTY)
-        return _with(manifest, files=files)
+        kernel = await digest_file(Path(manifest.kernel))
+        return _with(manifest, files=files, kernel_sha256=kernel.sha256)
 
     async def _canary(self, generation: Generation) -> tuple[ProbeResult, ...]:
         """Start one clone of the new generation and run the probes on it."""
@@ -303,6 +304,8 @@ class Build:
             accel=launch.hardware.accel,
             cpu=launch.hardware.cpu,
             command_line=tuple(command),
+            kernel=str(kernel.kernel),
+            kernel_sha256="",
             kernel_cmdline=kernel.cmdline,
             files={},
             probes=probes,

@@ -89,7 +89,6 @@ class Clones:
         self._tasks = tasks
         self._clones: dict[str, Clone] = {}
         self._starts = asyncio.Semaphore(context.config.limits.concurrent_starts)
-        self._randoms: set[str] = set()
         self.templates = Templates(context, self._in_use)
         self._closing = False
 

@@ -28,7 +28,8 @@ class Host:
         """QEMU's version, asked again only when the binary has changed; HostError without one."""
         stamp = self._qemu_stamp()
         if self._version is None or self._version[0] != stamp:
-            self._version = (stamp, await accel.qemu_version(self._config.qemu))
+            binary = shutil.which(self._config.qemu) or self._config.qemu
+            self._version = (stamp, await accel.qemu_version(binary))
         return self._version[1]
 
     def _qemu_stamp(self) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
 import signal
@@ -122,7 +123,17 @@ def test_manifest(host: Daemon) -> None:
     assert manifest["files"]["state"]["size"] < 1 << 20
     assert [p["name"] for p in manifest["probes"]] == ["console", "agent", "python", "settle"]
     assert {p["name"] for p in manifest["canary_probes"]} == {"agent", "python", "settle"}
-    for key in ("qemu", "accel", "cpu", "command_line", "kernel_cmdline", "image", "phases_s"):
+    for key in (
+        "qemu",
+        "accel",
+        "cpu",
+        "command_line",
+        "kernel",
+        "kernel_sha256",
+        "kernel_cmdline",
+        "image",
+        "phases_s",
+    ):
         assert manifest[key]
 
 
@@ -175,3 +186,28 @@ def test_q35(fresh: Daemon) -> None:
     fresh.build("pc")
     fresh.cli("clone", "on-q35")
     assert fresh.cli("exec", "on-q35", "--", "hostname") == "on-q35\n"
+
+
+def test_socket_access_and_metrics(fresh: Daemon) -> None:
+    """The socket has the configured mode and group; /metrics is what Prometheus reads."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    group = grp.getgrgid(os.getgid()).gr_name
+    fresh.config["socket_access"] = {"mode": "0600", "group": group}
+    fresh.config["metrics"] = {"listen": "127.0.0.1:0"}
+    fresh.start()
+    assert fresh.socket.stat().st_mode & 0o777 == 0o600
+    assert fresh.socket.stat().st_gid == os.getgid()
+    fresh.build()
+    fresh.cli("clone", "counted")
+    command = ["curl", "-s", "--unix-socket", str(fresh.socket), "http://x/metrics"]
+    text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    samples = {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    labels = (("path", "direct"), ("template", "python-fn"))
+    assert samples["templated_clone_seconds_count", labels] == 1
+    assert samples["templated_clones", (("state", "running"), ("template", "python-fn"))] == 1
+    assert samples["process_open_fds", ()] > 0

@@ -453,6 +453,8 @@ def test_template_show_reads_the_models_names(daemon: Daemon, capsys: Capture) -
         accel="tcg",
         cpu="max",
         command_line=(),
+        kernel="vmlinuz",
+        kernel_sha256="0" * 64,
         kernel_cmdline="",
         files={},
         probes=(probe,),

@@ -70,6 +70,8 @@ async def freeze(config: Config) -> None:
         accel="tcg",
         cpu="qemu64",
         command_line=("qemu",),
+        kernel="vmlinuz",
+        kernel_sha256="",
         kernel_cmdline="",
         files=files,
         probes=(),
