@@ -16,7 +16,7 @@ from prometheus_client import generate_latest
 
 from templated import __version__
 from templated.api.errors import body_of
-from templated.errors import Busy, InvalidRequest, TemplatedError
+from templated.errors import Busy, HostError, InvalidRequest, TemplatedError
 from templated.model.api import BuildRequest, CloneRequest, ExecFrame, ExecRequest, Info
 from templated.model.names import check_clone_name
 from templated.services.daemon import Services
@@ -44,13 +44,20 @@ async def info(request: web.Request) -> web.Response:
             version=__version__,
             pid=os.getpid(),
             accel=services.context.host.known_accelerator(),
-            qemu_version=(await services.context.host.qemu()).version,
+            qemu_version=await _qemu_version(services),
             state_dir=config.state_dir,
             shm_dir=config.shm_dir,
             metrics=config.metrics.listen if config.metrics else None,
             clones=len(services.clones),
         )
     )
+
+
+async def _qemu_version(services: Services) -> str:
+    try:
+        return (await services.context.host.qemu()).version
+    except HostError as error:
+        return error.message
 
 
 async def openapi(request: web.Request) -> web.Response:
