@@ -194,13 +194,13 @@ async def list_templates(request: web.Request) -> web.Response:
     views = []
     for name in templates.names():
         with contextlib.suppress(TemplatedError):
-            views.append(templates.view(name))
+            views.append(await templates.view(name))
     return _json(views)
 
 
 async def show_template(request: web.Request) -> web.Response:
     name = request.match_info["name"]
-    return _json(request.app[SERVICES].templates.view(name, full=True))
+    return _json(await request.app[SERVICES].templates.view(name, full=True))
 
 
 async def remove_template(request: web.Request) -> web.Response:
@@ -212,7 +212,7 @@ async def build_template(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
     name = check_clone_name(request.match_info["name"])
     wanted = await body_of(request, BuildRequest)
-    spec = services.templates.prepare_build(name, wanted)
+    spec = await services.templates.prepare_build(name, wanted)
     operation = services.operations.start(
         "build", name, lambda progress: services.templates.build(spec, progress)
     )

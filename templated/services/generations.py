@@ -174,6 +174,6 @@ async def remove_files(layout: Layout, template: str, generation: str) -> None:
     ):
         await asyncio.to_thread(shutil.rmtree, directory, True)
         try:
-            directory.parent.rmdir()
+            await asyncio.to_thread(directory.parent.rmdir)
         except OSError:
             pass  # other generations of this template are there

@@ -93,19 +93,20 @@ class Templates:
             self.problems[template] = error.message
             raise
 
-    def spec(self, name: str) -> TemplateSpec:
+    async def spec(self, name: str) -> TemplateSpec:
         """The template as its file says now; NotFound or ConfigError."""
-        spec = load_template(self._context.config.template_dirs, name)
+        directories = self._context.config.template_dirs
+        spec = await asyncio.to_thread(load_template, directories, name)
         check_patterns(spec.probes)
         return spec
 
-    def prepare_build(self, name: str, request: BuildRequest) -> TemplateSpec:
+    async def prepare_build(self, name: str, request: BuildRequest) -> TemplateSpec:
         """Check a request to build before it is accepted."""
         if request.spec is not None:
-            spec = parse_template(request.spec, request.source)
+            spec = await asyncio.to_thread(parse_template, request.spec, request.source)
             check_patterns(spec.probes)
         else:
-            spec = self.spec(name)
+            spec = await self.spec(name)
         if spec.name != name:
             raise InvalidRequest(f"the spec is of template {spec.name}, not of {name}")
         if name in self._building:
@@ -154,7 +155,7 @@ class Templates:
         await self._context.journal.activate(generation.id, name)
         await self._serve(generation)
         self._context.events.emit("template.rolled_back", name, generation=generation.id)
-        return self.view(name)
+        return await self.view(name)
 
     async def remove(self, name: str) -> None:
         """Remove all generations of a template; Conflict while clones of it exist."""
@@ -188,12 +189,12 @@ class Templates:
         files = template_files(self._context.config.template_dirs)
         return sorted({*files, *(row.template for row in self._rows.values())})
 
-    def view(self, name: str, *, full: bool = False) -> TemplateView:
+    async def view(self, name: str, *, full: bool = False) -> TemplateView:
         """A template as users see it; NotFound when there is none."""
         rows = self._of(name)
         spec, problem = None, self.problems.get(name, "")
         try:
-            spec = self.spec(name)
+            spec = await self.spec(name)
         except TemplatedError as error:
             if not rows:
                 raise

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from blockbuster import blockbuster_ctx
 
 from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.errors import Conflict, HostError, InvalidRequest, NotFound, StartError
@@ -22,9 +23,23 @@ from templated.model.generation import FileDigest, Manifest, QemuVersion
 from templated.model.spec import IdentitySpec, TemplateSpec
 from templated.services import generations
 from templated.services.daemon import Foundation, Services, services
+from templated.services.places import Layout
 
 GENERATION = "20260101t000000-abcdef"
 SPEC = TemplateSpec(name="t", start_timeout="2s", identity=IdentitySpec(timeout="500ms"))
+
+
+@pytest.fixture(autouse=True)
+def no_blocking_calls() -> Iterator[None]:
+    """A blocking call of ours on the event loop fails the test."""
+    with blockbuster_ctx("templated") as watch:
+        # Looking at local files takes microseconds, less than a thread would.
+        for name in ("os.stat", "os.access", "os.scandir", "os.listdir"):
+            watch.functions[name].deactivate()
+        # When the journal closes, nothing else runs any more.
+        lock = watch.functions["threading.Lock.acquire"]
+        lock.can_block_in("templated/journal.py", "close")
+        yield
 
 
 def configured(tmp_path: Path) -> Config:
@@ -45,10 +60,8 @@ def configured(tmp_path: Path) -> Config:
     return msgspec.convert({**defaults({}, 1), **places}, Config)
 
 
-async def freeze(config: Config) -> None:
+def freeze(config: Config) -> None:
     """Write a generation as a build would leave it, with a few bytes in each file."""
-    from templated.services.places import Layout
-
     layout = Layout(config)
     directory, frozen = layout.generation("t", GENERATION), layout.frozen("t", GENERATION)
     directory.mkdir(parents=True)
@@ -80,7 +93,11 @@ async def freeze(config: Config) -> None:
         freeze_lag_s=0.0,
     )
     generations.write_manifest(directory, manifest)
-    journal = Journal(layout.journal)
+
+
+async def activate(config: Config) -> None:
+    """Write the rows that a build would have written."""
+    journal = Journal(Layout(config).journal)
     await journal.open()
     await journal.new_generation(GENERATION, "t")
     await journal.activate(GENERATION, "t")
@@ -90,7 +107,7 @@ async def freeze(config: Config) -> None:
 @asynccontextmanager
 async def daemon(config: Config, fake: FakeHypervisor) -> AsyncIterator[Services]:
     """All services over the fake."""
-    foundation = Foundation(config, fake)
+    foundation = await asyncio.to_thread(Foundation, config, fake)
     try:
         async with services(foundation) as running:
             yield running
@@ -108,8 +125,9 @@ def play(tmp_path: Path, *scenarios: Scenario) -> None:
     async def main() -> None:
         fake = FakeHypervisor()
         async with asyncio.timeout(60):
-            Foundation(config, fake).close()
-            await freeze(config)
+            (await asyncio.to_thread(Foundation, config, fake)).close()
+            await asyncio.to_thread(freeze, config)
+            await activate(config)
             for scenario in scenarios:
                 async with daemon(config, fake) as running:
                     await scenario(running, fake)

@@ -1,0 +1,198 @@
+"""The host's end of the agent, against peers that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from templated.drivers.guest import MAX_LINE, Agent
+from templated.errors import GuestError, TemplatedError, Timeout
+
+Peer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
+
+
+@asynccontextmanager
+async def talking_to(peer: Peer, path: Path) -> AsyncIterator[Agent]:
+    """An agent connection whose other end is `peer`."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            assert await reader.readline() == b"\n"  # what ends an old half line
+            await peer(reader, writer)
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_unix_server(serve, str(path / "agent"), limit=MAX_LINE)
+    agent = Agent(path / "agent")
+    try:
+        await agent.connect()
+        yield agent
+    finally:
+        await agent.close()
+        server.close()
+        await server.wait_closed()
+
+
+def scenario(path: Path, peer: Peer, body: Callable[[Agent], Coroutine[Any, Any, None]]) -> None:
+    """Run `body` on a connection to `peer`."""
+
+    async def main() -> None:
+        async with asyncio.timeout(20), talking_to(peer, path) as agent:
+            await body(agent)
+
+    asyncio.run(main())
+
+
+def answering(line: bytes) -> Peer:
+    """A peer that answers every request with `line`."""
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.readline():
+            writer.write(line)
+
+    return peer
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"{nonsense\n", b"\xff\xfe\n", b"[]\n", b'"x"\n', b'{"id": "one"}\n', b"x" * (MAX_LINE + 9)],
+)
+def test_nonsense(tmp_path: Path, line: bytes) -> None:
+    """It ends the connection with one clear error, for this request and for later ones."""
+
+    async def body(agent: Agent) -> None:
+        for _ in range(2):
+            with pytest.raises(GuestError, match="nonsense"):
+                await agent.ping(5.0)
+
+    scenario(tmp_path, answering(line), body)
+
+
+def test_a_wrong_shape_is_nonsense_too(tmp_path: Path) -> None:
+    """A good frame with a bad result fails its own request only."""
+
+    async def body(agent: Agent) -> None:
+        with pytest.raises(GuestError, match="nonsense"):
+            await agent.adjust_clock(1.0, 5.0)
+        await agent.ping(5.0)
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            answer = {"id": json.loads(line)["id"], "ok": True, "result": {"time": "noon"}}
+            writer.write(json.dumps(answer).encode() + b"\n")
+
+    scenario(tmp_path, peer, body)
+
+
+def test_silence(tmp_path: Path) -> None:
+    """Every wait has a bound, and the message says for what it waited."""
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async def body(agent: Agent) -> None:
+        with pytest.raises(Timeout, match=r"'ping' within 0\.1 s"):
+            await agent.ping(0.1)
+
+    scenario(tmp_path, peer, body)
+
+
+def test_closed_in_the_middle(tmp_path: Path) -> None:
+    """The hypervisor's end fails what is under way."""
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(b'{"id": 1, "ok"')
+
+    async def body(agent: Agent) -> None:
+        with pytest.raises(GuestError):
+            await agent.ping(5.0)
+
+    scenario(tmp_path, peer, body)
+
+
+def test_no_socket(tmp_path: Path) -> None:
+    """A port that is not there is an error, not a traceback."""
+
+    async def main() -> None:
+        agent = Agent(tmp_path / "none")
+        with pytest.raises(GuestError, match="not there"):
+            await agent.connect()
+        with pytest.raises(GuestError):
+            await agent.ping(1.0)
+        await agent.close()
+
+    asyncio.run(main())
+
+
+def test_overlapping_requests(tmp_path: Path) -> None:
+    """Answers may come in any order; late and unknown ones are passed over."""
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        numbers = [json.loads(await reader.readline())["id"] for _ in range(2)]
+        for number in (99, *reversed(numbers), numbers[0]):
+            result = {"time": float(number)}
+            answer = {"id": number, "ok": True, "result": result}
+            writer.write(json.dumps(answer).encode() + b"\n")
+
+    async def body(agent: Agent) -> None:
+        requests = (agent.adjust_clock(0.0, 5.0) for _ in range(2))
+        assert await asyncio.gather(*requests) == [1.0, 2.0]
+
+    scenario(tmp_path, peer, body)
+
+
+async def _exec_peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    request = json.loads(await reader.readline())
+    data = base64.b64encode(b"out").decode()
+    for frame in (
+        {"stream": "stdout", "data": data},
+        {"stream": "stderr", "data": data},
+        {"ok": True, "result": {"exit_code": 3}},
+    ):
+        writer.write(json.dumps({"id": request["id"], **frame}).encode() + b"\n")
+    await reader.read()
+
+
+def test_exec_streams(tmp_path: Path) -> None:
+    """Output reaches the sink before the end does."""
+
+    async def body(agent: Agent) -> None:
+        seen: list[tuple[str, bytes]] = []
+        result = await agent.exec(["x"], timeout=5, sink=lambda s, d: seen.append((s, d)))
+        assert seen == [("stdout", b"out"), ("stderr", b"out")] and result.exit_code == 3
+
+    scenario(tmp_path, _exec_peer, body)
+
+
+def test_a_sink_that_has_had_enough(tmp_path: Path) -> None:
+    """Its error ends the request and not the connection."""
+
+    def sink(stream: str, data: bytes) -> None:
+        raise TemplatedError("enough")
+
+    async def body(agent: Agent) -> None:
+        with pytest.raises(TemplatedError, match="enough"):
+            await agent.exec(["x"], timeout=5, sink=sink)
+
+    scenario(tmp_path, _exec_peer, body)
+
+
+def test_refusal(tmp_path: Path) -> None:
+    """The agent's own error message reaches the user."""
+
+    async def body(agent: Agent) -> None:
+        with pytest.raises(GuestError, match="agent refused: no such thing"):
+            await agent.ping(5.0)
+
+    line = b'{"id": 1, "ok": false, "error": {"code": "x", "message": "no such thing"}}\n'
+    scenario(tmp_path, answering(line), body)
