@@ -10,6 +10,7 @@ import asyncio
 import base64
 import contextlib
 import itertools
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ T = TypeVar("T")
 MAX_LINE = 1 << 20
 CHUNK = 32768
 MAX_FILE = 64 << 20
+_CONNECT_TRIES, _CONNECT_PAUSE = 20, 0.05
 OutputSink = Callable[[str, bytes], None]
 
 
@@ -85,7 +87,8 @@ class Agent:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._ids = itertools.count(1)
+        # Not from 1: a late reply to an earlier connection must not match a request of this one.
+        self._ids = itertools.count(secrets.randbelow(1 << 30))
         self._pending: dict[int, _Pending] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._receiver: asyncio.Task[None] | None = None
@@ -94,12 +97,21 @@ class Agent:
     async def connect(self) -> None:
         """Connect to QEMU's end of the port; GuestError when it is not there."""
         try:
-            reader, self._writer = await asyncio.open_unix_connection(self._path, limit=MAX_LINE)
+            reader, self._writer = await self._open()
         except OSError as error:
             raise GuestError(f"the agent's port is not there: {error}") from error
-        # Whatever an earlier connection left half-written ends here.
-        self._writer.write(b"\n")
+        # The first newline ends what an earlier connection left half-written, the second tells
+        # the agent that this is a new one.
+        self._writer.write(b"\n\n")
         self._receiver = asyncio.create_task(self._receive(reader), name=f"agent {self._path}")
+
+    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        for _ in range(_CONNECT_TRIES):
+            try:
+                return await asyncio.open_unix_connection(self._path, limit=MAX_LINE)
+            except BlockingIOError:  # QEMU has not yet taken note that the last one went away
+                await asyncio.sleep(_CONNECT_PAUSE)
+        return await asyncio.open_unix_connection(self._path, limit=MAX_LINE)
 
     async def close(self) -> None:
         """End the connection; requests under way fail with GuestError."""
