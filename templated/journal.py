@@ -156,10 +156,10 @@ class Journal:
         values = (CloneState.RUNNING.value, json.dumps(phases_ms), total_ms, slot_id)
         await self._run(_executor(sql, *values))
 
-    async def clone_state(self, name: str, state: CloneState, reason: str = "") -> None:
-        """Write a state, and why."""
-        sql = "UPDATE clones SET state = ?, reason = ? WHERE name = ?"
-        await self._run(_executor(sql, state.value, reason, name))
+    async def clone_state(self, slot_id: str, state: CloneState, reason: str = "") -> None:
+        """Write a state, and why. By slot: a name may have been given away meanwhile."""
+        sql = "UPDATE clones SET state = ?, reason = ? WHERE slot = ?"
+        await self._run(_executor(sql, state.value, reason, slot_id))
 
     async def clones(self) -> list[CloneRow]:
         """All clones, oldest first."""

@@ -80,6 +80,8 @@ def _unix_listener(config: Config) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_socket():
+            raise HostError(f"{path} is there and is no socket", hint="remove it, or set `socket:`")
         path.unlink(missing_ok=True)
         # Nobody gets in between bind and the right mode.
         before = os.umask(0o177)
@@ -140,8 +142,8 @@ async def _serve_metrics(
     stack.push_async_callback(runner.cleanup)
     try:
         await web.TCPSite(runner, host.strip("[]") or None, int(port)).start()
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise HostError(
-            f"cannot serve metrics on {config.listen}: {error.strerror or error}",
+            f"cannot serve metrics on {config.listen}: {getattr(error, 'strerror', None) or error}",
             hint="set metrics.listen to a free address, or `metrics: null`",
         ) from error

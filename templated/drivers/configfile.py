@@ -89,13 +89,15 @@ def _parse(text: str, source: str) -> Any:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         _refuse_duplicates(node, source)
-        return yaml.safe_load(text)
+        data = yaml.safe_load(text)
+        msgspec.json.encode(data)  # what cannot be told over the API is refused here
+        return data
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         where = f"{source}:{mark.line + 1}" if mark else source
         raise ConfigError(f"{where}: not YAML: {problem}", hint="check the indentation") from error
-    except (RecursionError, ValueError) as error:
+    except (RecursionError, ValueError, TypeError) as error:
         raise ConfigError(f"{source}: not YAML: {error}", hint="check its syntax") from error
 
 
@@ -107,7 +109,7 @@ def _refuse_duplicates(node: yaml.Node | None, source: str) -> None:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 line = key.start_mark.line + 1
                 raise ConfigError(
                     f"{source}:{line}: the key {key.value!r} stands here twice",

@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from templated.model.network import BridgeNetwork, UserNetwork
 
-AbsolutePath = Annotated[str, Meta(pattern=r"^/[^\0]{0,4000}$")]
+AbsolutePath = Annotated[str, Meta(pattern=r"^/[^\0]{0,4000}$(?!\n)")]
 
 
 class _Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -21,7 +21,7 @@ class _Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class MetricsConfig(_Section, frozen=True, kw_only=True):
     """Where Prometheus scrapes."""
 
-    listen: Annotated[str, Meta(pattern=r"^[0-9A-Za-z.:\[\]-]{0,260}:[0-9]{1,5}$")] = (
+    listen: Annotated[str, Meta(pattern=r"^[0-9A-Za-z.:\[\]-]{0,260}:[0-9]{1,5}$(?!\n)")] = (
         "127.0.0.1:9177"
     )
 
@@ -35,7 +35,7 @@ class RestoreConfig(_Section, frozen=True, kw_only=True):
 class SocketConfig(_Section, frozen=True, kw_only=True):
     """Who may talk to the daemon. The socket gives power over VMs that run as the daemon's user."""
 
-    mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$")] = "0660"
+    mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$(?!\n)")] = "0660"
     group: str | None = None
 
 

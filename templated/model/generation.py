@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 
 from templated.model.spec import TemplateSpec
 
-GenerationId = Annotated[str, Meta(pattern=r"^[0-9]{8}t[0-9]{6}-[0-9a-f]{6}$")]
+GenerationId = Annotated[str, Meta(pattern=r"^[0-9]{8}t[0-9]{6}-[0-9a-f]{6}$(?!\n)")]
 
 
 class GenerationState(enum.StrEnum):

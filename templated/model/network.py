@@ -9,9 +9,9 @@ from typing import Annotated, TypeAlias
 from msgspec import Meta, Struct
 
 # Linux allows 15 bytes (IFNAMSIZ - 1). A first letter keeps names apart from options and indexes.
-InterfaceName = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_.-]{0,14}$")]
-NamespaceName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}$")]
-Subnet = Annotated[str, Meta(pattern=r"^[0-9.]{7,15}/[0-9]{1,2}$", examples=["10.77.0.0/16"])]
+InterfaceName = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_.-]{0,14}$(?!\n)")]
+NamespaceName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}$(?!\n)")]
+Subnet = Annotated[str, Meta(pattern=r"^[0-9.]{7,15}/[0-9]{1,2}$(?!\n)", examples=["10.77.0.0/16"])]
 
 # A /8 has 2**24 addresses, as many as the 24 bits of a MAC that carry the index; a /29 leaves
 # four clones beside the addresses that are taken.

@@ -6,10 +6,10 @@ from typing import Annotated, Literal, TypeAlias
 
 from msgspec import Meta, Struct
 
-from templated.model.units import Duration, Size
+from templated.model.units import Duration, Size, seconds
 
-TemplateName = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,47}[a-z0-9])?$")]
-PackageName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9+.:-]{0,99}$")]
+TemplateName = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,47}[a-z0-9])?$(?!\n)")]
+PackageName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9+.:-]{0,99}$(?!\n)")]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Percent = Annotated[float, Meta(gt=0, le=100)]
 
@@ -21,11 +21,11 @@ class _Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class ImageSpec(_Spec, frozen=True, kw_only=True):
     """Disk layer 1: a Debian root that is built once and kept by the digest of this struct."""
 
-    suite: Annotated[str, Meta(pattern=r"^[a-z]{3,32}$")] = "bookworm"
+    suite: Annotated[str, Meta(pattern=r"^[a-z]{3,32}$(?!\n)")] = "bookworm"
     packages: tuple[PackageName, ...] = ()
     kernel: PackageName = "linux-image-cloud-amd64"
     size: Size = "1GiB"
-    mirror: Annotated[str, Meta(pattern=r"^(https?|file)://[!-~]{1,300}$")] | None = None
+    mirror: Annotated[str, Meta(pattern=r"^(https?|file)://[!-~]{1,300}$(?!\n)")] | None = None
 
 
 class MachineSpec(_Spec, frozen=True, kw_only=True):
@@ -34,13 +34,13 @@ class MachineSpec(_Spec, frozen=True, kw_only=True):
     type: Literal["microvm", "q35"] = "microvm"
     memory: Size = "128MiB"
     vcpus: Annotated[int, Meta(ge=1, le=64)] = 1
-    cmdline: Annotated[str, Meta(pattern=r"^[ -~]{0,1000}$")] = ""
+    cmdline: Annotated[str, Meta(pattern=r"^[ -~]{0,1000}$(?!\n)")] = ""
 
 
 class _Probe(_Spec, frozen=True, kw_only=True, tag_field="type"):
     """A QA check: tried every `interval` until it passes or `timeout` ends the build."""
 
-    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$")]
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,47}$(?!\n)")]
     timeout: Duration = "30s"
     interval: Duration = "250ms"
 
@@ -74,7 +74,7 @@ class HttpProbe(_Probe, frozen=True, kw_only=True, tag="http"):
     """An HTTP GET answers with `status`, its body matching `pattern`."""
 
     port: Port
-    path: Annotated[str, Meta(pattern=r"^/[!-~]{0,1000}$")] = "/"
+    path: Annotated[str, Meta(pattern=r"^/[!-~]{0,1000}$(?!\n)")] = "/"
     status: Annotated[int, Meta(ge=100, le=599)] = 200
     pattern: str = ""
     via: Literal["guest", "forward"] = "guest"
@@ -85,6 +85,10 @@ class SettleProbe(_Probe, frozen=True, kw_only=True, tag="settle"):
 
     cpu_percent: Percent = 25.0
     quiet: Duration = "1s"
+
+    def __post_init__(self) -> None:
+        if seconds(self.quiet) <= 0:
+            raise ValueError("quiet must be longer than nothing")
 
 
 Probe: TypeAlias = SerialProbe | AgentProbe | ExecProbe | TcpProbe | HttpProbe | SettleProbe
@@ -100,7 +104,7 @@ class IdentitySpec(_Spec, frozen=True, kw_only=True):
 class NetworkSpec(_Spec, frozen=True, kw_only=True):
     """What the guest is told about its network beside its own address."""
 
-    dns: tuple[Annotated[str, Meta(pattern=r"^[0-9.]{7,15}$")], ...] = ()
+    dns: tuple[Annotated[str, Meta(pattern=r"^[0-9.]{7,15}$(?!\n)")], ...] = ()
 
 
 class TemplateSpec(_Spec, frozen=True, kw_only=True):

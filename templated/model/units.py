@@ -6,8 +6,10 @@ from typing import Annotated
 
 from msgspec import Meta
 
-Size = Annotated[str, Meta(pattern=r"^[1-9][0-9]{0,9}(KiB|MiB|GiB)$", examples=["128MiB"])]
-Duration = Annotated[str, Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,6})?(ms|s|m)$", examples=["30s"])]
+Size = Annotated[str, Meta(pattern=r"^[1-9][0-9]{0,9}(KiB|MiB|GiB)$(?!\n)", examples=["128MiB"])]
+Duration = Annotated[
+    str, Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,6})?(ms|s|m)$(?!\n)", examples=["30s"])
+]
 
 _SIZES = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _DURATIONS = {"ms": 0.001, "s": 1.0, "m": 60.0}

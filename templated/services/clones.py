@@ -110,15 +110,23 @@ class Clones:
         names = numbered(request.name, request.count)
         path = StartPath(request.path or StartPath.DIRECT)
         self._reserve(names, request, path)
-        tasks = [self._tasks.start(self._outcome(name, clock.started)) for name in names]
         # Whoever asked may go away; the starts go on, or are undone, all the same.
-        outcomes = await asyncio.shield(asyncio.gather(*tasks))
+        outcome = await asyncio.shield(self._tasks.start(self._all_or_none(names, clock.started)))
+        if isinstance(outcome, TemplatedError):
+            raise outcome
+        return [clone.view() for clone in outcome]
+
+    async def _all_or_none(
+        self, names: list[str], requested: float
+    ) -> list[Clone] | TemplatedError:
+        tasks = [self._tasks.start(self._outcome(name, requested)) for name in names]
+        outcomes = await asyncio.gather(*tasks)
         started = [outcome for outcome in outcomes if isinstance(outcome, Clone)]
         failures = [outcome for outcome in outcomes if isinstance(outcome, TemplatedError)]
         if failures:
             await asyncio.gather(*(self._remove_quietly(clone.name) for clone in started))
-            raise failures[0]
-        return [clone.view() for clone in started]
+            return failures[0]
+        return started
 
     async def _outcome(self, name: str, requested: float) -> Clone | TemplatedError:
         """A started clone or why there is none: a task of the daemon's group must not raise."""
@@ -155,6 +163,7 @@ class Clones:
                 await self._bring_up(clone, generation, clock)
         except BaseException as error:
             self._clones.pop(name, None)
+            self._count_states()
             raise self._failed(clone, clock, error) from error
         self._count_states()
         return clone
@@ -216,7 +225,7 @@ class Clones:
 
     async def _layer(self, clone: Clone, generation: Generation) -> tuple[Layer, Image | None]:
         if clone.path is StartPath.DIRECT:
-            if generation.changed():
+            if generation.changed() or self._context.host.qemu_changed():
                 await self.templates.recheck(generation)
             return generation.layer, None
         image = self._context.images.get(generation.manifest.image)
@@ -302,7 +311,7 @@ class Clones:
         if clone.state is not CloneState.REMOVING:
             clone.move(CloneState.REMOVING)
         assert clone.row is not None
-        await self._context.journal.clone_state(name, CloneState.REMOVING)
+        await self._context.journal.clone_state(clone.row.slot.id, CloneState.REMOVING)
         if clone.vm is not None:
             await clone.vm.destroy()
         await self._context.slots.drop(clone.row.slot.id)
@@ -338,11 +347,12 @@ class Clones:
         clone.move(CloneState.DEAD, f"its VM {how}")
         self._context.events.emit("clone.dead", clone.name, reason=clone.reason)
         self._count_states()
-        assert clone.vm is not None
+        assert clone.vm is not None and clone.row is not None
+        slot_id = clone.row.slot.id
         await clone.vm.destroy()
         clone.vm = None
         with contextlib.suppress(TemplatedError):
-            await self._context.journal.clone_state(clone.name, CloneState.DEAD, clone.reason)
+            await self._context.journal.clone_state(slot_id, CloneState.DEAD, clone.reason)
 
     def _count_states(self) -> None:
         gauge = self._context.metrics.clones
@@ -391,7 +401,7 @@ class Clones:
             machine = self._context.hypervisor.adopt(row.pid, row.pid_start, places, row.slot.uuid)
         if machine is None:
             clone.move(CloneState.DEAD, "its VM ended while the daemon was away")
-            await self._context.journal.clone_state(row.name, CloneState.DEAD, clone.reason)
+            await self._context.journal.clone_state(row.slot.id, CloneState.DEAD, clone.reason)
             return
         clone.vm = Vm(row.slot, places, machine)
         try:

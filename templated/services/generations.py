@@ -85,7 +85,9 @@ class Generation:
         Blocks nothing: hashing runs in a thread.
         """
         for name, path in self.files().items():
-            expected = self.manifest.files[name]
+            expected = self.manifest.files.get(name)
+            if expected is None:
+                raise _damaged(self, f"its manifest says nothing of {name}")
             before = _stamp(path)
             if before is None:
                 raise _damaged(self, f"{path} is missing")

@@ -32,6 +32,10 @@ class Host:
             self._version = (stamp, await accel.qemu_version(binary))
         return self._version[1]
 
+    def qemu_changed(self) -> bool:
+        """Whether the binary is not the one whose version is known. Costs a few stat calls."""
+        return self._version is None or self._version[0] != self._qemu_stamp()
+
     def _qemu_stamp(self) -> tuple[int, int] | None:
         path = shutil.which(self._config.qemu)
         with contextlib.suppress(OSError):

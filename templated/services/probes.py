@@ -162,7 +162,9 @@ async def _guest_output(vm: Vm, argv: list[str], timeout: float) -> tuple[int | 
         sink=lambda _, data: output.extend(data[: max(0, _OUTPUT - len(output))]),
     )
     if result.timed_out:
-        raise _NotYet(f"the command ran into its timeout, output {_short(output.decode())!r}")
+        raise _NotYet(
+            f"the command ran into its timeout, output {_short(output.decode(errors='replace'))!r}"
+        )
     return result.exit_code, output.decode(errors="replace")
 
 
@@ -218,7 +220,11 @@ async def _http_from_host(url: str) -> tuple[int, str]:
             aiohttp.ClientSession(timeout=timeout) as session,
             session.get(url) as answer,
         ):
-            body = await answer.content.read(_OUTPUT)
+            body = bytearray()
+            async for part in answer.content.iter_any():
+                body += part
+                if len(body) >= _OUTPUT:
+                    break
             return answer.status, body.decode(errors="replace")
     except (aiohttp.ClientError, OSError) as error:
         raise _NotYet(str(error)) from error

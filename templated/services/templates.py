@@ -130,7 +130,9 @@ class Templates:
         except BaseException as error:
             reason = error.message if isinstance(error, TemplatedError) else repr(error)
             self._context.events.emit("template.build_failed", spec.name, reason=reason)
-            await asyncio.shield(build.discard())
+            # Stopped in the middle of the activation: what the journal calls active stays.
+            if (await self._context.journal.active()).get(spec.name) != build.id:
+                await asyncio.shield(build.discard())
             if isinstance(error, TimeoutError):
                 raise BuildError(f"the build did not end within {_BUILD_TIMEOUT:g} s") from None
             raise
@@ -195,10 +197,11 @@ class Templates:
         spec, problem = None, self.problems.get(name, "")
         try:
             spec = await self.spec(name)
-        except TemplatedError as error:
+        except NotFound:
             if not rows:
                 raise
-            problem = problem or ("" if isinstance(error, NotFound) else error.message)
+        except TemplatedError as error:
+            problem = problem or error.message
         active = self._loaded.get(name)
         manifest = active.manifest if active else None
         shown = spec or (manifest.spec if manifest else None)
@@ -239,6 +242,10 @@ class Templates:
         raise InvalidRequest(f"there are several templates: {names}", hint="choose: --template T")
 
     def _not_serving(self, name: str) -> TemplatedError:
+        if len(name) > 60 or not name.isprintable():
+            return NotFound(
+                f"there is no template {name[:60]!r}", hint="see: templated template ls"
+            )
         if name in self.problems:
             return HostError(self.problems[name], hint=f"run: templated template build {name}")
         if name in template_files(self._context.config.template_dirs):
@@ -252,6 +259,7 @@ class Templates:
     async def _activate(self, generation: Generation) -> None:
         """Make a proven generation the one that serves, in one step, and retire old ones."""
         manifest = generation.manifest
+        before = self._active.get(manifest.template)
         await self._context.journal.activate(generation.id, manifest.template)
         self._rows[generation.id] = GenerationRow(
             id=generation.id,
@@ -262,14 +270,10 @@ class Templates:
         await self._serve(generation)
         self._context.events.emit("generation.active", manifest.template, generation=generation.id)
         # The one before stays, for a rollback.
-        kept = {generation.id, *self._previous(manifest.template, generation.id)}
+        kept = {generation.id, before}
         for row in self._of(manifest.template):
             if row.id not in kept and row.state is GenerationState.READY:
                 await self._retire(row)
-
-    def _previous(self, template: str, generation_id: str) -> set[str]:
-        ready = [r.id for r in self._of(template) if r.state is GenerationState.READY]
-        return set([i for i in ready if i != generation_id][-1:])
 
     async def _serve(self, generation: Generation) -> None:
         template = generation.manifest.template

@@ -3,143 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
-from blockbuster import blockbuster_ctx
 
 from templated.drivers.hypervisor.fake import FakeHypervisor
-from templated.errors import Conflict, HostError, InvalidRequest, NotFound, StartError
-from templated.journal import Journal
+from templated.errors import Busy, Conflict, HostError, InvalidRequest, NotFound, StartError
 from templated.model.api import CloneRequest
 from templated.model.clone import CloneState
-from templated.model.config import Config, defaults
-from templated.model.generation import FileDigest, Manifest, QemuVersion
-from templated.model.spec import IdentitySpec, TemplateSpec
-from templated.services import generations
-from templated.services.daemon import Foundation, Services, services
-from templated.services.places import Layout
+from templated.model.clone import Path as StartPath
+from templated.services.daemon import Services
+from tests.unit.fake_daemon import GENERATION, play, until
 
-GENERATION = "20260101t000000-abcdef"
-SPEC = TemplateSpec(name="t", start_timeout="2s", identity=IdentitySpec(timeout="500ms"))
-
-
-@pytest.fixture(autouse=True)
-def no_blocking_calls() -> Iterator[None]:
-    """A blocking call of ours on the event loop fails the test."""
-    with blockbuster_ctx("templated") as watch:
-        # Looking at local files takes microseconds, less than a thread would.
-        for name in ("os.stat", "os.access", "os.scandir", "os.listdir"):
-            watch.functions[name].deactivate()
-        # When the journal closes, nothing else runs any more.
-        lock = watch.functions["threading.Lock.acquire"]
-        lock.can_block_in("templated/journal.py", "close")
-        yield
-
-
-def configured(tmp_path: Path) -> Config:
-    """A configuration below a test's directory, with a QEMU that only knows its version."""
-    qemu = tmp_path / "qemu"
-    qemu.write_text("#!/bin/sh\necho QEMU emulator version 7.2.0\n")
-    qemu.chmod(0o755)
-    places = {
-        "state_dir": str(tmp_path / "s"),
-        "runtime_dir": str(tmp_path / "r"),
-        "shm_dir": str(tmp_path / "m"),
-        "template_dirs": [str(tmp_path)],
-        "accel": "tcg",
-        "qemu": str(qemu),
-        "metrics": None,
-        "slots": {"ready": 2},
-    }
-    return msgspec.convert({**defaults({}, 1), **places}, Config)
-
-
-def freeze(config: Config) -> None:
-    """Write a generation as a build would leave it, with a few bytes in each file."""
-    layout = Layout(config)
-    directory, frozen = layout.generation("t", GENERATION), layout.frozen("t", GENERATION)
-    directory.mkdir(parents=True)
-    frozen.mkdir(parents=True)
-    files = {}
-    for path in (frozen / "memory", frozen / "state", directory / "disk.qcow2"):
-        path.write_bytes(path.name.encode())
-        digest = hashlib.sha256(path.name.encode()).hexdigest()
-        files[path.name] = FileDigest(size=len(path.name), sha256=digest)
-    (directory / "empty.qcow2").write_bytes(b"empty")
-    manifest = Manifest(
-        format=generations.MANIFEST_FORMAT,
-        id=GENERATION,
-        template="t",
-        created="2026-01-01T00:00:00Z",
-        spec=SPEC,
-        image="none",
-        qemu=QemuVersion(path="qemu", version="7.2.0"),
-        accel="tcg",
-        cpu="qemu64",
-        command_line=("qemu",),
-        kernel="vmlinuz",
-        kernel_sha256="",
-        kernel_cmdline="",
-        files=files,
-        probes=(),
-        canary_probes=(),
-        phases_s={},
-        freeze_lag_s=0.0,
-    )
-    generations.write_manifest(directory, manifest)
-
-
-async def activate(config: Config) -> None:
-    """Write the rows that a build would have written."""
-    journal = Journal(Layout(config).journal)
-    await journal.open()
-    await journal.new_generation(GENERATION, "t")
-    await journal.activate(GENERATION, "t")
-    await journal.close()
-
-
-@asynccontextmanager
-async def daemon(config: Config, fake: FakeHypervisor) -> AsyncIterator[Services]:
-    """All services over the fake."""
-    foundation = await asyncio.to_thread(Foundation, config, fake)
-    try:
-        async with services(foundation) as running:
-            yield running
-    finally:
-        foundation.close()
-
-
-Scenario = Callable[[Services, FakeHypervisor], Coroutine[Any, Any, None]]
-
-
-def play(tmp_path: Path, *scenarios: Scenario) -> None:
-    """Run scenarios one after the other, each on a restarted daemon with the same machines."""
-    config = configured(tmp_path)
-
-    async def main() -> None:
-        fake = FakeHypervisor()
-        async with asyncio.timeout(60):
-            (await asyncio.to_thread(Foundation, config, fake)).close()
-            await asyncio.to_thread(freeze, config)
-            await activate(config)
-            for scenario in scenarios:
-                async with daemon(config, fake) as running:
-                    await scenario(running, fake)
-        for machine in fake.running():
-            await machine.destroy()
-
-    asyncio.run(main())
+pytestmark = pytest.mark.usefixtures("no_blocking_calls")
 
 
 async def held(running: Services) -> tuple[int, int, set[str]]:
     """Rows of clones and of slots in use, and directories that belong to no ready slot."""
     journal, layout = running.context.journal, running.context.layout
+    slots = running.context.slots  # a slot that is just being made is neither free nor in use
+    await until(lambda: all(len(slots._ready[g]) >= slots._target for g in slots._layers))
     free = {slot.id for slot, _ in await journal.free_slots()}
     rows = await journal.clones()
     directories = {p.name for p in (*layout.slots.iterdir(), *layout.sockets.iterdir())}
@@ -303,6 +187,262 @@ def test_template_cannot_go_while_clones_map_it(tmp_path: Path) -> None:
         await running.templates.remove("t")
         assert not running.context.layout.generation("t", GENERATION).exists()
         with pytest.raises(NotFound):
+            await running.clones.create(CloneRequest(name="a"))
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("field", ["hostname", "machine_id", "boot_id", "uuid", "mac", "ip"])
+def test_every_part_of_an_identity_is_read_back(tmp_path: Path, field: str) -> None:
+    """A guest that keeps any one value of another VM is destroyed."""
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        fake.fail, fake.mismatch = "identify", field
+        with pytest.raises(StartError, match=f"the guest has {field} 'another'") as caught:
+            await running.clones.create(CloneRequest(name="a"))
+        assert caught.value.reason == "identity"
+        assert await held(running) == (0, 0, set()) and fake.running() == []
+
+    play(tmp_path, scenario)
+
+
+def test_count(tmp_path: Path) -> None:
+    """NAME-1 to NAME-N, in order."""
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        views = await running.clones.create(CloneRequest(name="a", count=5))
+        assert [v.name for v in views] == [f"a-{n}" for n in range(1, 6)]
+        assert [v.identity.hostname for v in views] == [v.name for v in views]
+        assert len({v.identity.ip for v in views}) == 5
+
+    play(tmp_path, scenario)
+
+
+def test_one_of_several_fails(tmp_path: Path) -> None:
+    """All or nothing: those that came up are removed again, and nothing else is."""
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        await running.clones.create(CloneRequest(name="b"))
+        fake.fail, fake.fail_after = "restore", 2
+        with pytest.raises(StartError, match="phase restore"):
+            await running.clones.create(CloneRequest(name="a", count=3))
+        assert [v.name for v in running.clones.views()] == ["b"]
+        rows, clones, directories = await held(running)
+        assert (rows, clones, len(directories)) == (1, 1, 1) and len(fake.running()) == 1
+
+    play(tmp_path, scenario)
+
+
+def test_limit(tmp_path: Path) -> None:
+    """Beyond limits.clones a request takes nothing, not even in part."""
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        limit = running.context.config.limits.clones
+        running.clones._clones.update(dict.fromkeys(map(str, range(limit - 1)), None))  # type: ignore[arg-type]
+        with pytest.raises(Busy, match=f"limit of {limit} clones"):
+            await running.clones.create(CloneRequest(name="a", count=2))
+        assert len(running.clones) == limit - 1
+        running.clones._clones.clear()
+
+    play(tmp_path, scenario)
+
+
+def test_while_it_starts(tmp_path: Path) -> None:
+    """The name is taken, the clone is shown as starting, and `rm` and `exec` are refused."""
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        gate = fake.hold("restore")
+        async with asyncio.TaskGroup() as group:
+            start = group.create_task(running.clones.create(CloneRequest(name="a")))
+            await until(lambda: fake.running() and fake.running()[0].held_at)
+            assert running.clones.view("a").state is CloneState.STARTING
+            with pytest.raises(Conflict, match="still starting"):
+                await running.clones.remove("a")
+            with pytest.raises(Conflict, match="a is starting"):
+                running.clones.running("a")
+            with pytest.raises(Conflict, match="exists already"):
+                await running.clones.create(CloneRequest(name="a"))
+            gate.set()
+        assert start.result()[0].state is CloneState.RUNNING
+
+    play(tmp_path, scenario)
+
+
+def test_a_restart_in_the_middle_of_a_start(tmp_path: Path) -> None:
+    """A daemon that is stopped gives back what it was starting; the next one finds nothing."""
+
+    async def first(running: Services, fake: FakeHypervisor) -> None:
+        fake.hold("restore")
+        starts = [running.clones.create(CloneRequest(name=name)) for name in "ab"]
+        tasks = [asyncio.ensure_future(start) for start in starts]
+        await until(lambda: len([m for m in fake.running() if m.held_at]) == 2)
+        assert len(tasks) == 2
+
+    async def second(running: Services, fake: FakeHypervisor) -> None:
+        assert fake.running() == [] and await held(running) == (0, 0, set())
+        fake.hold("restore").set()
+        await running.clones.create(CloneRequest(name="a"))
+
+    play(tmp_path, first, second)
+
+
+def test_an_interrupted_start_is_taken_down(tmp_path: Path) -> None:
+    """What a killed daemon left behind half-way is given back, and its name is free."""
+
+    async def first(running: Services, fake: FakeHypervisor) -> None:
+        (kept,) = await running.clones.create(CloneRequest(name="kept"))
+        journal, slots = running.context.journal, running.context.slots
+        layer = running.templates.serving("t").layer
+        for name in ("half", "~base-x"):
+            prepared = await slots.make(layer)
+            await journal.new_clone(name, prepared.slot.id, "t", StartPath.DIRECT)
+            prepared.close()
+        free = await slots.make(layer)
+        free.close()
+        assert kept.pid is not None
+
+    async def second(running: Services, fake: FakeHypervisor) -> None:
+        assert [v.name for v in running.clones.views()] == ["kept"]
+        rows, _, directories = await held(running)
+        assert (rows, len(directories)) == (1, 1)
+        await running.clones.create(CloneRequest(name="half"))
+
+    play(tmp_path, first, second)
+
+
+def test_strays_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    """Directories that no row names go; what lies elsewhere in state_dir stays."""
+
+    async def first(running: Services, fake: FakeHypervisor) -> None:
+        (running.context.layout.slots / "stray").mkdir()
+        (running.context.layout.sockets / "stray").mkdir()
+        (running.context.layout.state / "mine").mkdir()
+        await running.clones.create(CloneRequest(name="a"))
+
+    async def second(running: Services, fake: FakeHypervisor) -> None:
+        layout = running.context.layout
+        assert not (layout.slots / "stray").exists() and not (layout.sockets / "stray").exists()
+        assert (layout.state / "mine").is_dir()
+        assert running.clones.view("a").state is CloneState.RUNNING
+
+    play(tmp_path, first, second)
+
+
+def test_a_daemon_of_another_pid_space(tmp_path: Path) -> None:
+    """A process with the pid but another start time is not taken for the clone's VM."""
+
+    async def first(running: Services, fake: FakeHypervisor) -> None:
+        await running.clones.create(CloneRequest(name="a"))
+        fake.running()[0].start_time += 1
+
+    async def second(running: Services, fake: FakeHypervisor) -> None:
+        view = running.clones.view("a")
+        assert view.state is CloneState.DEAD and "while the daemon was away" in view.reason
+        assert view.pid is None and len(fake.running()) == 1
+
+    play(tmp_path, first, second)
+
+
+def test_removed_twice_at_once(tmp_path: Path) -> None:
+    """Both requests end well or say that there is no such clone, and the slot is given back."""
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        await running.clones.create(CloneRequest(name="a"))
+        both = (running.clones.remove("a") for _ in range(2))
+        results = await asyncio.gather(*both, return_exceptions=True)
+        assert all(r is None or isinstance(r, NotFound) for r in results)
+        assert await held(running) == (0, 0, set())
+
+    play(tmp_path, scenario)
+
+
+def states(running: Services) -> dict[str, float]:
+    """What the gauge of clones says now."""
+    (gauge,) = running.context.metrics.clones.collect()
+    return {sample.labels["state"]: sample.value for sample in gauge.samples}
+
+
+def test_the_gauge_counts_what_there_is(tmp_path: Path) -> None:
+    """By state; a state without clones has no series."""
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        await running.clones.create(CloneRequest(name="a", count=3))
+        assert states(running) == {"running": 3}
+        fake.running()[0].end("ended")
+        await until(lambda: states(running) == {"running": 2, "dead": 1})
+        for name in ("a-1", "a-2", "a-3"):
+            await running.clones.remove(name)
+        assert states(running) == {}
+
+    play(tmp_path, scenario)
+
+
+def test_the_gauge_forgets_a_start_that_failed(tmp_path: Path) -> None:
+    """A start under way is counted when another clone comes up, and must not stay."""
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        gate = fake.hold("restore")
+        fake.fail = "restore"
+        failing = asyncio.ensure_future(running.clones.create(CloneRequest(name="a")))
+        await until(lambda: fake.running() and fake.running()[0].held_at)
+        fake.fail = ""
+        del fake._holds["restore"]
+        await running.clones.create(CloneRequest(name="b"))
+        gate.set()
+        with pytest.raises(StartError):
+            await failing
+        assert states(running) == {"running": 1}
+
+    play(tmp_path, scenario)
+
+
+def test_a_name_used_again_while_its_dead_clone_is_buried(tmp_path: Path) -> None:
+    """The new clone's row says running, so that the next daemon adopts its VM."""
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        await running.clones.create(CloneRequest(name="a"))
+        gate = fake.hold("destroy")
+        (dead,) = fake.running()
+        dead.end("ended")
+        await until(lambda: dead.held_at)
+        del fake._holds["destroy"]
+        await running.clones.remove("a")
+        await running.clones.create(CloneRequest(name="a"))
+        gate.set()
+        await until(lambda: not dead.held_at)
+        await asyncio.sleep(0.1)
+        (row,) = await running.context.journal.clones()
+        assert row.state is CloneState.RUNNING
+
+    play(tmp_path, scenario)
+
+
+def test_a_caller_that_goes_away(tmp_path: Path) -> None:
+    """All or nothing holds for whoever asked and did not wait."""
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        gate = fake.hold("restore")
+        fake.fail, fake.fail_after = "restore", 1
+        asking = asyncio.ensure_future(running.clones.create(CloneRequest(name="a", count=2)))
+        await until(lambda: len(fake.running()) == 2)
+        asking.cancel()
+        gate.set()
+        await until(lambda: len(fake.running()) < 2)
+        for _ in range(50):
+            await asyncio.sleep(0.01)
+        assert running.clones.views() == []
+
+    play(tmp_path, scenario)
+
+
+def test_another_qemu_than_the_one_that_froze(tmp_path: Path) -> None:
+    """QEMU was upgraded under a running daemon: it is told before a state is loaded into it."""
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        await asyncio.to_thread(
+            (tmp_path / "qemu").write_text, "#!/bin/sh\necho QEMU emulator version 8.0.0\n"
+        )
+        with pytest.raises(StartError, match=r"frozen by QEMU 7\.2\.0"):
             await running.clones.create(CloneRequest(name="a"))
 
     play(tmp_path, scenario)

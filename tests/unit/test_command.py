@@ -5,6 +5,7 @@ To refresh them after a deliberate change: TEMPLATED_UPDATE_GOLDEN=1 scripts/tes
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,13 @@ CASES = {
     "microvm-boot": replace(LAUNCH, boot=BOOT, memory_shared=True),
     "microvm-cold": replace(LAUNCH, boot=BOOT, memory=None),
     "q35-restore": replace(LAUNCH, hardware=replace(LAUNCH.hardware, type="q35", vcpus=2)),
+    "q35-boot": replace(
+        LAUNCH, hardware=replace(LAUNCH.hardware, type="q35"), boot=BOOT, memory_shared=True
+    ),
+    "kvm": replace(
+        LAUNCH, hardware=replace(LAUNCH.hardware, accel="kvm", cpu="host,migratable=on")
+    ),
+    "tap-and-fd": replace(LAUNCH, netdev="tap,id=net0,fd=9,vhost=off", fds=(9, 10)),
     "commas": replace(LAUNCH, disk=Path("/a,b/disk.qcow2"), memory=Path("/c,d/memory")),
 }
 
@@ -53,3 +61,23 @@ def test_the_path_of_a_clone_has_no_kernel() -> None:
     """A clone loads nothing that its state already has."""
     arguments = qemu_arguments("qemu", LAUNCH)
     assert "-kernel" not in arguments and arguments[-2:] == ["-incoming", "defer"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_template_and_clone_have_the_same_hardware(name: str) -> None:
+    """State is restored into what it was saved from: only memory, files and boot may differ."""
+
+    def devices(launch: Launch) -> list[str]:
+        arguments = qemu_arguments("qemu", launch)
+        pairs = itertools.pairwise(arguments)
+        kinds = ("-device", "-machine", "-cpu", "-smp", "-m", "-global", "-vga")
+        return [f"{option} {value}" for option, value in pairs if option in kinds]
+
+    clone = replace(CASES[name], boot=None, memory_shared=False)
+    template = replace(CASES[name], boot=BOOT, memory_shared=True)
+    assert devices(clone) == devices(template)
+
+
+def test_no_golden_file_is_left_over() -> None:
+    """Every file is held by a case."""
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == set(CASES)

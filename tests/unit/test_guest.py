@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from templated.drivers.guest import MAX_LINE, Agent
+from templated.drivers import guest
+from templated.drivers.guest import CHUNK, MAX_LINE, Agent
 from templated.errors import GuestError, TemplatedError, Timeout
 
 Peer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
@@ -199,5 +200,102 @@ def test_refusal(tmp_path: Path) -> None:
         error = {"code": "x", "message": "no such thing"}
         writer.write(json.dumps({"id": number, "ok": False, "error": error}).encode() + b"\n")
         await reader.read()
+
+    scenario(tmp_path, peer, body)
+
+
+def storing(files: dict[str, bytearray]) -> Peer:
+    """A peer that keeps files as the real agent does, part by part."""
+
+    def get(request: dict[str, Any]) -> dict[str, Any]:
+        content = files[request["path"]]
+        end = request["offset"] + request["length"]
+        data = base64.b64encode(content[request["offset"] : end]).decode()
+        return {"data": data, "eof": end >= len(content), "size": len(content), "mode": 0o644}
+
+    def put(request: dict[str, Any]) -> dict[str, Any]:
+        assert len(files.setdefault(request["path"], bytearray())) == request["offset"]
+        files[request["path"]] += base64.b64decode(request["data"])
+        return {"mode": request["mode"]}
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            request = json.loads(line)
+            result = {"get": get, "put": put}[request["cmd"]](request)
+            answer = {"id": request["id"], "ok": True, "result": result}
+            writer.write(json.dumps(answer).encode() + b"\n")
+
+    return peer
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
+def test_files(tmp_path: Path, size: int) -> None:
+    """What was put is what is got, whatever its size is to that of a part."""
+    content = (bytes(range(256)) * (size // 256 + 1))[:size]
+    files: dict[str, bytearray] = {}
+
+    async def body(agent: Agent) -> None:
+        await agent.put("/x", content, 0o600, 5.0)
+        assert bytes(files["/x"]) == content
+        assert await agent.get("/x", 5.0) == content
+
+    scenario(tmp_path, storing(files), body)
+
+
+def test_a_file_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest cannot fill the daemon's memory."""
+    monkeypatch.setattr(guest, "MAX_FILE", 1000)
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        data = base64.b64encode(b"x" * 300).decode()
+        while line := await reader.readline():
+            result = {"data": data, "eof": False, "size": 0, "mode": 0}
+            answer = {"id": json.loads(line)["id"], "ok": True, "result": result}
+            writer.write(json.dumps(answer).encode() + b"\n")
+
+    async def body(agent: Agent) -> None:
+        with pytest.raises(GuestError, match="/x in the guest has more than"):
+            await agent.get("/x", 5.0)
+
+    scenario(tmp_path, peer, body)
+
+
+def test_closing_fails_what_is_under_way(tmp_path: Path) -> None:
+    """Nobody waits for an answer that cannot come, and close can be called again."""
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async def body(agent: Agent) -> None:
+        waiting = asyncio.ensure_future(agent.ping(60.0))
+        await asyncio.sleep(0.01)
+        await agent.close()
+        with pytest.raises(GuestError):
+            await waiting
+        await agent.close()
+        with pytest.raises(GuestError):
+            await agent.ping(1.0)
+
+    scenario(tmp_path, peer, body)
+
+
+def test_identity(tmp_path: Path) -> None:
+    """All of it goes out in one request, and what comes back is complete or an error."""
+    identity = {"hostname": "a", "machine_id": "m", "boot_id": "b", "uuid": "u"}
+    identity |= {"mac": "02", "ip": "10.0.0.3"}
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for extra in ({"time": 1.5, "random": "00"}, {}):
+            request = json.loads(await reader.readline())
+            assert request["cmd"] == "identify" and identity.items() <= request.items()
+            answer = {"id": request["id"], "ok": True, "result": {**identity, **extra}}
+            writer.write(json.dumps(answer).encode() + b"\n")
+        await reader.read()
+
+    async def body(agent: Agent) -> None:
+        confirmed = await agent.identify(5.0, **identity)
+        assert (confirmed.hostname, confirmed.ip, confirmed.time) == ("a", "10.0.0.3", 1.5)
+        with pytest.raises(GuestError, match="missing required field"):
+            await agent.identify(5.0, **identity)
 
     scenario(tmp_path, peer, body)

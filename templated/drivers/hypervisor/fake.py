@@ -23,29 +23,40 @@ class FakeHypervisor:
     """Starts fake machines.
 
     `fail` names the step at which every further start fails: spawn, connect, restore, resume,
-    identify (the guest reads back another MAC), nonsense (the agent answers no JSON), silence
-    (it never answers), clock (a clock that cannot be set), link.
+    identify (the guest reads back another `mismatch`), nonsense (the agent answers no JSON),
+    silence (it never answers), clock (a clock that cannot be set), link. `fail_after` lets so
+    many machines start well before that.
     """
 
     def __init__(self) -> None:
         self.fail = ""
+        self.fail_after = 0
+        self.mismatch = "mac"
         self.machines: dict[int, FakeMachine] = {}
+        self._holds: dict[str, asyncio.Event] = {}
         self._pids = itertools.count(1_000_000)
 
     def spawn(self, launch: Launch) -> FakeMachine:
         """Start a machine; HostError when told to fail at `spawn`."""
-        if self.fail == "spawn":
+        fail = "" if self.fail_after > 0 else self.fail
+        self.fail_after -= 1
+        if fail == "spawn":
             raise HostError("the fake cannot be started", hint="this is a test")
-        machine = FakeMachine(next(self._pids), launch, self.fail)
+        machine = FakeMachine(next(self._pids), launch, fail, self.mismatch, self._holds)
         self.machines[machine.pid] = machine
         return machine
+
+    def hold(self, step: str) -> asyncio.Event:
+        """Make every machine wait at a step (those above, pause, save, destroy) for this event."""
+        return self._holds.setdefault(step, asyncio.Event())
 
     def adopt(self, pid: int, start_time: int, places: Places, uuid: str) -> FakeMachine | None:
         """A machine that still runs."""
         machine = self.machines.get(pid)
-        if machine is None or machine.exited.done() or machine.launch.uuid != uuid:
+        if machine is None or machine.exited.done():
             return None
-        return machine
+        same = machine.launch.uuid == uuid and machine.start_time == start_time
+        return machine if same else None
 
     def running(self) -> list[FakeMachine]:
         """Machines that have not ended."""
@@ -55,11 +66,16 @@ class FakeHypervisor:
 class FakeMachine:
     """One machine; see `templated.drivers.hypervisor.base.Machine`."""
 
-    def __init__(self, pid: int, launch: Launch, fail: str) -> None:
+    def __init__(
+        self, pid: int, launch: Launch, fail: str, mismatch: str, holds: dict[str, asyncio.Event]
+    ) -> None:
         self.pid = pid
         self.start_time = pid
         self.launch = launch
         self.fail = fail
+        self.held_at = ""
+        self._mismatch = mismatch
+        self._holds = holds
         self.exited: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.link_up = False
         # The parent closes its own copy, as it does with a real QEMU.
@@ -68,30 +84,30 @@ class FakeMachine:
         self._connections: set[asyncio.StreamWriter] = set()
 
     async def connect(self, timeout: float) -> None:
-        self._step("connect")
+        await self._step("connect")
         if self._server is not None:
             return  # adopted by another daemon: the guest's end is still there
         server = await asyncio.start_unix_server(self._serve, sock=self._listener)
         self._server = asyncio.create_task(server.serve_forever())
 
     async def restore(self, state: State, timeout: float) -> None:
-        self._step("restore")
+        await self._step("restore")
 
     async def resume(self) -> None:
-        self._step("resume")
+        await self._step("resume")
 
     async def pause(self) -> None:
-        self._step("pause")
+        await self._step("pause")
 
     async def set_link(self, up: bool) -> None:
-        self._step("link")
+        await self._step("link")
         self.link_up = up
 
     async def detach_network(self) -> None:
-        self._step("detach_network")
+        await self._step("detach_network")
 
     async def save(self, target: Path, timeout: float) -> None:
-        self._step("save")
+        await self._step("save")
         target.write_bytes(b"fake state")
 
     async def quit(self, timeout: float) -> None:
@@ -99,6 +115,7 @@ class FakeMachine:
 
     async def destroy(self) -> None:
         self.end("was killed by the test")
+        await self._step("destroy")
         for writer in self._connections:
             writer.close()
         if self._server is not None:
@@ -119,7 +136,11 @@ class FakeMachine:
         if not self.exited.done():
             self.exited.set_result(how)
 
-    def _step(self, name: str) -> None:
+    async def _step(self, name: str) -> None:
+        if name in self._holds:
+            self.held_at = name
+            await self._holds[name].wait()
+            self.held_at = ""
         if self.fail == name:
             raise HypervisorError(f"the fake fails at {name}")
 
@@ -143,7 +164,7 @@ class FakeMachine:
             keys = ("hostname", "machine_id", "boot_id", "uuid", "mac", "ip")
             result |= {key: request[key] for key in keys} | {"random": "00" * 16}
         if self.fail == "identify":
-            result["mac"] = "02:00:00:00:00:00"
+            result[self._mismatch] = "another"
         if self.fail == "clock":
             result["time"] = 1.0
         return json.dumps({"id": request["id"], "ok": True, "result": result}).encode() + b"\n"

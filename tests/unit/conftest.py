@@ -1,0 +1,21 @@
+"""Fixtures of the tests that need no VM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from blockbuster import blockbuster_ctx
+
+
+@pytest.fixture
+def no_blocking_calls() -> Iterator[None]:
+    """A blocking call of ours on the event loop fails the test."""
+    with blockbuster_ctx("templated") as watch:
+        # Looking at local files takes microseconds, less than a thread would.
+        for name in ("os.stat", "os.access", "os.scandir", "os.listdir"):
+            watch.functions[name].deactivate()
+        # When the journal closes, nothing else runs any more.
+        lock = watch.functions["threading.Lock.acquire"]
+        lock.can_block_in("templated/journal.py", "close")
+        yield

@@ -1,0 +1,182 @@
+"""The proof that a guest runs under KVM: what counts as one, and for whom it is remembered."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from templated.drivers.hypervisor import accel
+from templated.drivers.hypervisor.accel import Proof, prove_kvm, qemu_version, recall
+from templated.drivers.image import Image
+from templated.errors import HostError
+from templated.model.spec import ImageSpec
+from templated.services.host import Host
+from tests.unit.fake_daemon import configured, run
+
+MARKER = accel.PROOF_MARKER.decode()
+
+
+def program(tmp_path: Path, script: str, name: str = "qemu") -> str:
+    """A program in the place of QEMU."""
+    path = tmp_path / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+async def prove(tmp_path: Path, script: str) -> Proof:
+    """The outcome of a proof run by a script in the place of QEMU."""
+    binary = await asyncio.to_thread(program, tmp_path, script)
+    return await prove_kvm(binary, "7.2", Path("/k"), Path("/i"), tmp_path / "proof.json")
+
+
+def image_in(folder: Path) -> Image:
+    """An image of which nothing is ever booted."""
+    kernel, initrd = folder / "vmlinuz", folder / "initrd"
+    return Image("0" * 16, folder / "disk.qcow2", kernel, initrd, 0.0, ImageSpec())
+
+
+@pytest.fixture
+def kvm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host whose /dev/kvm opens."""
+    monkeypatch.setattr(accel, "kvm_opens", lambda: "")
+
+
+@pytest.mark.usefixtures("kvm")
+@pytest.mark.parametrize(
+    ("script", "works", "detail"),
+    [
+        (f"echo noise; echo '{MARKER}'; sleep 600", True, "booted under KVM"),
+        (f"printf '{MARKER[:9]}'; sleep 0.05; printf '{MARKER[9:]}'", True, "booted under KVM"),
+        ("echo booting; exit 1", False, "QEMU ended with 1: booting"),
+        ("kill -ABRT $$", False, "QEMU ended with -6: nothing on the console"),
+        ("echo SeaBIOS; sleep 600", False, "did not run within 0.5 s; it got to: SeaBIOS"),
+    ],
+    ids=["runs", "in two parts", "ends", "aborts", "hangs"],
+)
+def test_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, works: bool, detail: str
+) -> None:
+    """Only a guest that says so counts; the answer is bounded and remembered either way."""
+    monkeypatch.setattr(accel, "PROOF_TIMEOUT", 15.0 if works else 0.5)
+    cache = tmp_path / "proof.json"
+
+    async def main() -> None:
+        proof = await prove(tmp_path, script)
+        assert proof.works is works and detail in proof.detail
+        assert recall(cache, "7.2") == proof and recall(cache, "8.0") is None
+
+    run(main())
+
+
+def test_no_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the device nothing is started."""
+    monkeypatch.setattr(accel, "kvm_opens", lambda: "/dev/kvm: No such file or directory")
+
+    async def main() -> None:
+        proof = await prove(tmp_path, "touch $0.started")
+        assert not proof.works and "No such file" in proof.detail
+        assert not (tmp_path / "qemu.started").exists()
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"nonsense", b"[]", b"\xff\xfe", b'{"host": 1}', b'{"host": "x"}']
+)
+def test_nonsense_is_no_answer(tmp_path: Path, content: bytes) -> None:
+    """A damaged cache only means that it is proven again."""
+    (tmp_path / "cache").write_bytes(content)
+    assert recall(tmp_path / "cache", "7.2") is None
+    assert recall(tmp_path, "7.2") is None
+
+
+def test_of_another_host(tmp_path: Path) -> None:
+    """A state_dir that was copied does not carry the answer with it."""
+    proof = Proof(host=accel.host_key("7.2"), works=True, detail="")
+    cache = tmp_path / "cache"
+    cache.write_bytes(msgspec.json.encode(proof))
+    assert recall(cache, "7.2") == proof
+    cache.write_bytes(msgspec.json.encode(msgspec.structs.replace(proof, host="other")))
+    assert recall(cache, "7.2") is None
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo hello", "--version gives no version: 'hello"),
+        ("echo cannot >&2; exit 2", "failed: cannot"),
+    ],
+)
+def test_a_qemu_that_is_none(tmp_path: Path, script: str, message: str) -> None:
+    """One line that says what it answered."""
+    binary = program(tmp_path, script)
+
+    async def main() -> None:
+        with pytest.raises(HostError, match=message):
+            await qemu_version(binary)
+        with pytest.raises(HostError, match="is not installed"):
+            await qemu_version(str(tmp_path / "none"))
+
+    run(main())
+
+
+def test_the_version_follows_the_binary(tmp_path: Path) -> None:
+    """It is asked once, and again when the file has changed."""
+    config = configured(tmp_path)
+    count = 'echo x >> "$0.asked"; echo QEMU emulator version'
+    binary = program(tmp_path, f"{count} 7.2.0")
+
+    async def main() -> None:
+        host = Host(msgspec.structs.replace(config, qemu=binary), tmp_path)
+        assert [(await host.qemu()).version for _ in range(3)] == ["7.2.0"] * 3
+        await asyncio.to_thread(program, tmp_path, f"{count} 10.0.0")
+        assert (await host.qemu()).version == "10.0.0"
+        asked = await asyncio.to_thread((tmp_path / "qemu.asked").read_text)
+        assert asked == "x\nx\n"
+
+    run(main())
+
+
+@pytest.mark.usefixtures("kvm")
+def test_auto(tmp_path: Path) -> None:
+    """KVM when a guest ran under it, once for all who ask; TCG when told or when it did not."""
+    config = configured(tmp_path)
+    answers = 'case "$*" in *--version*) echo QEMU emulator version 7.2.0; exit;; esac'
+    binary = program(tmp_path, f'{answers}\necho x >> "$0.proved"; echo "{MARKER}"')
+    image = image_in(tmp_path)
+
+    async def main() -> None:
+        for wanted, expected in (("tcg", "tcg"), ("kvm", "kvm")):
+            changed = msgspec.structs.replace(config, accel=wanted, qemu=binary)
+            assert await Host(changed, tmp_path).accelerator(image) == expected
+        auto = msgspec.structs.replace(config, accel="auto", qemu=binary)
+        host = Host(auto, tmp_path)
+        assert host.known_accelerator() == "auto (not proven yet)"
+        asked = await asyncio.gather(*(host.accelerator(image) for _ in range(3)))
+        assert asked == ["kvm"] * 3 and host.known_accelerator() == "kvm"
+        assert await Host(auto, tmp_path).accelerator(image) == "kvm"
+        proved = await asyncio.to_thread((tmp_path / "qemu.proved").read_text)
+        assert proved == "x\n"
+
+    run(main())
+
+
+def test_demanded_and_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accel: kvm` never falls back in silence; `auto` does."""
+    monkeypatch.setattr(accel, "kvm_opens", lambda: "/dev/kvm: Permission denied")
+    config = configured(tmp_path)
+    image = image_in(tmp_path)
+
+    async def main() -> None:
+        demanded = msgspec.structs.replace(config, accel="kvm")
+        with pytest.raises(HostError, match="Permission denied") as caught:
+            await Host(demanded, tmp_path).accelerator(image)
+        assert "accel: auto" in caught.value.hint
+        auto = msgspec.structs.replace(config, accel="auto")
+        assert await Host(auto, tmp_path).accelerator(image) == "tcg"
+
+    run(main())

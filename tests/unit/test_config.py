@@ -1,0 +1,129 @@
+"""The configuration: its places, its defaults, and what a mistake in it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from templated.drivers.configfile import load_config
+from templated.errors import ConfigError
+from templated.model.config import Config, default_config_path, default_socket, defaults
+from templated.model.network import BridgeNetwork, UserNetwork
+from templated.services.places import Layout
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    """A configuration file."""
+    path = tmp_path / "templated.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_root() -> None:
+    """The places that docs and units name."""
+    config = msgspec.convert(defaults({}, 0), Config)
+    assert config.state_dir == "/var/lib/templated"
+    assert (config.runtime_dir, config.shm_dir) == ("/run/templated", "/dev/shm/templated")
+    assert config.socket == "/run/templated/templated.sock"
+    assert config.template_dirs == ("/etc/templated/templates",)
+    assert config.metrics is not None and config.metrics.listen == "127.0.0.1:9177"
+    assert (config.accel, config.restore.transport) == ("auto", "exec")
+    assert config.network == UserNetwork()
+    assert default_config_path({}, 0) == Path("/etc/templated/templated.yaml")
+
+
+def test_anyone_else() -> None:
+    """The XDG Base Directory Specification, with its own defaults where a variable is missing."""
+    env = {
+        "HOME": "/home/u",
+        "XDG_STATE_HOME": "/x/state",
+        "XDG_CONFIG_HOME": "/x/config",
+        "XDG_RUNTIME_DIR": "/x/run",
+    }
+    config = msgspec.convert(defaults(env, 1000), Config)
+    assert config.state_dir == "/x/state/templated"
+    assert config.template_dirs == ("/x/config/templated/templates",)
+    assert config.socket == "/x/run/templated/templated.sock"
+    assert config.shm_dir == "/dev/shm/templated-1000"
+    assert default_config_path(env, 1000) == Path("/x/config/templated/templated.yaml")
+    config = msgspec.convert(defaults({"HOME": "/home/u"}, 1000), Config)
+    assert config.state_dir == "/home/u/.local/state/templated"
+    assert config.template_dirs == ("/home/u/.config/templated/templates",)
+
+
+def test_the_client_finds_the_daemon() -> None:
+    """TEMPLATED_SOCKET, or the place where the daemon listens by default."""
+    assert default_socket({}, 0) == defaults({}, 0)["socket"]
+    assert default_socket({"TEMPLATED_SOCKET": "/s"}, 0) == "/s"
+
+
+def test_file(tmp_path: Path) -> None:
+    """What is given replaces its default, and the socket follows runtime_dir."""
+    text = """\
+runtime_dir: /r
+accel: tcg
+metrics: null
+network: {mode: bridge, bridge: br0, nat: true}
+restore: {transport: fd}
+slots: {ready: 0}
+socket_access: {mode: "0600", group: kvm}
+"""
+    config = load_config(written(tmp_path, text))
+    assert (config.runtime_dir, config.socket) == ("/r", "/r/templated.sock")
+    assert config.metrics is None and config.accel == "tcg" and config.slots.ready == 0
+    assert config.network == BridgeNetwork(bridge="br0", nat=True)
+    assert config.socket_access.group == "kvm" and config.restore.transport == "fd"
+
+
+def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
+    """So does one of only comments."""
+    assert load_config(written(tmp_path, "# nothing\n")) == load_config(written(tmp_path, ""))
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "what"),
+    [
+        ("acel: tcg\n", ":1", "unknown field `acel`"),
+        ("# a\nmetrics:\n  port: 1\n", ":3", "unknown field `port`"),
+        ("accel: xen\n", ":1", "`$.accel`"),
+        ("state_dir: here\n", ":1", "`$.state_dir`"),
+        ("runtime_dir: 5\n", ":1", "`$.runtime_dir`"),
+        ("template_dirs: /t\n", ":1", "Expected `array`"),
+        ("template_dirs:\n- /t\n- t\n", ":3", "`$.template_dirs[1]`"),
+        ("metrics: {listen: here}\n", ":1", "`$.metrics.listen`"),
+        ("network: {mode: vlan}\n", ":1", "Invalid value 'vlan'"),
+        ("network:\n  mode: user\n  bridge: x\n", ":3", "unknown field `bridge`"),
+        ("network:\n  mode: user\n  subnet: 10.0.0.1/16\n", ":1", "host bits set"),
+        ("limits: {clones: 0}\n", ":1", ">= 1"),
+        ("socket_access: {mode: rwx}\n", ":1", "`$.socket_access.mode`"),
+        ("restore: {transport: tcp}\n", ":1", "`$.restore.transport`"),
+        ("accel: tcg\naccel: kvm\n", ":2", "stands here twice"),
+        ("accel: [\n", ":2", "not YAML"),
+        ("- accel\n", "", "mapping of keys to values"),
+        ("text\n", "", "mapping of keys to values"),
+    ],
+)
+def test_refused(tmp_path: Path, text: str, where: str, what: str) -> None:
+    """One line that begins with FILE:LINE and names the key; and a hint."""
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert caught.value.message.startswith(f"{path}{where}: ")
+    assert what in caught.value.message and "\n" not in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    """One that was asked for must be there."""
+    with pytest.raises(ConfigError, match=r"cannot read .*: No such file") as caught:
+        load_config(tmp_path / "none.yaml")
+    assert caught.value.hint
+
+
+def test_sockets_fit_their_path(tmp_path: Path) -> None:
+    """A runtime_dir that is too long for a socket's address is told at the start."""
+    config = load_config(written(tmp_path, f"runtime_dir: {tmp_path}/{'x' * 100}\n"))
+    with pytest.raises(ConfigError, match="too long for the sockets"):
+        Layout(config).create()

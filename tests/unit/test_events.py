@@ -1,0 +1,74 @@
+"""Events: what is kept, and followers that read slowly or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from templated.services.events import _BACKLOG, _KEPT, EventBus
+from tests.unit.fake_daemon import run, until
+
+
+def test_the_last_ones_are_kept() -> None:
+    """A bounded number, oldest first."""
+    bus = EventBus()
+    for number in range(_KEPT + 5):
+        bus.emit("clone.running", str(number), path="direct")
+    kept = bus.recent()
+    assert [kept[0].subject, kept[-1].subject, len(kept)] == ["5", str(_KEPT + 4), _KEPT]
+    assert kept[0].details == {"path": "direct"} and kept[0].time.endswith("Z")
+
+
+def test_follow() -> None:
+    """First what is kept, then what comes, none of it twice; the end of the bus ends it."""
+
+    async def main() -> None:
+        bus = EventBus()
+        bus.emit("a", "1")
+        seen: list[str] = []
+
+        async def follower() -> None:
+            async for event in bus.follow():
+                seen.append(event.subject)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(follower())
+            await until(lambda: seen == ["1"])
+            bus.emit("a", "2")
+            await until(lambda: seen == ["1", "2"])
+            bus.emit("a", "3")
+            bus.close()
+        assert seen == ["1", "2", "3"]
+
+    run(main())
+
+
+def test_a_follower_that_does_not_read() -> None:
+    """It loses the oldest, holds nobody up, and still learns of the end."""
+
+    async def main() -> None:
+        bus = EventBus()
+        bus.emit("a", "first")
+        events = bus.follow()
+        assert (await anext(events)).subject == "first"
+        for number in range(_KEPT + _BACKLOG + 10):
+            bus.emit("a", str(number))
+        bus.close()
+        subjects = [event.subject async for event in events]
+        assert subjects[-1] == str(_KEPT + _BACKLOG + 9) and subjects[0] == "11"
+
+    run(main())
+
+
+def test_a_follower_that_leaves() -> None:
+    """It is forgotten."""
+
+    async def main() -> None:
+        bus = EventBus()
+        bus.emit("a", "1")
+        async with contextlib.aclosing(bus.follow()) as events:  # type: ignore[type-var]
+            await anext(events)
+            assert len(bus._followers) == 1
+        assert not bus._followers
+
+    run(main())
