@@ -24,8 +24,8 @@ class FakeHypervisor:
 
     `fail` names the step at which every further start fails: spawn, connect, restore, resume,
     identify (the guest reads back another `mismatch`), nonsense (the agent answers no JSON),
-    silence (it never answers), clock (a clock that cannot be set), link. `fail_after` lets so
-    many machines start well before that.
+    silence (it never answers), clock (a clock that cannot be set), link; and of a template:
+    pause, detach_network, save, quit. `fail_after` lets so many machines start well before that.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class FakeHypervisor:
         return machine
 
     def hold(self, step: str) -> asyncio.Event:
-        """Make every machine wait at a step (those above, pause, save, destroy) for this event."""
+        """Make every machine wait at a step, also at `destroy`, until the event is set."""
         return self._holds.setdefault(step, asyncio.Event())
 
     def adopt(self, pid: int, start_time: int, places: Places, uuid: str) -> FakeMachine | None:
@@ -87,6 +87,8 @@ class FakeMachine:
         await self._step("connect")
         if self._server is not None:
             return  # adopted by another daemon: the guest's end is still there
+        if self.launch.memory is not None and self.launch.memory_shared:
+            await asyncio.to_thread(self.launch.memory.write_bytes, b"fake memory")
         server = await asyncio.start_unix_server(self._serve, sock=self._listener)
         self._server = asyncio.create_task(server.serve_forever())
 
@@ -108,9 +110,10 @@ class FakeMachine:
 
     async def save(self, target: Path, timeout: float) -> None:
         await self._step("save")
-        target.write_bytes(b"fake state")
+        await asyncio.to_thread(target.write_bytes, b"fake state")
 
     async def quit(self, timeout: float) -> None:
+        await self._step("quit")
         await self.destroy()
 
     async def destroy(self) -> None:
