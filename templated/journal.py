@@ -257,8 +257,9 @@ class Journal:
     def _open(self, db: sqlite3.Connection) -> None:
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version == 0:
-            db.executescript(_SCHEMA)
-            db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+            # One transaction: a file with tables and no version could never be opened again.
+            version_set = f"PRAGMA user_version = {_SCHEMA_VERSION};"
+            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {version_set} COMMIT;")
         elif version != _SCHEMA_VERSION:
             raise HostError(
                 f"the journal {self._path} has version {version}, not {_SCHEMA_VERSION}",

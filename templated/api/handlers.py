@@ -19,6 +19,7 @@ from templated.api.errors import body_of
 from templated.errors import Busy, HostError, InvalidRequest, TemplatedError
 from templated.model.api import BuildRequest, CloneRequest, ExecFrame, ExecRequest, Info
 from templated.model.names import check_clone_name
+from templated.services.clones import LOG_BYTES
 from templated.services.daemon import Services
 from templated.services.events import Event
 from templated.services.vm import tail
@@ -139,7 +140,7 @@ async def logs(request: web.Request) -> web.StreamResponse:
 
     async def follow() -> AsyncIterator[bytes]:
         position = path.stat().st_size
-        yield "".join(f"{line}\n" for line in tail(path, wanted)).encode()
+        yield "".join(f"{line}\n" for line in tail(path, wanted, LOG_BYTES)).encode()
         while True:
             await asyncio.sleep(_FOLLOW_INTERVAL)
             try:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from templated.errors import GuestError, TemplatedError, Timeout
+from templated.errors import GuestError, InvalidRequest, TemplatedError, Timeout
 
 T = TypeVar("T")
 MAX_LINE = 1 << 20
@@ -140,6 +140,12 @@ class Agent:
         number = next(self._ids)
         pending = self._pending[number] = _Pending(sink)
         body = msgspec.json.encode({"id": number, "cmd": command, **(arguments or {})})
+        if len(body) >= MAX_LINE:
+            self._pending.pop(number)
+            raise InvalidRequest(
+                f"{command} is too large for one message to the guest",
+                hint=f"at most {MAX_LINE >> 20} MiB fit, base64 included; use `templated cp`",
+            )
         try:
             async with asyncio.timeout(timeout):
                 self._writer.write(body + b"\n")

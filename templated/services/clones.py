@@ -31,6 +31,8 @@ from templated.services.templates import Templates
 from templated.services.vm import PhaseClock, Vm, tail
 
 log = logging.getLogger(__name__)
+LOG_BYTES = 256 << 10
+"""What is shown of a console at most."""
 
 
 @dataclass
@@ -225,7 +227,8 @@ class Clones:
 
     async def _layer(self, clone: Clone, generation: Generation) -> tuple[Layer, Image | None]:
         if clone.path is StartPath.DIRECT:
-            if generation.changed() or self._context.host.qemu_changed():
+            qemu = generation.manifest.qemu.version
+            if generation.changed() or not self._context.host.qemu_is(qemu):
                 await self.templates.recheck(generation)
             return generation.layer, None
         image = self._context.images.get(generation.manifest.image)
@@ -289,7 +292,7 @@ class Clones:
         clone = self._get(name)
         if clone.row is None:
             return []
-        return tail(self._context.layout.vm(clone.row.slot.id).serial_log, lines)
+        return tail(self._context.layout.vm(clone.row.slot.id).serial_log, lines, LOG_BYTES)
 
     def _get(self, name: str) -> Clone:
         check_clone_name(name)
@@ -322,8 +325,10 @@ class Clones:
             await self.templates.clone_ended(clone.generation)
 
     async def _remove_quietly(self, name: str) -> None:
-        with contextlib.suppress(TemplatedError):
+        try:
             await self.remove(name)
+        except Exception:  # whatever it is, a task of the daemon's group must not raise
+            log.exception("cannot remove %s", name)
 
     def _watch(self, clone: Clone) -> None:
         """Notice the end of a running clone's VM at once, by its pidfd."""

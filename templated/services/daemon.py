@@ -56,8 +56,10 @@ class Foundation:
         self._lock = _lock(self.layout.lock)
         tsc_khz()  # measured here, where it may block, and remembered
         tag = _machine_id()
+        # Two daemons on one host differ by their state_dir.
+        tag += str(self.layout.state).encode()
         self.plan = AddressPlan(config.network.subnet, tag)
-        owner = hashlib.sha256(tag + str(self.layout.state).encode()).hexdigest()[:12]
+        owner = hashlib.sha256(tag).hexdigest()[:12]
         self.network: Network = make_network(config.network, self.plan, owner)
         self.hypervisor = hypervisor or Qemu(config.qemu)
 

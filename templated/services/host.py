@@ -32,9 +32,11 @@ class Host:
             self._version = (stamp, await accel.qemu_version(binary))
         return self._version[1]
 
-    def qemu_changed(self) -> bool:
-        """Whether the binary is not the one whose version is known. Costs a few stat calls."""
-        return self._version is None or self._version[0] != self._qemu_stamp()
+    def qemu_is(self, version: str) -> bool:
+        """Whether the binary is known to be of this version. Costs a few stat calls."""
+        if self._version is None or self._version[0] != self._qemu_stamp():
+            return False
+        return self._version[1].version == version
 
     def _qemu_stamp(self) -> tuple[int, int] | None:
         path = shutil.which(self._config.qemu)

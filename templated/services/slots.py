@@ -14,7 +14,7 @@ import shutil
 import socket
 import uuid
 from collections import defaultdict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from templated.drivers import disk
@@ -48,7 +48,6 @@ class PreparedSlot:
     port: Port
     qmp: socket.socket
     agent: socket.socket
-    extra_fds: list[int] = field(default_factory=list)
 
     def close(self) -> None:
         """Close our copies; a QEMU that was started has its own."""
@@ -87,10 +86,6 @@ class Slots:
         if waiting:
             return waiting.popleft()
         return await self.make(layer)
-
-    def put_back(self, prepared: PreparedSlot) -> None:
-        """Return a slot that was never used."""
-        self._ready[prepared.slot.generation].appendleft(prepared)
 
     async def make(self, layer: Layer) -> PreparedSlot:
         """Make a slot with all its things; on failure, or when cancelled, nothing of it is left."""

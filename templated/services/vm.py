@@ -123,13 +123,13 @@ def spawn(hypervisor: Hypervisor, slot: Slot, launch: Launch) -> Vm:
     return Vm(slot, launch.places, hypervisor.spawn(launch))
 
 
-def tail(path: Path, lines: int) -> list[str]:
-    """The last lines of a log, printable; empty when there is none."""
+def tail(path: Path, lines: int, limit: int = 16 << 10) -> list[str]:
+    """The last lines of a log, at most `limit` bytes, printable; empty when there is none."""
     with contextlib.suppress(OSError), open(path, "rb") as log:
-        log.seek(max(0, os.fstat(log.fileno()).st_size - 16384))
+        log.seek(max(0, os.fstat(log.fileno()).st_size - limit))
         text = log.read().decode(errors="replace").replace("\r", "")
         printable = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
-        return printable.splitlines()[-lines:]
+        return printable.splitlines()[-lines:] if lines else []
     return []
 
 

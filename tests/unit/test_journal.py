@@ -257,7 +257,6 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.xfail(reason="journal.py _open: tables and version are not one transaction")
 def test_killed_while_the_file_is_made(tmp_path: Path) -> None:
     """A daemon that is killed before the version is written can be started again."""
     db = sqlite3.connect(tmp_path / "journal.sqlite")
