@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from templated.drivers.hypervisor.base import Hypervisor
 from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.journal import Journal
 from templated.model.config import Config, defaults
@@ -87,7 +88,7 @@ async def activate(config: Config) -> None:
 
 
 @asynccontextmanager
-async def daemon(config: Config, fake: FakeHypervisor) -> AsyncIterator[Services]:
+async def daemon(config: Config, fake: Hypervisor) -> AsyncIterator[Services]:
     """All services over the fake."""
     foundation = await asyncio.to_thread(Foundation, config, fake)
     try:

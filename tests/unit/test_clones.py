@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from templated.drivers.hypervisor.fake import FakeHypervisor
+from templated.drivers.hypervisor.qemu import Qemu
 from templated.errors import Busy, Conflict, HostError, InvalidRequest, NotFound, StartError
 from templated.model.api import CloneRequest
 from templated.model.clone import CloneState
 from templated.model.clone import Path as StartPath
 from templated.services.daemon import Services
-from tests.unit.fake_daemon import GENERATION, play, until
+from tests.unit.fake_daemon import GENERATION, configured, daemon, play, run, until
 
 pytestmark = pytest.mark.usefixtures("no_blocking_calls")
 
@@ -446,3 +450,38 @@ def test_another_qemu_than_the_one_that_froze(tmp_path: Path) -> None:
             await running.clones.create(CloneRequest(name="a"))
 
     play(tmp_path, scenario)
+
+
+def test_an_orphaned_process_is_ended(tmp_path: Path) -> None:
+    """A VM that was started and whose pid nobody wrote down is found by its UUID; no other is."""
+    config = configured(tmp_path)
+    command = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
+
+    def child(uuid: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen([*command, f"uuid={uuid}", uuid], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        return process
+
+    async def interrupted(running: Services, fake: FakeHypervisor) -> None:
+        prepared = await running.context.slots.make(running.templates.serving("t").layer)
+        prepared.close()
+        uuids.append(prepared.slot.uuid)
+        await running.context.journal.new_clone("a", prepared.slot.id, "t", StartPath.DIRECT)
+
+    async def restart() -> None:
+        async with daemon(config, Qemu(config.qemu)) as running:
+            assert running.clones.views() == []
+
+    uuids: list[str] = []
+    play(tmp_path, interrupted)
+    ours, other = child(uuids[0]), child("6f1c3a52-0000-4000-8000-000000000001")
+    try:
+        run(restart())
+        assert ours.wait(10) == -signal.SIGKILL
+        assert other.poll() is None
+    finally:
+        for process in (ours, other):
+            process.kill()
+            process.wait()

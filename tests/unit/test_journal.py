@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from templated import journal as journal_module
 from templated.errors import Busy, Conflict, HostError
 from templated.journal import _SCHEMA, Journal
 from templated.model.clone import CloneState, Slot
@@ -257,13 +258,18 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_killed_while_the_file_is_made(tmp_path: Path) -> None:
-    """A daemon that is killed before the version is written can be started again."""
-    db = sqlite3.connect(tmp_path / "journal.sqlite")
-    db.executescript(_SCHEMA)
-    db.close()
+def test_interrupted_while_the_file_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables and version come in one step: what ends in between leaves an empty file."""
 
     async def main() -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(journal_module, "_SCHEMA", _SCHEMA + "interrupted;")
+            journal = Journal(tmp_path / "journal.sqlite")
+            with pytest.raises(HostError):
+                await journal.open()
+            await journal.close()
         async with opened(tmp_path) as journal:
             await journal.new_slot("g", make, 9)
 
