@@ -51,6 +51,7 @@ async def _serve(config: Config, foundation: Foundation) -> None:
         await stop.wait()
         notify("STOPPING=1")
         log.info("stopping; %d clones go on without the daemon", len(running.clones))
+        running.context.events.close()  # else the listeners would wait for who follows events
         beat.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await beat

@@ -88,7 +88,9 @@ def _read(path: Path) -> str:
 def _parse(text: str, source: str) -> Any:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_duplicates(node, source)
+        _refuse_duplicates(node, source, set())
+        if _expanded(node, {}) > _MAX_BYTES:
+            raise ValueError("its aliases name each other too often")
         data = yaml.safe_load(text)
         msgspec.json.encode(data)  # what cannot be told over the API is refused here
         return data
@@ -101,11 +103,17 @@ def _parse(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: not YAML: {error}", hint="check its syntax") from error
 
 
-def _refuse_duplicates(node: yaml.Node | None, source: str) -> None:
-    """YAML forbids a key that stands twice; PyYAML takes the last one silently."""
+def _refuse_duplicates(node: yaml.Node | None, source: str, visited: set[int]) -> None:
+    """YAML forbids a key that stands twice; PyYAML takes the last one silently.
+
+    `visited` holds the nodes seen: aliases of aliases would else be walked exponentially often.
+    """
+    if id(node) in visited:
+        return
+    visited.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _refuse_duplicates(item, source)
+            _refuse_duplicates(item, source, visited)
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
@@ -117,7 +125,20 @@ def _refuse_duplicates(node: yaml.Node | None, source: str) -> None:
                 )
             if isinstance(key, yaml.ScalarNode):
                 seen.add(key.value)
-            _refuse_duplicates(value, source)
+            _refuse_duplicates(value, source, visited)
+
+
+def _expanded(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """How many nodes there are once every alias is written out; each node is counted once."""
+    if id(node) not in known:
+        known[id(node)] = 1  # of one that holds itself, which is refused later
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        elif isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        known[id(node)] += sum(_expanded(part, known) for part in inner)
+    return known[id(node)]
 
 
 def _convert(data: Any, kind: type[T], text: str, source: str) -> T:

@@ -226,18 +226,29 @@ class Agent:
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
         try:
-            while line := await reader.readline():
-                if line.strip():
-                    self._dispatch(_decoder.decode(line))
+            while await self._receive_line(reader):
+                pass
             self._broken = "the agent's connection was closed by the hypervisor"
-        except (msgspec.DecodeError, ValueError) as error:
-            self._broken = f"the agent answered nonsense: {error}"
         except OSError as error:
             self._broken = f"the agent's connection broke: {error}"
         finally:
-            for pending in self._pending.values():
-                if not pending.reply.done():
-                    pending.reply.set_exception(GuestError(self._broken))
+            self._fail_pending(self._broken)
+
+    async def _receive_line(self, reader: asyncio.StreamReader) -> bool:
+        """Handle one line; false at the end. Nonsense fails who waits now, not who asks later."""
+        try:
+            line = await reader.readline()
+            if line.strip():
+                self._dispatch(_decoder.decode(line))
+            return bool(line)
+        except (msgspec.DecodeError, ValueError) as error:
+            self._fail_pending(f"the agent answered nonsense: {error}")
+            return True
+
+    def _fail_pending(self, why: str) -> None:
+        for pending in self._pending.values():
+            if not pending.reply.done():
+                pending.reply.set_exception(GuestError(why))
 
     def _dispatch(self, reply: _Reply) -> None:
         pending = self._pending.get(reply.id) if reply.id is not None else None

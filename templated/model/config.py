@@ -27,7 +27,7 @@ class MetricsConfig(_Section, frozen=True, kw_only=True):
 
 
 class RestoreConfig(_Section, frozen=True, kw_only=True):
-    """How device state reaches a clone: `exec:cat FILE`, or the file handed over QMP."""
+    """How device state reaches a clone: `exec:cat FILE`, or a descriptor that QEMU inherits."""
 
     transport: Literal["exec", "fd"] = "exec"
 

@@ -20,7 +20,7 @@ class Event(Struct, frozen=True, kw_only=True):
 
     time: str
     type: str
-    """What, as `clone.running`, `generation.active`, `probe.passed`."""
+    """What, as `clone.running`, `generation.active`."""
     subject: str
     """The name of the clone or template."""
     details: dict[str, Any] = {}
@@ -35,6 +35,7 @@ class EventBus:
     def __init__(self) -> None:
         self._recent: deque[Event] = deque(maxlen=_KEPT)
         self._followers: set[asyncio.Queue[Event | None]] = set()
+        self._closed = False
 
     def emit(self, type: str, subject: str, **details: Any) -> Event:
         """Record an event and pass it on."""
@@ -56,6 +57,8 @@ class EventBus:
         for event in self._recent:
             queue.put_nowait(event)
         self._followers.add(queue)
+        if self._closed:
+            queue.put_nowait(None)
         try:
             while (following := await queue.get()) is not None:
                 yield following
@@ -63,7 +66,8 @@ class EventBus:
             self._followers.discard(queue)
 
     def close(self) -> None:
-        """End all followers."""
+        """End all followers, and those who come later once they have what is kept. Idempotent."""
+        self._closed = True
         for queue in self._followers:
             if queue.full():
                 queue.get_nowait()

@@ -136,9 +136,7 @@ class Starter:
                 vm = spawn(self.hypervisor, prepared.slot, launch)
                 undo.push_async_callback(vm.destroy)
                 prepared.close()
-                async with asyncio.TaskGroup() as group:
-                    group.create_task(spawned(vm))
-                    await vm.connect(seconds(spec.start_timeout))
+                await _connected(vm, spec, spawned)
             if launch.boot is not None:
                 await vm.machine.set_link(False)
             resumed_at = await wake(vm)
@@ -148,6 +146,16 @@ class Starter:
                 await vm.machine.set_link(True)
             undo.pop_all()
             return vm
+
+
+async def _connected(vm: Vm, spec: TemplateSpec, spawned: Spawned) -> None:
+    """Write the process down while its control channel comes up; raises what failed first."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(spawned(vm))
+            await vm.connect(seconds(spec.start_timeout))
+    except BaseExceptionGroup as several:
+        raise several.exceptions[0] from several
 
 
 def _bound(spec: TemplateSpec, boots: bool) -> float:

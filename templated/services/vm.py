@@ -95,13 +95,16 @@ class Vm:
     async def _ping_or_exit(self, timeout: float) -> None:
         ping = asyncio.ensure_future(self.agent.ping(timeout))
         ends: set[asyncio.Future[Any]] = {ping, self.machine.exited}
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        if not ping.done():
-            ping.cancel()
-            await asyncio.wait({ping})
-            how = self.machine.exited.result()
-            raise GuestError(f"QEMU {how}{log_tail(self.places.qemu_log)}")
-        ping.result()
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if ping.done():
+                return ping.result()
+        finally:
+            if not ping.done():
+                ping.cancel()
+                await asyncio.wait({ping})
+        how = self.machine.exited.result()
+        raise GuestError(f"QEMU {how}{log_tail(self.places.qemu_log)}")
 
     def serial_tail(self, lines: int = 12) -> list[str]:
         """The last lines of the console."""

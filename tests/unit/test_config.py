@@ -127,3 +127,12 @@ def test_sockets_fit_their_path(tmp_path: Path) -> None:
     config = load_config(written(tmp_path, f"runtime_dir: {tmp_path}/{'x' * 100}\n"))
     with pytest.raises(ConfigError, match="too long for the sockets"):
         Layout(config).create()
+
+
+def test_aliases_of_aliases(tmp_path: Path) -> None:
+    """Nested YAML aliases name each other exponentially often; each is looked at once."""
+    lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60)]
+    path = tmp_path / "c.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match="too often"):
+        load_config(path)

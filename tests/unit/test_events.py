@@ -72,3 +72,16 @@ def test_a_follower_that_leaves() -> None:
         assert not bus._followers
 
     run(main())
+
+
+def test_following_after_the_end() -> None:
+    """Who comes after the bus was closed gets what is kept, and then the end."""
+
+    async def main() -> None:
+        bus = EventBus()
+        bus.emit("a", "1")
+        bus.close()
+        bus.close()
+        assert [event.subject async for event in bus.follow()] == ["1"]
+
+    run(main())

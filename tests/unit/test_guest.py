@@ -68,7 +68,7 @@ def answering(line: bytes) -> Peer:
     [b"{nonsense\n", b"\xff\xfe\n", b"[]\n", b'"x"\n', b'{"id": "one"}\n', b"x" * (MAX_LINE + 9)],
 )
 def test_nonsense(tmp_path: Path, line: bytes) -> None:
-    """It ends the connection with one clear error, for this request and for later ones."""
+    """Each request that it answers ends with one clear error."""
 
     async def body(agent: Agent) -> None:
         for _ in range(2):
@@ -76,6 +76,30 @@ def test_nonsense(tmp_path: Path, line: bytes) -> None:
                 await agent.ping(5.0)
 
     scenario(tmp_path, answering(line), body)
+
+
+def test_nonsense_is_forgotten(tmp_path: Path) -> None:
+    """A program in the guest that wrote to the port once does not cut the clone off for good."""
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"}\n")
+        writer.write(b"{nonsense\n" + b"x" * (MAX_LINE + 9) + b"\n")
+        while line := await reader.readline():
+            answer = {"id": json.loads(line)["id"], "ok": True, "result": {}}
+            writer.write(json.dumps(answer).encode() + b"\n")
+
+    async def body(agent: Agent) -> None:
+        with pytest.raises(GuestError, match="nonsense"):
+            await agent.ping(5.0)
+        for _ in range(20):  # the rest of the nonsense may still come
+            try:
+                await agent.ping(5.0)
+                return
+            except GuestError:
+                continue
+        raise AssertionError("the connection is of no more use")
+
+    scenario(tmp_path, peer, body)
 
 
 def test_a_wrong_shape_is_nonsense_too(tmp_path: Path) -> None:
