@@ -138,14 +138,13 @@ class Agent:
         if self._writer is None or self._receiver is None or self._receiver.done():
             raise GuestError(self._broken)
         number = next(self._ids)
-        pending = self._pending[number] = _Pending(sink)
         body = msgspec.json.encode({"id": number, "cmd": command, **(arguments or {})})
         if len(body) >= MAX_LINE:
-            self._pending.pop(number)
             raise InvalidRequest(
                 f"{command} is too large for one message to the guest",
                 hint=f"at most {MAX_LINE >> 20} MiB fit, base64 included; use `templated cp`",
             )
+        pending = self._pending[number] = _Pending(sink)
         try:
             async with asyncio.timeout(timeout):
                 self._writer.write(body + b"\n")

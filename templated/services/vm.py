@@ -39,8 +39,6 @@ class PhaseClock:
 
     def failure(self, error: BaseException) -> StartError:
         """What went wrong, and where."""
-        while isinstance(error, BaseExceptionGroup):  # of several, the first is the cause
-            error = error.exceptions[0]
         if isinstance(error, TemplatedError):
             message, hint, reason = error.message, error.hint, error.code
         elif isinstance(error, TimeoutError):
@@ -105,10 +103,6 @@ class Vm:
                 await asyncio.wait({ping})
         how = self.machine.exited.result()
         raise GuestError(f"QEMU {how}{log_tail(self.places.qemu_log)}")
-
-    def serial_tail(self, lines: int = 12) -> list[str]:
-        """The last lines of the console."""
-        return tail(self.places.serial_log, lines)
 
     async def destroy(self) -> None:
         """End the VM at once and let go of everything of it. Idempotent."""
