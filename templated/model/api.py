@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from templated.model.names import MAX_COUNT
+from templated.model.spec import PoolSize
 
 
 class _Body(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -21,8 +22,34 @@ class CloneRequest(_Body, frozen=True, kw_only=True):
     template: str | None = None
     """None: the only template that has an active generation."""
     count: Annotated[int, Meta(ge=1, le=MAX_COUNT)] | None = None
-    path: Literal["cold", "direct"] | None = None
-    """Force a path; None takes the fastest."""
+    path: Literal["cold", "direct", "standby", "warm"] | None = None
+    """Force a path; None takes the fastest that is ready: warm, else standby, else direct."""
+
+
+class PoolRequest(_Body, frozen=True, kw_only=True):
+    """Set the sizes of a template's pools; None leaves a tier as it is."""
+
+    standby: PoolSize | None = None
+    warm: PoolSize | None = None
+    reset: bool = False
+    """Go back to the sizes in the template's spec."""
+
+
+class TierView(Struct, frozen=True, kw_only=True):
+    """One tier of a template's pool."""
+
+    target: int
+    ready: int
+
+
+class PoolView(Struct, frozen=True, kw_only=True):
+    """The pools of one template."""
+
+    template: str
+    standby: TierView
+    warm: TierView
+    problem: str = ""
+    """Why no members are made at present; empty when nothing is in the way."""
 
 
 class BuildRequest(_Body, frozen=True, kw_only=True):

@@ -41,6 +41,10 @@ class Path(enum.StrEnum):
     """A full boot, without a template."""
     DIRECT = "direct"
     """The hypervisor was spawned on request and the generation restored into it."""
+    STANDBY = "standby"
+    """A hypervisor from the pool was waiting for its state already."""
+    WARM = "warm"
+    """A VM from the pool was restored, identified for its slot and paused already."""
 
 
 class Phase(enum.StrEnum):

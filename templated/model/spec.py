@@ -11,6 +11,7 @@ from templated.model.units import Duration, Size, seconds
 TemplateName = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,47}[a-z0-9])?$(?!\n)")]
 PackageName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9+.:-]{0,99}$(?!\n)")]
 Port = Annotated[int, Meta(ge=1, le=65535)]
+PoolSize = Annotated[int, Meta(ge=0, le=10000)]
 Percent = Annotated[float, Meta(gt=0, le=100)]
 
 
@@ -107,6 +108,15 @@ class NetworkSpec(_Spec, frozen=True, kw_only=True):
     dns: tuple[Annotated[str, Meta(pattern=r"^[0-9.]{7,15}$(?!\n)")], ...] = ()
 
 
+class PoolSpec(_Spec, frozen=True, kw_only=True):
+    """How many VMs are kept ready ahead of requests; `templated pool set` overrides it."""
+
+    standby: PoolSize = 0
+    """Hypervisors that run and wait for their state."""
+    warm: PoolSize = 0
+    """VMs with their state loaded and their slot's identity, paused."""
+
+
 class TemplateSpec(_Spec, frozen=True, kw_only=True):
     """One file `NAME.yaml` in a template directory."""
 
@@ -119,3 +129,4 @@ class TemplateSpec(_Spec, frozen=True, kw_only=True):
     probes: tuple[Probe, ...] = ()
     identity: IdentitySpec = IdentitySpec()
     network: NetworkSpec = NetworkSpec()
+    pool: PoolSpec = PoolSpec()

@@ -34,6 +34,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self._starts()
+        self._pools()
         self._templates()
 
     def _starts(self) -> None:
@@ -61,6 +62,46 @@ class Metrics:
             "templated_clones",
             "Clones by state.",
             ("template", "state"),
+            registry=self.registry,
+        )
+
+    def _pools(self) -> None:
+        tier = ("template", "tier")
+        self.pool_size = Gauge(
+            "templated_pool_size",
+            "Members of a pool that are ready to be taken.",
+            tier,
+            registry=self.registry,
+        )
+        self.pool_target = Gauge(
+            "templated_pool_target",
+            "Members that a pool is to have.",
+            tier,
+            registry=self.registry,
+        )
+        self.pool_misses = Counter(
+            "templated_pool_misses",
+            "Requests that found a pool empty which is to have members.",
+            tier,
+            registry=self.registry,
+        )
+        self.refill_seconds = Histogram(
+            "templated_pool_refill_seconds",
+            "Time to make one member of a pool.",
+            tier,
+            buckets=START_BUCKETS,
+            registry=self.registry,
+        )
+        self.refill_failures = Counter(
+            "templated_pool_refill_failures",
+            "Members that could not be made, or that were lost while they waited, by the reason.",
+            (*tier, "reason"),
+            registry=self.registry,
+        )
+        self.refill_blocked = Gauge(
+            "templated_pool_refill_blocked",
+            "1 while no members are made because the host lacks the resource.",
+            ("resource",),
             registry=self.registry,
         )
 
