@@ -7,7 +7,6 @@ Everything here is on the path of a clone's start. Whatever could be done before
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import os
 import secrets
@@ -15,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 
-from templated.drivers.guest import Confirmation
+from templated.drivers.guest import ENTROPY_BYTES, Confirmation, Identity
 from templated.drivers.hypervisor.base import Hardware, Hypervisor, Kernel, Launch
 from templated.drivers.network import Forward, Network
 from templated.errors import IdentityError
@@ -27,7 +26,6 @@ from templated.services.generations import Generation
 from templated.services.slots import PreparedSlot
 from templated.services.vm import PhaseClock, Vm, spawn
 
-_ENTROPY_BYTES = 64
 Spawned = Callable[[Vm], Coroutine[None, None, None]]
 """Called as soon as the process exists, to write its pid down."""
 
@@ -174,30 +172,27 @@ async def identify(
     Raises IdentityError, GuestError or Timeout; the VM must then be destroyed.
     """
     slot = vm.slot
-    timeout = seconds(spec.identity.timeout)
-    wanted = {
-        "hostname": hostname,
-        "machine_id": slot.machine_id,
-        "boot_id": slot.boot_id,
-        "uuid": slot.uuid,
-        "mac": slot.mac,
-        "ip": slot.ip,
-    }
-    sent = time.time()
-    confirmed = await vm.agent.identify(
-        timeout,
-        **wanted,
+    identity = Identity(
+        hostname=hostname,
+        machine_id=slot.machine_id,
+        boot_id=slot.boot_id,
+        uuid=slot.uuid,
+        mac=slot.mac,
+        ip=slot.ip,
         prefix=plan.prefix,
         gateway=plan.gateway,
-        dns=list(spec.network.dns),
+        dns=spec.network.dns,
         time=resumed_at,
-        entropy=base64.b64encode(secrets.token_bytes(_ENTROPY_BYTES)).decode(),
+        entropy=secrets.token_bytes(ENTROPY_BYTES),
     )
+    sent = time.time()
+    confirmed = await vm.agent.identify(seconds(spec.identity.timeout), identity)
     received = time.time()
-    for key, value in wanted.items():
-        if getattr(confirmed, key) != value:
+    for key in ("hostname", "machine_id", "boot_id", "uuid", "mac", "ip", "prefix"):
+        seen, wanted = getattr(confirmed, key), getattr(identity, key)
+        if seen != wanted:
             raise IdentityError(
-                f"the guest has {key} {getattr(confirmed, key)!r}, not {value!r}",
+                f"the guest has {key} {seen!r}, not {wanted!r}",
                 hint="see `templated logs` and the hooks in the guest's identity.d",
             )
     await _confirm_clock(vm, confirmed.time, sent, received, spec)
