@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from templated.bench.profile import profile
 from templated.cli.options import Group, Settings
 from templated.errors import InvalidRequest
 
@@ -20,6 +21,9 @@ templated bench paths --template python-fn -o json > figures.json
 @click.group(cls=Group, examples=_EXAMPLES)
 def bench() -> None:
     """Measure this host: how long each path of a start takes, beside a floor."""
+
+
+bench.add_command(profile)
 
 
 @bench.command("paths", examples=_EXAMPLES)

@@ -32,7 +32,7 @@ class Bench:
 
     def paths(self, n: int, n_cold: int, n_cli: int, memory: str | None) -> dict[str, Any]:
         """All figures of one run, in milliseconds."""
-        generation = self._generation(self._template)
+        generation = self.generation(self._template)
         rows: dict[str, list[Row]] = {"floor": [], "direct": [], "cold": []}
         with floor(generation, generation.manifest.qemu.path) as bare:
             self._rounds(rows, bare, n, n_cold)
@@ -134,7 +134,7 @@ class Bench:
                 if event["type"] == "end" and event["state"] != "done":
                     raise BuildError(f"{name}: {event['error']['message']}")
 
-    def _generation(self, template: str) -> Generation:
+    def generation(self, template: str) -> Generation:
         """The active generation's files, which the floor restores from by itself."""
         active = self._client.get("templates", template)["active"]
         info = self._client.get("info")

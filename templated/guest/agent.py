@@ -470,7 +470,10 @@ class Agent:
             self.turn(None)
 
     def _park(self) -> None:
-        """Be frozen in a blocking read, and answer at once an identify that ends it."""
+        """Be frozen in a plain read, and answer identify there; return on anything else.
+
+        A clone's first code is what follows that read, and an idle one has run no other.
+        """
         self._parked = False
         data = b""
         os.set_blocking(self._in, True)
@@ -478,12 +481,11 @@ class Agent:
             while True:
                 data = os.read(self._in, PAGE)
                 line = data.strip()
-                if line or not data:  # more than a new connection's empty lines, or its end
-                    break
-            reply = self._quick(line)
-            if reply is not None:
-                os.write(self._out, reply)
-                data = b""
+                if line or not data:  # more than the empty lines of a new connection, or its end
+                    reply = self._quick(line)
+                    if reply is None:
+                        break
+                    os.write(self._out, reply)
         except (Refused, ValueError, OSError, struct.error):
             pass  # it is tried once more below, where a failure is answered
         os.set_blocking(self._in, False)
@@ -715,7 +717,8 @@ class Agent:
             run_hooks(hooks, _decode(facts.decode()))
         write("identity.json", join((facts.rstrip(), b"\n")))
         self._identified = True
-        seen = SEEN.pack(system.mac(), *system.address(), time.time())
+        ip, netmask = system.address()
+        seen = SEEN.pack(system.mac(), ip, netmask, time.time())
         texts = (seen, system.hostname(), read("machine-id"), read("boot_id"), read("uuid"))
         return binascii.hexlify(join(texts))
 

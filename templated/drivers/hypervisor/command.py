@@ -6,7 +6,7 @@ docs/devel/migration.rst for `x-ignore-shared`.
 
 from __future__ import annotations
 
-from templated.drivers.hypervisor.base import Launch
+from templated.drivers.hypervisor.base import Hardware, Launch
 
 AGENT_PORT = "templated.agent.0"
 
@@ -57,13 +57,21 @@ def _machine(launch: Launch) -> list[str]:
     return [
         *(
             "-machine",
-            f"{_MACHINES[hardware.type]},accel={hardware.accel},memory-backend=ram",
+            f"{_MACHINES[hardware.type]},memory-backend=ram",
         ),
+        *("-accel", _accelerator(hardware)),
         *("-cpu", hardware.cpu),
         *("-smp", str(hardware.vcpus)),
         *("-m", f"{hardware.memory_bytes >> 10}k"),
         *("-object", backend),
     ]
+
+
+def _accelerator(hardware: Hardware) -> str:
+    # One thread for all virtual CPUs: with a single one, it is spared the atomic operations that
+    # TCG makes when it translates for several threads.
+    single = hardware.accel == "tcg" and hardware.vcpus == 1
+    return "tcg,thread=single" if single else hardware.accel
 
 
 def _migration() -> list[str]:

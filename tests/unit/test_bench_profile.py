@@ -1,0 +1,51 @@
+"""`bench profile` without a VM: what is asked for, and what is made of QEMU's text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from templated.bench import profile
+from templated.errors import HypervisorError
+
+JIT = """Translation buffer state:
+gen code size       {size}/1073736704
+TB count            {count}
+TB avg target size  17 max=1164 bytes
+"""
+
+
+class Peer:
+    """Both ends: QMP that has translated more at each question, and an agent that says yes."""
+
+    def __init__(self, text: str = JIT) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self._text, self._count = text, 0
+
+    def command(self, name: str) -> Any:
+        assert name == "x-query-jit"
+        self._count += 100
+        text = self._text.format(size=self._count * 1000, count=self._count)
+        return {"human-readable-text": text}
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.asked.append(message)
+
+    def read(self) -> dict[str, Any]:
+        return {"ok": True}
+
+
+def test_each_step_counts_what_it_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "_IDLE_SECONDS", 0.01)
+    rows: dict[str, profile.Row] = {}
+    peer = Peer()
+    profile._steps(peer, peer, lambda: {"packed": "00"}, rows.__setitem__)
+    assert list(rows) == ["identify", "identify again", "ping", "idle 0.01 s"]
+    assert all((row["blocks"], round(row["mb"], 3)) == (100, 0.1) for row in rows.values())
+    assert [message["cmd"] for message in peer.asked] == ["identify", "identify", "ping"]
+
+
+def test_a_qemu_that_does_not_tell() -> None:
+    with pytest.raises(HypervisorError, match="tells no counts"):
+        profile._counters(Peer("nothing"))
