@@ -79,7 +79,6 @@ FILES = {
 QUICK = b',"cmd":"identify","packed":"'
 QUICK_DATA = -2 * PACKED.size - len(b'"}')
 QUICK_HEAD = QUICK_DATA - len(QUICK)
-REHEARSALS = 20
 PAGE = 4096
 NO_GATEWAY = bytes(4)
 TAKE_POOL, TAKE_MAC = struct.Struct("72s").pack_into, struct.Struct("6s").pack_into
@@ -432,7 +431,6 @@ class Agent:
         self._identified = False
         self._frozen_at = 0.0
         self._hooks: list[str] | None = None
-        self._packed = b""
         self._parked = False
         self._number: Any = None
         # Edge-triggered, as a port without a host reports EPOLLHUP for ever.
@@ -675,8 +673,7 @@ class Agent:
 
     def identify(self, request: dict[str, Any]) -> dict[str, Any]:
         """Become the machine that `packed` describes; returns what the kernel then says."""
-        self._packed = str(request["packed"]).encode()
-        return {"seen": self._become(self._packed).decode()}
+        return {"seen": self._become(str(request["packed"]).encode()).decode()}
 
     def _quick(self, line: bytes) -> bytes | None:
         """The reply to an identify of the shape that the host gives it; None for all else."""
@@ -728,28 +725,15 @@ class Agent:
         return {"time": time.time()}
 
     def quiesce(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Prepare to be frozen: no address, clean file systems, no garbage to collect later.
-
-        First a clone's identify is rehearsed, so that Python has specialised its code (PEP 659)
-        and the kernel has filled its caches.
-        """
-        if self._packed:
-            self._rehearse(b'{"id":0' + QUICK + self._packed + b'"}')
+        """Prepare to be frozen: no address, clean file systems, no garbage to collect later."""
         self._system.clear_address()
         self._system.forget()
         self._system.sync()
-        self._hooks = self._system.hooks()
+        self._hooks = self._system.hooks()  # none can come while it is frozen
         gc.collect()
         gc.freeze()
         self._parked = not self.executions
         return {"executions": len(self.executions)}
-
-    def _rehearse(self, line: bytes) -> None:
-        ahead = time.time() - time.monotonic()
-        for _ in range(REHEARSALS):
-            self._frozen_at, self._hooks = time.monotonic(), []
-            self._quick(line)
-        self._system.set_clock(time.monotonic() + ahead)
 
     def execute(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """Start a command; its reply follows when it ends."""

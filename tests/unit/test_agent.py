@@ -24,7 +24,6 @@ from templated.guest.agent import (
     QUICK,
     QUICK_DATA,
     QUICK_HEAD,
-    REHEARSALS,
     Agent,
     System,
 )
@@ -309,9 +308,7 @@ def test_a_frozen_agent_answers_as_any_other(tmp_path: Path) -> None:
     for first in ("identify", "ping", "broken"):
         host = Host(tmp_path, parks=True)
         host.request("identify", **identity().fields())
-        host.system.calls.clear()
         assert host.request("quiesce")["ok"]
-        assert [name for name, _ in host.system.calls].count("entropy") == REHEARSALS
         assert (tmp_path / "hosts").stat().st_size == 1
         time.sleep(0.05)
         host.write(b"\n\n")
