@@ -192,9 +192,10 @@ class Clones:
         try:
             generation = self.templates.known(clone.template)
             clone.generation = generation.id
-            if not await self._from_pool(clone, generation, clock, forced):
-                async with self._starts:
-                    await self._bring_up(clone, generation, clock)
+            with self.pools.request():
+                if not await self._from_pool(clone, generation, clock, forced):
+                    async with self._starts:
+                        await self._bring_up(clone, generation, clock)
             self._started(clone)
         except BaseException as error:
             self._clones.pop(name, None)
