@@ -329,7 +329,7 @@ def boot_kernel(image: Image, spec: TemplateSpec, accel: str) -> Kernel:
 
 async def image_overlay(context: Context, image: Image) -> Path:
     """An empty layer over the image, made once per image."""
-    path = context.layout.state / "overlays" / f"{image.digest}.qcow2"
+    path = context.layout.image_overlay(image.digest)
     if not path.exists():
         path.parent.mkdir(mode=0o700, exist_ok=True)
         partial = path.with_suffix(f".{secrets.token_hex(4)}.part")
