@@ -7,7 +7,6 @@ over QMP, ask the same agent to identify, plug the link. No journal, no API, no 
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import secrets
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from templated.drivers.disk import copy_overlay
+from templated.drivers.guest import ENTROPY_BYTES, Identity
 from templated.drivers.hypervisor.base import Launch, Places
 from templated.drivers.hypervisor.command import qemu_arguments
 from templated.drivers.network import Port, make_network
@@ -172,18 +172,18 @@ def _spawn(
     )
 
 
-def _identity(launch: Launch) -> dict[str, Any]:
+def _identity(launch: Launch) -> dict[str, str]:
     plan = AddressPlan(UserNetwork().subnet, b"bench")
-    return {
-        "hostname": "floor",
-        "machine_id": uuid.uuid4().hex,
-        "boot_id": str(uuid.uuid4()),
-        "uuid": launch.uuid,
-        "mac": launch.mac,
-        "ip": plan.ip(_INDEX),
-        "prefix": plan.prefix,
-        "gateway": plan.gateway,
-        "dns": [],
-        "time": time.time(),
-        "entropy": base64.b64encode(secrets.token_bytes(64)).decode(),
-    }
+    return Identity(
+        hostname="floor",
+        machine_id=uuid.uuid4().hex,
+        boot_id=str(uuid.uuid4()),
+        uuid=launch.uuid,
+        mac=launch.mac,
+        ip=plan.ip(_INDEX),
+        prefix=plan.prefix,
+        gateway=plan.gateway,
+        dns=(),
+        time=time.time(),
+        entropy=secrets.token_bytes(ENTROPY_BYTES),
+    ).fields()
