@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import os
 import re
 import subprocess
@@ -190,8 +190,13 @@ def documented() -> list[tuple[str, str, tuple[str, ...]]]:
     """The table of metrics in the operator's guide: of ours, and of the process."""
     text = (ROOT / "docs/operators-guide.md").read_text()
     section = text[text.index("### All metrics") :]
-    rows = re.findall(r"^\| ([a-z_]+) \| (counter|gauge|histogram) \| ([a-z_, ]*)\|", section, re.M)
-    return [(n, kind, tuple(x.strip() for x in labels.split(",") if x.strip())) for n, kind, labels in rows]
+    rows = re.findall(
+        r"^\| ([a-z_]+) \| (counter|gauge|histogram) \| ([a-z_, ]*)\|", section, re.MULTILINE
+    )
+    return [
+        (n, kind, tuple(x.strip() for x in labels.split(",") if x.strip()))
+        for n, kind, labels in rows
+    ]
 
 
 def test_the_guide_lists_every_metric_and_no_other() -> None:
@@ -212,9 +217,9 @@ def test_the_guide_lists_every_metric_and_no_other() -> None:
 def test_starts_in_progress_end_with_the_block() -> None:
     """Also when the start fails."""
     metrics = Metrics()
-    with pytest.raises(ValueError, match="no"), metrics.starting(3):
+    with contextlib.suppress(ValueError), metrics.starting(3):
         assert "templated_clone_starts_in_progress 3.0" in exposed(metrics.registry)
-        raise ValueError("no")
+        raise ValueError
     assert "templated_clone_starts_in_progress 0.0" in exposed(metrics.registry)
 
 
@@ -234,15 +239,3 @@ def test_events_are_counted_also_without_followers() -> None:
     bus.emit("clone.dead", "a")
     EventBus().emit("clone.dead", "a")
     assert 'templated_events_total{type="clone.dead"} 1.0' in exposed(metrics.registry)
-
-
-def test_the_watch_ends_when_cancelled(tmp_path: Path) -> None:
-    """It is one of the daemon's tasks, and ends with them."""
-
-    async def scenario(running: Services, fake: FakeHypervisor) -> None:
-        task = asyncio.create_task(host_metrics.watch(running.context, running.clones))
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    play(tmp_path, scenario)
