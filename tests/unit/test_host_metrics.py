@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics import MetricWrapperBase
 
 from templated.drivers import usage
 from templated.drivers.hypervisor.fake import FakeHypervisor
@@ -179,9 +180,9 @@ def test_no_clone_name_in_a_label() -> None:
 
 def collectors(registry: CollectorRegistry) -> list[tuple[str, str, tuple[str, ...]]]:
     """Name, type and labels of all metrics of ours."""
-    found = [c for c in registry._collector_to_names if hasattr(c, "_labelnames")]
+    found = [c for c in registry._collector_to_names if isinstance(c, MetricWrapperBase)]
     return [
-        (c._name + ("_total" if c._type == "counter" else ""), c._type, tuple(c._labelnames))
+        (c._name + ("_total" if c._type == "counter" else ""), str(c._type), tuple(c._labelnames))
         for c in found
     ]
 
