@@ -44,10 +44,11 @@ def _head(frame: Frame) -> list[Text]:
     count = sum(start.count for start in frame.starts)
     failed = sum(failure["count"] for failure in frame.failures)
     did = f"{count} starts and {failed} failures in {_duration(frame.window_s)}"
-    under_way = f"{frame.starts_in_progress} under way, {frame.starts_limit} at once"
     lines = [
-        f"templated {printable(frame.version)}, up {_duration(frame.uptime_s)}   {did}   {under_way}",
-        "   ".join([*_pressure(frame), *_space(frame)]),
+        f"templated {printable(frame.version)}, up {_duration(frame.uptime_s)}   {did}",
+        f"starts under way: {frame.starts_in_progress}, at once: {frame.starts_limit}"
+        + _pressure(frame),
+        "   ".join(_space(frame)),
     ]
     reasons = (f"{printable(f['template'])} {f['reason']} {f['count']}" for f in frame.failures)
     if failed:
@@ -62,14 +63,10 @@ def _head(frame: Frame) -> list[Text]:
     ]
 
 
-def _pressure(frame: Frame) -> list[str]:
-    some = [p for p in frame.pressure if p["kind"] == "some"]
-    if not some:
-        return []
-    shown = (
-        f"{p['resource']} {p['ratio']:.0%}{'!' if p['ratio'] > _PRESSED else ''}" for p in some
-    )
-    return ["pressure: " + " ".join(shown)]
+def _pressure(frame: Frame) -> str:
+    some = {p["resource"]: p["ratio"] for p in frame.pressure if p["kind"] == "some"}
+    shown = (f"{name} {ratio:.0%}{'!' * (ratio > _PRESSED)}" for name, ratio in some.items())
+    return f"   pressure: {', '.join(shown)}" if some else ""
 
 
 def _space(frame: Frame) -> list[str]:

@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,9 +46,9 @@ class Vm:
 class HostReading:
     """One look at the host; None is what it does not tell."""
 
-    pressure: dict[str, Pressure | None]
+    pressure: Mapping[str, Pressure | None]
     memory: Space | None
-    places: dict[str, Space | None]
+    places: Mapping[str, Space | None]
 
 
 def read_host(config: Config) -> HostReading:
