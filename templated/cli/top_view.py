@@ -96,12 +96,13 @@ def _starts(frame: Frame) -> Table:
 
 
 def _phases(frame: Frame) -> Table | None:
-    rows = [
-        (p.template, p.path, p.phase, milliseconds(p.p50_ms), milliseconds(p.p99_ms))
-        for p in frame.phases
-        if p.p50_ms is not None
-    ]
-    return _table(("PHASES OF", "PATH", "PHASE", "P50", "P99"), rows) if rows else None
+    """A line per path: p50 and p99 of each phase."""
+    seen = [p for p in frame.phases if p.p50_ms is not None]
+    names = list(dict.fromkeys(p.phase for p in seen))
+    cells = {(p.template, p.path, p.phase): f"{p.p50_ms:.1f} {p.p99_ms:.1f}" for p in seen}
+    paths = sorted({(p.template, p.path) for p in seen})
+    rows = [(*path, *(cells.get((*path, name), "") for name in names)) for path in paths]
+    return _table(("P50 P99 IN MS", "PATH", *map(str.upper, names)), rows) if rows else None
 
 
 def _pools(frame: Frame) -> Table | None:

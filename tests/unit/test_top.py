@@ -203,6 +203,8 @@ def test_once_as_text(daemon: Daemon, capsys: Capture) -> None:
     assert main(["top", "--once"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"python-fn +direct +[0-9.]+ +125.0 ms +149.5 ms +3", shown)
+    assert re.search(r"P50 P99 IN MS +PATH +SPAWN +IDENTIFY", shown)
+    assert re.search(r"python-fn +direct +37.5 49.8 +62.5 74.8", shown)
     assert re.search(r"python-fn +4/4 +3/8 +memory pressure", shown)
     assert re.search(r"fn-123 +python-fn +\d+ +\d+ MiB", shown)
     assert re.search(r"clone.running +fn-123 +path=direct", shown)
