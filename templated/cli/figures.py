@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from templated.cli.client import Client
 from templated.cli.failures import RemoteError
 from templated.drivers.hypervisor.process import cpu_seconds, start_time
-from templated.drivers.usage import private_bytes
+from templated.drivers.usage import anonymous_bytes
 
 _SHOWN = 8
 """Clones and events that a frame has at most."""
@@ -195,7 +195,7 @@ class Watcher:
         found, cpu = [], {}
         for clone in clones:
             pid = clone["pid"]
-            memory = private_bytes(pid) if pid else None
+            memory = anonymous_bytes(pid) if pid else None
             if memory is None:
                 continue
             cpu[pid] = cpu_seconds(pid)

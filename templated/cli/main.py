@@ -26,6 +26,7 @@ COMMANDS = {
     "events": "templated.cli.watch:events",
     "top": "templated.cli.top:top",
     "template": "templated.cli.templates:template",
+    "pool": "templated.cli.pools:pool",
     "image": "templated.cli.images:image",
     "serve": "templated.cli.serve:serve",
     "doctor": "templated.cli.doctor_cmd:doctor",

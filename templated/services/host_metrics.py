@@ -18,11 +18,14 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from templated.drivers.hypervisor.process import cpu_seconds, start_time
+from templated.drivers.meminfo import Memory, read_memory
 from templated.drivers.pressure import RESOURCES, Pressure, read_pressure
-from templated.drivers.usage import Space, file_system, host_memory, proportional_bytes
+from templated.drivers.usage import Space, file_system, proportional_bytes
 from templated.model.config import Config, LimitConfig
 from templated.services.clones import Clones
 from templated.services.context import Context
+from templated.services.metrics import Metrics
+from templated.services.pools import Pools
 from templated.services.templates import Templates
 
 log = logging.getLogger(__name__)
@@ -47,7 +50,7 @@ class HostReading:
     """One look at the host; None is what it does not tell."""
 
     pressure: Mapping[str, Pressure | None]
-    memory: Space | None
+    memory: Memory | None
     places: Mapping[str, Space | None]
 
 
@@ -55,9 +58,16 @@ def read_host(config: Config) -> HostReading:
     """Look at the host. Reads a few files of /proc, so not on the event loop."""
     return HostReading(
         pressure={resource: read_pressure(resource) for resource in RESOURCES},
-        memory=host_memory(),
+        memory=_memory(),
         places={p: file_system(Path(getattr(config, p))) for p in ("shm_dir", "state_dir")},
     )
+
+
+def _memory() -> Memory | None:
+    try:
+        return read_memory()
+    except OSError:
+        return None
 
 
 class HostMetrics:
@@ -145,8 +155,8 @@ class HostMetrics:
                 self.pressure.labels(resource, "some").set(pressure.some / 100)
                 self.pressure.labels(resource, "full").set(pressure.full / 100)
         if reading.memory is not None:
-            self.host_memory.set(reading.memory.size)
-            self.host_available.set(reading.memory.free)
+            self.host_memory.set(reading.memory.total)
+            self.host_available.set(reading.memory.available)
         for place, space in reading.places.items():
             if space is not None:
                 self.free.labels(place).set(space.free)
@@ -221,8 +231,21 @@ class VmMeter:
 
 
 def running_vms(clones: Clones) -> list[Vm]:
-    """The clones that have a process."""
-    return [Vm(c.template, c.state.value, c.pid) for c in clones.views() if c.pid is not None]
+    """The clones that have a process, and the members of pools."""
+    found = [Vm(c.template, c.state.value, c.pid) for c in clones.views() if c.pid is not None]
+    waiting = ((member.pool, member.vm.machine.pid) for member in clones.pools.members())
+    return found + [Vm(template, tier.value, pid) for (template, tier), pid in waiting]
+
+
+def show_pools(metrics: Metrics, pools: Pools) -> None:
+    """Publish sizes and targets also of pools that nothing has happened to yet.
+
+    Those of a template that has just begun to serve, and whose members all fail: an alert on a
+    pool that stays empty needs both numbers.
+    """
+    for pool in pools.pools():
+        metrics.pool_target.labels(*pool).set(pools.target(pool))
+        metrics.pool_size.labels(*pool).set(len(pools.ready(pool)))
 
 
 async def watch(context: Context, clones: Clones) -> None:
@@ -234,6 +257,7 @@ async def watch(context: Context, clones: Clones) -> None:
         try:
             metrics.show_host(await asyncio.to_thread(read_host, context.config))
             metrics.show_templates(clones.templates)
+            show_pools(context.metrics, clones.pools)
             if turn % _VM_EVERY == 0:
                 vms = running_vms(clones)
                 cpu = await asyncio.to_thread(meter.round, vms)

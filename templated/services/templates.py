@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from templated.drivers.configfile import load_template, parse_template, template_files
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 _BUILD_TIMEOUT = 3600.0
 CountClones = Callable[[str], int]
 """How many clones map a generation."""
+Drain = Callable[[str], Awaitable[None]]
+"""Gives back what is kept ready of a generation that serves no more."""
 
 
 class Templates:
@@ -46,9 +48,10 @@ class Templates:
     up. `problems` says in one line why a template's active generation cannot serve.
     """
 
-    def __init__(self, context: Context, count_clones: CountClones) -> None:
+    def __init__(self, context: Context, count_clones: CountClones, drain: Drain) -> None:
         self._context = context
         self._count_clones = count_clones
+        self._drain = drain
         self._rows: dict[str, GenerationRow] = {}
         self._active: dict[str, str] = {}
         self._loaded: dict[str, Generation] = {}
@@ -83,6 +86,16 @@ class Templates:
         if name in self.problems:
             raise HostError(self.problems[name], hint=f"run: templated template build {name}")
         return generation
+
+    def loaded(self) -> Mapping[str, Generation]:
+        """The generations that serve, by their templates."""
+        return self._loaded
+
+    async def recheck_if_touched(self, generation: Generation) -> None:
+        """`recheck` when a stat tells that files or QEMU changed; costs some stat calls."""
+        qemu = generation.manifest.qemu.version
+        if generation.changed() or not self._context.host.qemu_is(qemu):
+            await self.recheck(generation)
 
     async def recheck(self, generation: Generation) -> None:
         """Digest a generation again whose files were touched; HostError when they changed."""
@@ -293,7 +306,7 @@ class Templates:
         self.problems.pop(template, None)
         self._context.slots.serve(generation.layer)
         if before is not None and before.id != generation.id:
-            await self._context.slots.retire(before.id)
+            await self._drain(before.id)
         self._context.metrics.expect(template)
         self._clear_info(template)
         manifest = generation.manifest
@@ -326,7 +339,7 @@ class Templates:
 
     async def _remove_generation(self, row: GenerationRow) -> None:
         self._rows.pop(row.id, None)
-        await self._context.slots.retire(row.id)
+        await self._drain(row.id)
         await generations.remove_files(self._context.layout, row.template, row.id)
         await self._context.journal.drop_generation(row.id)
         self._context.events.emit("generation.removed", row.template, generation=row.id)

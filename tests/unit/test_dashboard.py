@@ -12,7 +12,7 @@ import pytest
 import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
-from templated.cli.main import COMMANDS, root
+from templated.cli.main import root
 from templated.services.host_metrics import HostMetrics
 from templated.services.metrics import Metrics
 from tests.unit.observability import (
@@ -162,8 +162,6 @@ def test_commands_of_runbooks_exist(rule: dict[str, Any]) -> None:
     """With the options that are given."""
     for line in re.findall(r"`templated ([^`|]+)", rule["annotations"]["runbook"]):
         words = line.split()
-        if words[0] == "pool" and "pool" not in COMMANDS:
-            continue  # the command comes with the pools
         command = find(words)
         known = {option for parameter in command.params for option in parameter.opts}
         known |= {"--follow", "--no-follow"} if words[0] == "events" else set()

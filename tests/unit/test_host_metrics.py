@@ -38,7 +38,6 @@ def fake_proc(root: Path, pid: int = 7) -> Path:
     (root / str(pid)).mkdir(parents=True)
     (root / str(pid) / "smaps_rollup").write_text("5-7 ---p [rollup]\nRss: 90 kB\nPss: 40 kB\n")
     (root / str(pid) / "statm").write_text("1000 90 50 1 0 60 0\n")
-    (root / "meminfo").write_text("MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 600 kB\n")
     return root
 
 
@@ -46,24 +45,20 @@ def test_usage(tmp_path: Path) -> None:
     """Bytes out of kilobytes and pages."""
     proc = fake_proc(tmp_path)
     assert usage.proportional_bytes(7, proc) == 40 * 1024
-    assert usage.private_bytes(7, proc) == 40 * os.sysconf("SC_PAGE_SIZE")
-    assert usage.host_memory(proc) == usage.Space(600 * 1024, 1000 * 1024)
+    assert usage.anonymous_bytes(7, proc) == 40 * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_usage_of_what_is_not_there(tmp_path: Path) -> None:
     """No process, no file, a kernel that does not tell: None."""
     assert usage.proportional_bytes(7, tmp_path) is None
-    assert usage.private_bytes(7, tmp_path) is None
-    assert usage.host_memory(tmp_path) is None
+    assert usage.anonymous_bytes(7, tmp_path) is None
     assert usage.file_system(tmp_path / "gone") is None
-    (tmp_path / "meminfo").write_text("MemTotal: 1000 kB\n")
-    assert usage.host_memory(tmp_path) is None
 
 
 def test_this_host(tmp_path: Path) -> None:
     """The real files are read; PSS is within what the process has."""
     reading = read_host(configured(tmp_path))
-    assert reading.memory is not None and 0 < reading.memory.free <= reading.memory.size
+    assert reading.memory is not None and 0 < reading.memory.available <= reading.memory.total
     assert reading.places["state_dir"] is None, "it is not there yet"
     pss = usage.proportional_bytes(os.getpid())
     assert pss is not None and pss > 1 << 20
@@ -162,6 +157,9 @@ def test_what_the_daemon_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert 'templated_template_generations{state="ready",template="t"} 1.0' in text
         assert "templated_clone_starts_limit 8.0" in text
         assert 'templated_events_total{type="clone.running"} 2.0' in text
+        # Before anything was made for the pools: an empty one can be told from one that is not to be.
+        assert 'templated_pool_target{template="t",tier="warm"} 0.0' in text
+        assert 'templated_pool_size{template="t",tier="standby"} 0.0' in text
         running.clones.templates.problems["t"] = "damaged"
         await until(lambda: 'serving{template="t"} 0.0' in exposed(registry))
 
@@ -213,6 +211,20 @@ def test_the_guide_lists_every_metric_and_no_other() -> None:
         for family in metrics.registry.collect()
     }
     assert {row[0] for row in table} == exported | {name for name, _, _ in ours}
+
+
+def test_the_guide_lists_every_event() -> None:
+    """All types that are emitted, and no other."""
+    sources = (ROOT / "templated/services").glob("*.py")
+    emitted = {
+        kind
+        for path in sources
+        for kind in re.findall(r'events\.emit\(\s*"([a-z._]+)"', path.read_text())
+    }
+    text = (ROOT / "docs/operators-guide.md").read_text()
+    text = text[text.index("`templated events` prints") : text.index("### All metrics")]
+    listed = set(re.findall(r"\b(?:clone|template|generation|pool)\.[a-z_]+", text))
+    assert emitted == listed
 
 
 def test_starts_in_progress_end_with_the_block() -> None:

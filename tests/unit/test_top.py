@@ -30,6 +30,7 @@ from templated.cli.client import Client
 from templated.cli.figures import Frame, Scrape, Watcher, quantile
 from templated.cli.main import main
 from templated.cli.top_view import draw
+from templated.drivers.meminfo import Memory
 from templated.drivers.pressure import Pressure
 from templated.drivers.usage import Space
 from templated.services.host_metrics import HostMetrics, HostReading
@@ -173,7 +174,7 @@ def test_the_biggest_first(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> N
     """At most a few; clones that are gone, or have no process, are left out."""
     clones = [{**CLONE, "name": f"c{n}", "pid": n} for n in range(1, 21)]
     daemon.on("GET", "/v1/clones", [*clones, {**CLONE, "pid": None}])
-    monkeypatch.setattr(figures, "private_bytes", lambda pid: None if pid == 20 else pid * 100)
+    monkeypatch.setattr(figures, "anonymous_bytes", lambda pid: None if pid == 20 else pid * 100)
     monkeypatch.setattr(figures, "cpu_seconds", lambda pid: 1.0)
     biggest = Watcher(Client(daemon.socket)).look().biggest
     assert [c.name for c in biggest] == [f"c{n}" for n in range(19, 11, -1)]
@@ -218,7 +219,7 @@ def full_frame(daemon: Daemon, source: Source) -> Frame:
     source.metrics.clones.labels("python-fn", "running").set(4)
     pressure = {"memory": Pressure(34.0, 2.0)}
     places = {"shm_dir": Space(1 << 30, 4 << 30)}
-    source.host.show_host(HostReading(pressure, Space(5 << 30, 8 << 30), places))
+    source.host.show_host(HostReading(pressure, Memory(8 << 30, 5 << 30), places))
     serve(daemon, source)
     return Watcher(Client(daemon.socket)).look()
 
