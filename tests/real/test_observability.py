@@ -245,7 +245,9 @@ def test_pools_have_data(busy: Daemon, prometheus: Prometheus) -> None:
         if FROM_POOLS.search(expression):
             asked = concrete(expression)
             until(partial(prometheus.has, asked), f"no data: {where}: {asked}", 60)
-    assert prometheus.has('templated_pool_size{template="pooled",tier="warm"}')
+    for tier in ("standby", "warm"):
+        labels = f'{{template="pooled",state="{tier}"}}'
+        until(partial(prometheus.has, f"templated_clone_memory_bytes{labels}"), f"memory of {tier}")
 
 
 def filled(daemon: Daemon) -> bool:
@@ -281,6 +283,8 @@ def test_top(busy: Daemon, prometheus: Prometheus) -> None:
     assert all(clone["memory_bytes"] > 1 << 20 for clone in frame["biggest"])
     assert {"template": "pooled", "state": "dead", "count": 1} in frame["clones"]
     assert any(event["type"] == "clone.dead" for event in frame["events"])
+    (pool,) = (pool for pool in frame["pools"] if pool["template"] == "pooled")
+    assert pool["standby"]["target"] == pool["warm"]["target"] == 1
     text = busy.cli("top", "--once")
     assert "pooled" in text and "clone.dead" in text and "\x1b" not in text
 

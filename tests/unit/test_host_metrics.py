@@ -157,7 +157,7 @@ def test_what_the_daemon_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert 'templated_template_generations{state="ready",template="t"} 1.0' in text
         assert "templated_clone_starts_limit 8.0" in text
         assert 'templated_events_total{type="clone.running"} 2.0' in text
-        # Before anything was made for the pools: an empty one can be told from one that is not to be.
+        # Before anything was made for the pools.
         assert 'templated_pool_target{template="t",tier="warm"} 0.0' in text
         assert 'templated_pool_size{template="t",tier="standby"} 0.0' in text
         running.clones.templates.problems["t"] = "damaged"
