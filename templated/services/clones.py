@@ -23,6 +23,7 @@ from templated.model.api import CloneRequest
 from templated.model.clone import TRANSITIONS, CloneState, CloneView, Identity
 from templated.model.clone import Path as StartPath
 from templated.model.names import check_clone_name, numbered
+from templated.model.units import seconds
 from templated.services.build import INTERNAL, boot_kernel, image_overlay
 from templated.services.context import Context
 from templated.services.generations import Generation
@@ -99,19 +100,25 @@ class Clones:
         self._starts = asyncio.Semaphore(context.config.limits.concurrent_starts)
         # Claims are short: more at once than the CPUs can run would only make each one longer.
         self._claims = asyncio.Semaphore(_CLAIMS_PER_CPU * (os.cpu_count() or 1))
-        self.templates = Templates(context, self._in_use, self._drain)
+        self.templates = Templates(context, self)
         self.pools = Pools(context, tasks, self.templates)
         self._closing = False
 
     def __len__(self) -> int:
         return len(self._clones)
 
-    def _in_use(self, generation: str) -> int:
+    def in_use(self, generation: str) -> int:
+        """How many clones map a generation."""
         return sum(1 for clone in self._clones.values() if clone.generation == generation)
 
-    async def _drain(self, generation: str) -> None:
+    async def drain(self, generation: str) -> None:
+        """Give back slots and pool members of a generation that serves no more."""
         await self.pools.retire(generation)
         await self._context.slots.retire(generation)
+
+    def served(self) -> None:
+        """A generation serves from now on: its pools can be filled."""
+        self.pools.refresh()
 
     async def remove_template(self, name: str) -> None:
         """Remove a template's generations, and the sizes that were set for its pools."""
@@ -160,7 +167,9 @@ class Clones:
 
     def _reserve(self, names: list[str], request: CloneRequest, forced: StartPath | None) -> None:
         """Take the names at once, so that of two requests for a name one fails early."""
-        generation = self.templates.serving(request.template)
+        generation = self.templates.known(request.template)
+        if not self.pools.ready((generation.manifest.template, StartPath.WARM)):
+            self.templates.serving(request.template)
         for name in names:
             if name in self._clones:
                 raise Conflict(
@@ -181,7 +190,7 @@ class Clones:
         clock = PhaseClock()
         clock.started = requested
         try:
-            generation = self.templates.serving(clone.template)
+            generation = self.templates.known(clone.template)
             clone.generation = generation.id
             if not await self._from_pool(clone, generation, clock, forced):
                 async with self._starts:
@@ -226,9 +235,10 @@ class Clones:
         demanded and there is no member, or what failed last.
         """
         failed: TemplatedError | TimeoutError | None = None
+        usable = await self._usable(generation)
         for tier in (forced,) if forced else TIERS:
             tries = 0
-            while tier in TIERS and tries < _TRIES:
+            while tier in usable and tries < _TRIES:
                 member = self.pools.take(generation, tier)
                 if member is None:
                     break
@@ -250,17 +260,28 @@ class Clones:
             hint="see: templated pool ls; without --path the fastest way that is ready is taken",
         )
 
+    async def _usable(self, generation: Generation) -> tuple[StartPath, ...]:
+        """The tiers whose members still can be started; a damaged state leaves the warm ones."""
+        try:
+            self.templates.serving(generation.manifest.template)
+            await self.templates.recheck_if_touched(generation)
+        except HostError:
+            return (StartPath.WARM,) if generation.runs_on() else ()
+        return TIERS
+
     async def _claim(self, clone: Clone, member: Member, clock: PhaseClock) -> None:
         """Make a pool's member this clone; on failure nothing is left of the member."""
         vm, generation = member.vm, member.generation
         spec, starter = generation.manifest.spec, self._context.starter
+        warm = member.tier is StartPath.WARM
+        bound = seconds(spec.identity.timeout) if warm else start_bound(spec)
         begin = clock.total_ms()
         clone.path = member.tier
         clock.phases_ms.clear()
         try:
-            async with self._claims, asyncio.timeout(start_bound(spec)):
+            async with self._claims, asyncio.timeout(bound):
                 clock.phases_ms["allocate"] = round(clock.total_ms() - begin, 3)
-                if member.tier is StartPath.WARM:
+                if warm:
                     await starter.claim(vm, spec, clone.name, member.lag, clock)
                 else:
                     await starter.finish(vm, generation, clone.name, clock)
@@ -316,6 +337,7 @@ class Clones:
 
     async def _layer(self, clone: Clone, generation: Generation) -> tuple[Layer, Image | None]:
         if clone.path is StartPath.DIRECT:
+            self.templates.serving(clone.template)
             await self.templates.recheck_if_touched(generation)
             return generation.layer, None
         image = self._context.images.get(generation.manifest.image)

@@ -24,8 +24,6 @@ from templated.drivers.usage import Space, file_system, proportional_bytes
 from templated.model.config import Config, LimitConfig
 from templated.services.clones import Clones
 from templated.services.context import Context
-from templated.services.metrics import Metrics
-from templated.services.pools import Pools
 from templated.services.templates import Templates
 
 log = logging.getLogger(__name__)
@@ -237,17 +235,6 @@ def running_vms(clones: Clones) -> list[Vm]:
     return found + [Vm(template, tier.value, pid) for (template, tier), pid in waiting]
 
 
-def show_pools(metrics: Metrics, pools: Pools) -> None:
-    """Publish sizes and targets also of pools that nothing has happened to yet.
-
-    Those of a template that has just begun to serve, and whose members all fail: an alert on a
-    pool that stays empty needs both numbers.
-    """
-    for pool in pools.pools():
-        metrics.pool_target.labels(*pool).set(pools.target(pool))
-        metrics.pool_size.labels(*pool).set(len(pools.ready(pool)))
-
-
 async def watch(context: Context, clones: Clones) -> None:
     """Keep the metrics of host, VMs and templates up to date, until cancelled."""
     metrics = HostMetrics(context.metrics.registry)
@@ -257,7 +244,6 @@ async def watch(context: Context, clones: Clones) -> None:
         try:
             metrics.show_host(await asyncio.to_thread(read_host, context.config))
             metrics.show_templates(clones.templates)
-            show_pools(context.metrics, clones.pools)
             if turn % _VM_EVERY == 0:
                 vms = running_vms(clones)
                 cpu = await asyncio.to_thread(meter.round, vms)

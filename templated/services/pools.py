@@ -69,7 +69,7 @@ class Pools:
     async def open(self) -> None:
         """Find again the sizes that were set at run time."""
         self._set = await self._context.journal.pool_sizes()
-        self._count()
+        self.refresh()
 
     # --- members ------------------------------------------------------------------------------
 
@@ -139,8 +139,7 @@ class Pools:
         for member in members:
             self._remove(member)
         await asyncio.gather(*(self.discard(member) for member in members))
-        self._count()
-        self.wanted.set()
+        self.refresh()
 
     async def close(self) -> None:
         """End all members."""
@@ -194,7 +193,7 @@ class Pools:
 
         Raises NotFound, InvalidRequest, and Busy with the arithmetic.
         """
-        generation = self._templates.serving(template)
+        generation = self._templates.known(template)
         if request.reset and (request.standby is not None or request.warm is not None):
             raise InvalidRequest("reset and sizes exclude each other", hint="give one of them")
         before = self.sizes(template)
@@ -206,8 +205,7 @@ class Pools:
             self._set.pop(template, None)
         else:
             self._set[template] = sizes
-        self._count()
-        self.wanted.set()
+        self.refresh()
         self._context.events.emit("pool.set", template, standby=sizes.standby, warm=sizes.warm)
         return self.view(template)
 
@@ -215,7 +213,7 @@ class Pools:
         """Forget the sizes that were set for a template that is removed."""
         self._set.pop(template, None)
         await self._context.journal.set_pool(template, None)
-        self._count()
+        self.refresh()
 
     def _require_room(self, template: str, sizes: PoolSpec) -> None:
         demands = []
@@ -233,8 +231,8 @@ class Pools:
         return [self.view(template) for template in sorted(self._templates.loaded())]
 
     def view(self, template: str) -> PoolView:
-        """One template's pools; NotFound when it does not serve."""
-        self._templates.serving(template)
+        """One template's pools; NotFound when it has no generation."""
+        self._templates.known(template)
         warm, standby = ((template, tier) for tier in TIERS)
         problems = dict.fromkeys(self.problems.get(pool, "") for pool in (warm, standby))
         return PoolView(
@@ -244,8 +242,9 @@ class Pools:
             problem="; ".join(filter(None, problems)),
         )
 
-    def _count(self) -> None:
-        """Set all gauges anew, so that those of templates that are gone go too."""
+    def refresh(self) -> None:
+        """Sizes may have changed: set all gauges anew, and have the pools looked after."""
+        self.wanted.set()
         metrics = self._context.metrics
         metrics.pool_size.clear()
         metrics.pool_target.clear()

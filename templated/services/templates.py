@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from templated.drivers.configfile import load_template, parse_template, template_files
 from templated.errors import (
@@ -35,10 +35,19 @@ from templated.services.probes import check_patterns
 
 log = logging.getLogger(__name__)
 _BUILD_TIMEOUT = 3600.0
-CountClones = Callable[[str], int]
-"""How many clones map a generation."""
-Drain = Callable[[str], Awaitable[None]]
-"""Gives back what is kept ready of a generation that serves no more."""
+
+
+class Dependents(Protocol):
+    """Who uses generations, by their ids."""
+
+    def in_use(self, generation: str) -> int:
+        """How many clones map a generation."""
+
+    async def drain(self, generation: str) -> None:
+        """Give back what is kept ready of a generation that serves no more."""
+
+    def served(self) -> None:
+        """A generation serves from now on."""
 
 
 class Templates:
@@ -48,10 +57,9 @@ class Templates:
     up. `problems` says in one line why a template's active generation cannot serve.
     """
 
-    def __init__(self, context: Context, count_clones: CountClones, drain: Drain) -> None:
+    def __init__(self, context: Context, dependents: Dependents) -> None:
         self._context = context
-        self._count_clones = count_clones
-        self._drain = drain
+        self._dependents = dependents
         self._rows: dict[str, GenerationRow] = {}
         self._active: dict[str, str] = {}
         self._loaded: dict[str, Generation] = {}
@@ -79,12 +87,18 @@ class Templates:
         Raises NotFound for a template that does not exist or was never built, HostError when its
         files or the host's QEMU are no longer what was frozen.
         """
+        generation = self.known(template)
+        name = generation.manifest.template
+        if name in self.problems:
+            raise HostError(self.problems[name], hint=f"run: templated template build {name}")
+        return generation
+
+    def known(self, template: str | None) -> Generation:
+        """The active generation, also when nothing more can be started from it."""
         name = template or self._only_template()
         generation = self._loaded.get(name)
         if generation is None:
             raise self._not_serving(name)
-        if name in self.problems:
-            raise HostError(self.problems[name], hint=f"run: templated template build {name}")
         return generation
 
     def loaded(self) -> Mapping[str, Generation]:
@@ -181,7 +195,7 @@ class Templates:
             raise self._not_serving(name)
         if name in self._building:
             raise Conflict(f"template {name} is being built")
-        if used := sum(self._count_clones(row.id) for row in rows):
+        if used := sum(self._dependents.in_use(row.id) for row in rows):
             raise Conflict(
                 f"{used} clones of template {name} exist",
                 hint="remove them first: templated rm",
@@ -243,7 +257,7 @@ class Templates:
             id=row.id,
             state=row.state,
             active=self._active.get(row.template) == row.id,
-            clones=self._count_clones(row.id),
+            clones=self._dependents.in_use(row.id),
             created=row.created,
         )
 
@@ -306,7 +320,8 @@ class Templates:
         self.problems.pop(template, None)
         self._context.slots.serve(generation.layer)
         if before is not None and before.id != generation.id:
-            await self._drain(before.id)
+            await self._dependents.drain(before.id)
+        self._dependents.served()
         self._context.metrics.expect(template)
         self._clear_info(template)
         manifest = generation.manifest
@@ -334,12 +349,12 @@ class Templates:
         await self._release_if_unused(retired)
 
     async def _release_if_unused(self, row: GenerationRow) -> None:
-        if row.state is GenerationState.RETIRED and not self._count_clones(row.id):
+        if row.state is GenerationState.RETIRED and not self._dependents.in_use(row.id):
             await self._remove_generation(row)
 
     async def _remove_generation(self, row: GenerationRow) -> None:
         self._rows.pop(row.id, None)
-        await self._drain(row.id)
+        await self._dependents.drain(row.id)
         await generations.remove_files(self._context.layout, row.template, row.id)
         await self._context.journal.drop_generation(row.id)
         self._context.events.emit("generation.removed", row.template, generation=row.id)
