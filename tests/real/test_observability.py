@@ -147,9 +147,7 @@ def busy(image_store: Path) -> Iterator[Daemon]:
     """
     daemon = prepare(Daemon(metrics={"listen": f"127.0.0.1:{free_port()}"}), image_store)
     try:
-        daemon.variant("pooled")
-        spec = daemon.templates / "pooled.yaml"
-        spec.write_text(re.sub(r"(?m)^  (standby|warm): \d+$", r"  \1: 1", spec.read_text()))
+        daemon.variant("pooled", "pool: {standby: 1, warm: 1}")
         daemon.variant("broken", without_probes=True)
         text = (daemon.templates / "broken.yaml").read_text()
         never = "probes: [{name: never, type: tcp, port: 9, timeout: 100ms}]\n"
