@@ -65,10 +65,20 @@ class Client:
         with self.request("POST", *parts, body=data) as answer:
             return answer.json()
 
+    def put(self, *parts: str, body: Any) -> Any:
+        """Replace what is at /v1/PART/PART... by JSON and return the JSON of the answer."""
+        with self.request("PUT", *parts, body=json.dumps(body).encode()) as answer:
+            return answer.json()
+
     def delete(self, *parts: str) -> None:
         """Remove what is at /v1/PART/PART..."""
         with self.request("DELETE", *parts) as answer:
             answer.json()
+
+    def metrics(self, timeout: float = 30.0) -> str:
+        """What Prometheus would scrape."""
+        with self._exchange("GET", "/metrics", timeout=timeout) as answer:
+            return b"".join(answer.chunks()).decode(errors="replace")
 
     def request(
         self,
@@ -86,6 +96,16 @@ class Client:
         target = "/v1/" + "/".join(quote(part, safe="") for part in parts)
         if query:
             target += "?" + urlencode(query)
+        return self._exchange(method, target, body, headers, timeout)
+
+    def _exchange(
+        self,
+        method: str,
+        target: str,
+        body: Body = None,
+        headers: Mapping[str, str] = {},
+        timeout: float | None = None,
+    ) -> Answer:
         connection = _Connection(self.path, timeout)
         try:
             with self._explained(timeout):

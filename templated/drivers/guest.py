@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import enum
 import itertools
 import secrets
 import struct
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from templated.errors import GuestError, InvalidRequest, TemplatedError, Timeout
-from templated.guest.agent import PACKED, SEEN
+from templated.guest.agent import CLAIM, IDENTIFY, PACKED, REHEARSAL, SEEN
 
 T = TypeVar("T")
 MAX_LINE = 1 << 20
@@ -82,10 +83,22 @@ class Confirmation:
         )
 
 
+class Step(enum.Enum):
+    """How much of an identity a guest is given."""
+
+    IDENTIFY = IDENTIFY
+    """All of it."""
+    REHEARSAL = REHEARSAL
+    """What a claim gives, without the hooks, before the guest is paused."""
+    CLAIM = CLAIM
+    """Name, time and entropy, to a guest that has the rest."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What makes a guest this one machine; `time` is the clock at its resume, in seconds."""
+    """What makes a guest this one machine; `time` is the clock at its last mark, in seconds."""
 
+    step: Step = Step.IDENTIFY
     hostname: str
     machine_id: str
     boot_id: str
@@ -110,6 +123,7 @@ class Identity:
         }
         count = len(self.entropy)
         packed = PACKED.pack(
+            self.step.value,
             struct.pack("<ii", count * 8, count) + self.entropy,
             self.time,
             bytes.fromhex(self.mac.replace(":", "")),

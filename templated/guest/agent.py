@@ -59,8 +59,8 @@ NLMSG_ERROR, RTM_NEWADDR, RTM_NEWROUTE = 2, 20, 24
 IFA_ADDRESS, IFA_LOCAL, RTA_OIF, RTA_GATEWAY = 1, 2, 4, 5
 ROUTE = (254, 3, 0, 1)  # RT_TABLE_MAIN, RTPROT_BOOT, RT_SCOPE_UNIVERSE, RTN_UNICAST
 
-PACKED = struct.Struct("<72sd6s4s1s4s64s128s32s36s36s256s384s")
-"""What `identify` is given, in hex, so that next to nothing is left to do with it: struct
+PACKED = struct.Struct("<1s72sd6s4s1s4s64s128s32s36s36s256s384s")
+"""What `identify` is given, in hex, so that next to nothing is left to do with it: a step; struct
 rand_pool_info with 64 bytes; the clock in seconds; MAC, address, length of the prefix, gateway
 (zeros for none); host name; and what goes into FILES. Texts are filled up with spaces."""
 SEEN = struct.Struct("<6s4s4sd")
@@ -76,6 +76,10 @@ FILES = {
     "identity.json": "",
 }
 """The files of an identity: names in /run/templated, and what they are mounted over."""
+IDENTIFY, CLAIM, REHEARSAL = b"i", b"c", b"r"
+STEPS = {IDENTIFY: "identify", CLAIM: "claim"}
+"""All of an identity; its name, the time and entropy only, for a guest that has the rest; the same
+without hooks, after which the guest may be paused."""
 QUICK = b',"cmd":"identify","packed":"'
 QUICK_DATA = -2 * PACKED.size - len(b'"}')
 QUICK_HEAD = QUICK_DATA - len(QUICK)
@@ -429,7 +433,7 @@ class Agent:
         self.executions: set[Execution] = set()
         self.stop = False
         self._identified = False
-        self._frozen_at = 0.0
+        self._marked_at = 0.0
         self._hooks: list[str] | None = None
         self._parked = False
         self._number: Any = None
@@ -472,7 +476,6 @@ class Agent:
 
         A clone's first code is what follows that read, and an idle one has run no other.
         """
-        self._parked = False
         data = b""
         os.set_blocking(self._in, True)
         try:
@@ -484,10 +487,11 @@ class Agent:
                     if reply is None:
                         break
                     os.write(self._out, reply)
+                    self._marked_at = time.monotonic()
         except (Refused, ValueError, OSError, struct.error):
             pass  # it is tried once more below, where a failure is answered
         os.set_blocking(self._in, False)
-        self._connected = True
+        self._parked, self._connected = False, True
         self._begin()
         self._take(data)
         self._receive()
@@ -599,8 +603,8 @@ class Agent:
             result = command(self, request)
             if result is not None:
                 self.reply(number, result, self.connection)
-                if command is Agent.quiesce:
-                    self._frozen_at = time.monotonic()
+                if command in (Agent.quiesce, Agent.identify):
+                    self._marked_at = time.monotonic()
         except Refused as error:
             self.refuse(number, error.code, str(error))
         except (KeyError, TypeError, ValueError, RecursionError, struct.error) as error:
@@ -686,32 +690,34 @@ class Agent:
     def _become(self, packed: bytes) -> bytes:
         """Take the identity that PACKED tells of; returns SEEN. Straight on: every turn costs."""
         values = PACKED.unpack(binascii.unhexlify(packed))
-        entropy, now, mac, ip, prefix, gateway = values[:6]
-        name, hosts, machine_id, boot_id, uid, dns, facts = values[6:]
+        step, entropy, now, mac, ip, prefix, gateway = values[:7]
+        name, hosts, machine_id, boot_id, uid, dns, facts = values[7:]
         system = self._system
         write, read = system.write, system.read
         system.add_entropy(entropy)
-        if self._frozen_at:  # `now` was then, not now
-            now += time.monotonic() - self._frozen_at
-        self._frozen_at = 0.0
+        if self._marked_at:  # `now` was then, not now
+            now += time.monotonic() - self._marked_at
         system.set_clock(now)
         name = name.rstrip()
         system.set_hostname(name)
         write("hostname", join((name, b"\n")))
         write("hosts", join((hosts.rstrip(), b"\n")))
-        write("machine-id", join((machine_id, b"\n")))
-        write("boot_id", join((boot_id, b"\n")))
-        write("uuid", join((uid, b"\n")))
-        dns = dns.rstrip()
-        if dns:
-            write("resolv.conf", join((dns, b"\n")))
-        system.set_mac(mac)
-        system.set_address(ip, prefix, gateway)
+        if step == IDENTIFY:
+            write("machine-id", join((machine_id, b"\n")))
+            write("boot_id", join((boot_id, b"\n")))
+            write("uuid", join((uid, b"\n")))
+            dns = dns.rstrip()
+            if dns:
+                write("resolv.conf", join((dns, b"\n")))
+            system.set_mac(mac)
+            system.set_address(ip, prefix, gateway)
         hooks, self._hooks = self._hooks, None
         if hooks is None:
             hooks = system.hooks()
+        if step == REHEARSAL:
+            hooks, self._parked = [], not self.executions
         if hooks:
-            run_hooks(hooks, _decode(facts.decode()))
+            run_hooks(hooks, {"step": STEPS[step], **_decode(facts.decode())})
         write("identity.json", join((facts.rstrip(), b"\n")))
         self._identified = True
         ip, netmask = system.address()

@@ -72,6 +72,7 @@ class Build:
         self.directory = context.layout.generation(spec.name, self.id)
         self.frozen = context.layout.frozen(spec.name, self.id)
         self.phases_s: dict[str, float] = {}
+        self.clone_bytes = 0
 
     async def run(self) -> Generation:
         """Build and prove; on failure nothing of the build is left. Raises TemplatedError."""
@@ -109,7 +110,9 @@ class Build:
             await generation.verify()
         with self._phase("canary"):
             canary = await self._canary(generation)
-        generation.manifest = _with(manifest, canary_probes=canary, phases_s=self.phases_s)
+        generation.manifest = _with(
+            manifest, canary_probes=canary, phases_s=self.phases_s, clone_bytes=self.clone_bytes
+        )
         generations.write_manifest(self.directory, generation.manifest)
         return generation
 
@@ -221,7 +224,7 @@ class Build:
                 clock = PhaseClock()
                 hostname = f"{self.spec.name}-canary"
                 try:
-                    vm = await self.context.starter.restore(
+                    vm = await self.context.starter.direct(
                         prepared,
                         generation,
                         hostname,
@@ -235,6 +238,7 @@ class Build:
                         f"the canary: {cause.message}", hint=cause.hint or _HINT
                     ) from error
                 try:
+                    self.clone_bytes = await asyncio.to_thread(vm.machine.private_bytes)
                     return await self._probe(vm, ports, canary=True)
                 finally:
                     await vm.destroy()
@@ -328,7 +332,7 @@ def boot_kernel(image: Image, spec: TemplateSpec, accel: str) -> Kernel:
 
 async def image_overlay(context: Context, image: Image) -> Path:
     """An empty layer over the image, made once per image."""
-    path = context.layout.state / "overlays" / f"{image.digest}.qcow2"
+    path = context.layout.image_overlay(image.digest)
     if not path.exists():
         path.parent.mkdir(mode=0o700, exist_ok=True)
         partial = path.with_suffix(f".{secrets.token_hex(4)}.part")

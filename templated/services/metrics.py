@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from prometheus_client import (
     CollectorRegistry,
@@ -13,6 +15,7 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
+from prometheus_client.core import Metric
 
 from templated import __version__
 
@@ -21,6 +24,9 @@ START_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1),
     *(0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30),
 )
+# Codes of what a start fails by; others appear when they happen.
+_START_REASONS = ("guest", "host", "hypervisor", "identity", "internal", "timeout")
+_TIERS = ("standby", "warm")
 BUILD_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -58,7 +64,18 @@ class Metrics:
             ("template", "reason"),
             registry=self.registry,
         )
-        self.clones = Gauge(
+        self.starts_in_progress = Gauge(
+            "templated_clone_starts_in_progress",
+            "Clones asked for that are not up yet, those too that wait for their turn.",
+            registry=self.registry,
+        )
+        self.events = Counter(
+            "templated_events",
+            "What happened to clones and templates; `templated events` tells to which.",
+            ("type",),
+            registry=self.registry,
+        )
+        self.clones = _CloneStates(
             "templated_clones",
             "Clones by state.",
             ("template", "state"),
@@ -113,6 +130,12 @@ class Metrics:
             buckets=BUILD_BUCKETS,
             registry=self.registry,
         )
+        self.build_failures = Counter(
+            "templated_template_build_failures",
+            "Template builds that failed, by the reason.",
+            ("template", "reason"),
+            registry=self.registry,
+        )
         self.generation_info = Gauge(
             "templated_template_generation_info",
             "1 for the active generation of a template.",
@@ -134,6 +157,28 @@ class Metrics:
         )
         self.build_info.labels(__version__, platform.python_version()).set(1)
 
+    def expect(self, template: str) -> None:
+        """Show zeros for what may fail of a template: a series that begins with 1 has no rate."""
+        for reason in _START_REASONS:
+            self.failures.labels(template, reason)
+        for tier in _TIERS:
+            self.pool_misses.labels(template, tier)
+            for reason in _START_REASONS:
+                self.refill_failures.labels(template, tier, reason)
+
+    @contextmanager
+    def starting(self, clones: int) -> Iterator[None]:
+        """Count clones as being started for as long as the block runs."""
+        self.starts_in_progress.inc(clones)
+        try:
+            yield
+        finally:
+            self.starts_in_progress.dec(clones)
+
+    def count_clones(self, states: Callable[[], Mapping[tuple[str, str], int]]) -> None:
+        """Have clones counted, by template and state, when the metrics are read and only then."""
+        self.clones.states = states
+
     def observe_start(
         self, template: str, path: str, phases_ms: dict[str, float], total_ms: float
     ) -> None:
@@ -141,3 +186,15 @@ class Metrics:
         self.clone_seconds.labels(template, path).observe(total_ms / 1000)
         for phase, ms in phases_ms.items():
             self.phase_seconds.labels(template, path, phase).observe(ms / 1000)
+
+
+class _CloneStates(Gauge):
+    """A gauge that is set from what is true whenever it is read."""
+
+    states: Callable[[], Mapping[tuple[str, str], int]] = dict
+
+    def collect(self) -> Iterable[Metric]:
+        self.clear()
+        for labels, number in self.states().items():
+            self.labels(*labels).set(number)
+        return super().collect()

@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from templated.drivers.guest import Confirmation, Identity
+from templated.drivers.guest import Confirmation, Identity, Step
 from templated.guest.agent import (
     PAGE,
     QUICK,
@@ -294,13 +295,39 @@ def test_identify_reports_what_it_reads_back(host: Host, tmp_path: Path) -> None
 
 
 def test_identify_again_leaves_nothing_of_the_longer_name(host: Host, tmp_path: Path) -> None:
-    """And the clock that it is given counts from its arrival: only the first was frozen."""
+    """And the clock that it is given counts from the end of the first."""
     host.request("quiesce")
     host.request("identify", **identity(hostname="a-much-longer-name", gateway="10.1.0.9").fields())
     seen = confirmed(host.request("identify", **identity(hostname="b", dns=[]).fields()))
     assert seen.hostname == "b" and (tmp_path / "hostname").read_text() == "b\n"
     assert (tmp_path / "hosts").read_text() == "127.0.0.1 localhost\n10.1.2.3 b\n"
-    assert host.system.calls[-2] == ("clock", 1000.0)
+    name, clock = host.system.calls[-2]
+    assert name == "clock" and 1000.0 < clock < 1010.0
+
+
+@pytest.mark.parametrize("parks", [False, True])
+def test_a_claim_gives_a_name_to_who_has_the_rest(tmp_path: Path, parks: bool) -> None:
+    """Everything is read back all the same; the clock counts from the end of the rehearsal."""
+    host = Host(tmp_path, parks=parks)
+    first = identity(hostname="waiting")
+    host.request("identify", **first.fields())
+    host.request("identify", **replace(first, step=Step.REHEARSAL, hostname="r").fields())
+    host.system.calls.clear()
+    time.sleep(0.1)
+    claim = replace(
+        first, step=Step.CLAIM, hostname="clone-7", time=2000.0, mac="02:00:00:00:00:09"
+    )
+    seen = confirmed(host.request("identify", **claim.fields()))
+    assert seen.hostname == "clone-7" and seen.mac == first.mac, "the MAC is not the claim's"
+    for key in ("machine_id", "boot_id", "uuid", "ip", "prefix"):
+        assert getattr(seen, key) == getattr(first, key)
+    assert [name for name, _ in host.system.calls] == ["entropy", "clock"]
+    assert 2000.1 <= dict(host.system.calls)["clock"] < 2010
+    assert (tmp_path / "hostname").read_text() == "clone-7\n"
+    assert (tmp_path / "hosts").read_text() == "127.0.0.1 localhost\n10.1.2.3 clone-7\n"
+    assert json.loads((tmp_path / "identity.json").read_text())["hostname"] == "clone-7"
+    assert host.run("echo", "a")[1] == b"a\n"
+    host.close()
 
 
 def test_a_frozen_agent_answers_as_any_other(tmp_path: Path) -> None:

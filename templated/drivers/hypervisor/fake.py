@@ -18,7 +18,7 @@ from typing import Any
 
 from templated.drivers.hypervisor.base import Launch, Places, State
 from templated.errors import HostError, HypervisorError
-from templated.guest.agent import PACKED, SEEN
+from templated.guest.agent import IDENTIFY, PACKED, SEEN
 
 
 class FakeHypervisor:
@@ -80,6 +80,7 @@ class FakeMachine:
         self._holds = holds
         self.exited: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.link_up = False
+        self.state = "inmigrate" if launch.boot is None else "running"
         # The parent closes its own copy, as it does with a real QEMU.
         self._listener = socket.socket(fileno=os.dup(launch.agent_fd))
         self._server: asyncio.Task[None] | None = None
@@ -94,14 +95,24 @@ class FakeMachine:
         server = await asyncio.start_unix_server(self._serve, sock=self._listener)
         self._server = asyncio.create_task(server.serve_forever())
 
+    async def expect_state(self) -> None:
+        await self._step("expect_state")
+
     async def restore(self, state: State, timeout: float) -> None:
         await self._step("restore")
+        self.state = "paused"
 
     async def resume(self) -> None:
         await self._step("resume")
+        self.state = "running"
 
     async def pause(self) -> None:
         await self._step("pause")
+        self.state = "paused"
+
+    async def status(self) -> str:
+        await self._step("status")
+        return self.state
 
     async def set_link(self, up: bool) -> None:
         await self._step("link")
@@ -135,6 +146,12 @@ class FakeMachine:
 
     def cpu_seconds(self) -> float:
         return 0.0
+
+    def private_bytes(self) -> int:
+        return 1 << 20
+
+    def background(self, on: bool) -> None:
+        """It has no priority."""
 
     def end(self, how: str) -> None:
         """End as if killed from outside."""
@@ -171,10 +188,10 @@ class FakeMachine:
         return json.dumps({"id": request["id"], "ok": True, "result": result}).encode() + b"\n"
 
     def _identity(self, packed: bytes, now: float) -> dict[str, Any]:
-        _, _, mac, ip, prefix, _, *_, facts = PACKED.unpack(packed)
+        step, _, _, mac, ip, prefix, _, *_, facts = PACKED.unpack(packed)
         seen = {"mac": mac, "ip": ip, "prefix": IPv4Network((0, prefix[0])).netmask.packed}
         texts = json.loads(facts)
-        if self.fail == "identify":
+        if self.fail == "identify" or (self.fail == "claim" and step != IDENTIFY):
             texts[self._mismatch] = "another"
             seen[self._mismatch] = b"other"
         kernel = SEEN.pack(seen["mac"], seen["ip"], seen["prefix"], now)
