@@ -65,6 +65,11 @@ class Client:
         with self.request("POST", *parts, body=data) as answer:
             return answer.json()
 
+    def put(self, *parts: str, body: Any) -> Any:
+        """Replace what is at /v1/PART/PART... by JSON and return the JSON of the answer."""
+        with self.request("PUT", *parts, body=json.dumps(body).encode()) as answer:
+            return answer.json()
+
     def delete(self, *parts: str) -> None:
         """Remove what is at /v1/PART/PART..."""
         with self.request("DELETE", *parts) as answer:
