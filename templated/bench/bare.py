@@ -37,15 +37,19 @@ Arguments = Callable[[list[str]], list[str]]
 class Line:
     """A socket that speaks newline JSON, read with a bound."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, timeout: float = BOUND) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(BOUND)
+        self._socket.settimeout(timeout)
         try:
             self._socket.connect(str(path))
         except OSError:
             self._socket.close()
             raise
         self._file = self._socket.makefile("rb")
+
+    def patience(self, timeout: float) -> None:
+        """Wait so many seconds for each answer from here on."""
+        self._socket.settimeout(timeout)
 
     def send(self, message: dict[str, Any]) -> None:
         """Send one object."""
@@ -59,7 +63,8 @@ class Line:
         try:
             line = self._file.readline()
         except TimeoutError:
-            raise Timeout(f"the bench's QEMU did not answer within {BOUND:g} s") from None
+            waited = self._socket.gettimeout()
+            raise Timeout(f"the bench's QEMU did not answer within {waited:g} s") from None
         except OSError as error:
             raise HypervisorError(f"the bench's QEMU ended: {error}") from error
         if not line:

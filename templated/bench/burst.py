@@ -59,7 +59,7 @@ def _at_once(
         try:
             clones.append(session.make(f"burst-{number}", path))
             walls.append((time.perf_counter() - begin) * 1000)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # raised again in the main thread
             failed.append(error)
 
     threads = [threading.Thread(target=one, args=(i,)) for i in range(n)]
@@ -84,7 +84,9 @@ def _at_once(
 def check_distinct(clones: list[dict[str, Any]]) -> None:
     """IdentityError when two clones share a part of their identity."""
     for key in DISTINCT:
-        values = Counter(clone["uuid"] if key == "uuid" else clone["identity"][key] for clone in clones)
+        values = Counter(
+            clone["uuid"] if key == "uuid" else clone["identity"][key] for clone in clones
+        )
         value, times = values.most_common(1)[0]
         if times > 1:
             raise IdentityError(

@@ -46,6 +46,7 @@ def measure_density(session: Session, n: int, path: str, window: float) -> dict[
         "n": n,
         "pss_mib": summarize([row["pss"] / 1024 for row in rows]).as_dict(),
         "private_mib": summarize([row["private"] / 1024 for row in rows]).as_dict(),
+        "marginal_mib": _slope(growth),
         "available_mib_each": round((before - available_bytes()) / n / (1 << 20), 1),
         "window_s": window,
         "cpu_percent": summarize(cpu).as_dict(),
@@ -105,6 +106,13 @@ def measure_paused(session: Session, warm: int, starts: int) -> dict[str, Any]:
     }
 
 
+def _slope(growth: list[dict[str, Any]]) -> float | None:
+    """MiB by which the sum of PSS grew per clone after the first; None for a single one."""
+    first, last = growth[0], growth[-1]
+    if first is last:
+        return None
+    return round((last["pss_mib"] - first["pss_mib"]) / (last["k"] - first["k"]), 1)
+
+
 def _mib(kib: int) -> float:
     return round(kib / 1024, 1)
-

@@ -33,10 +33,11 @@ _PLACES = {
 _SCRIPT = """
 set -e
 base=$1 kvm=$2
+shift 2
 mount -t tmpfs tmpfs /run
 mkdir /run/libvirt
 mount --bind "$base/run" /run/libvirt
-for place in etc:/etc/libvirt lib:/var/lib/libvirt cache:/var/cache/libvirt log:/var/log/libvirt; do
+for place; do
     mount --bind "$base/${place%%:*}" "${place#*:}"
 done
 if [ "$kvm" = hidden ] && [ -e /dev/kvm ]; then
@@ -128,9 +129,11 @@ def _spawn(base: Path, *, hide_kvm: bool) -> subprocess.Popen[bytes]:
     # A /dev/kvm that is there and runs no guest costs libvirtd a minute. One that it may open but
     # not use makes it probe QEMU anew for every domain: it has to look like no access at all.
     unshare = ["unshare", "--mount", "--net", "--propagation", "private"]
+    arguments = [str(base), "hidden" if hide_kvm else "shown"]
+    arguments += [f"{name}:{place}" for name, place in _PLACES.items()]
     with open(base / "log/libvirtd", "wb") as log:
         return subprocess.Popen(
-            [*unshare, "sh", "-c", _SCRIPT, "sh", str(base), "hidden" if hide_kvm else "shown"],
+            [*unshare, "sh", "-c", _SCRIPT, "sh", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

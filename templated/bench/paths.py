@@ -189,7 +189,7 @@ def in_threads(workers: list[Callable[[], object]], seconds: float) -> tuple[int
             while not stop.is_set() and time.monotonic() - begin < seconds:
                 work()
                 done.append(None)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # raised again in the main thread
             failed.append(error)
             stop.set()
 

@@ -17,7 +17,8 @@ def pss_kib(pid: int) -> dict[str, int]:
     HostError when the process is gone or another user's.
     """
     text = _read(pid, "smaps_rollup")
-    found = {name: int(size) for name, size in re.findall(r"^(\w+): +(\d+) kB$", text, re.M)}
+    lines = re.findall(r"^(\w+): +(\d+) kB$", text, re.MULTILINE)
+    found = {name: int(size) for name, size in lines}
     private = found.get("Private_Clean", 0) + found.get("Private_Dirty", 0)
     return {"pss": found.get("Pss", 0), "private": private}
 
@@ -32,7 +33,7 @@ def cpu_seconds(pid: int) -> float:
 def available_bytes() -> int:
     """Memory that can be had without swapping."""
     text = Path("/proc/meminfo").read_text()
-    found = re.search(r"^MemAvailable: +(\d+) kB$", text, re.M)
+    found = re.search(r"^MemAvailable: +(\d+) kB$", text, re.MULTILINE)
     return int(found[1]) << 10 if found else 0
 
 

@@ -7,10 +7,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
+from templated.bench.bare import Bare, Stage
 from templated.drivers.disk import copy_overlay
 from templated.services.generations import STATE
-
-from templated.bench.bare import Bare, Stage
 
 Once = Callable[[], dict[str, float]]
 """One start: milliseconds of each phase, and `total`. The VM is gone when it returns."""

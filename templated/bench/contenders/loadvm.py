@@ -31,9 +31,7 @@ class LoadVm:
             fresh_overlay(places)
             with places.spawned(places.generation.memory) as vm:
                 load_frozen(places, vm)
-                said = vm.qmp.command(
-                    "human-monitor-command", {"command-line": f"savevm {_NAME}"}
-                )
+                said = vm.qmp.command("human-monitor-command", {"command-line": f"savevm {_NAME}"})
                 if said.strip():
                     raise HypervisorError(f"savevm: {said.strip()}")
                 vm.quit()

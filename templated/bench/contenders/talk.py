@@ -27,7 +27,9 @@ class FullStream:
     def opened(self) -> Iterator[Once]:
         with (
             stage(self.session.generation()) as places,
-            TemporaryDirectory(prefix="templated-bench-", dir=places.generation.frozen.parent.parent) as shm,
+            TemporaryDirectory(
+                prefix="templated-bench-", dir=places.generation.frozen.parent.parent
+            ) as shm,
         ):
             saved = Path(shm) / "vm_template"
             fresh_overlay(places)

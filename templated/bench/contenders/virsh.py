@@ -25,7 +25,7 @@ from templated.services.generations import Generation
 
 _DOMAIN = "templated-bench"
 _MAC = "02:00:00:00:00:01"
-_SETTLE = 2.0
+_SETTLE, _PING = 2.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class VirshRestore:
         generation = self.session.generation()
         with (
             TemporaryDirectory(prefix="tpl.", dir="/tmp") as places,
-            TemporaryDirectory(prefix="templated-bench-", dir=generation.frozen.parent.parent) as shm,
+            TemporaryDirectory(
+                prefix="templated-bench-", dir=generation.frozen.parent.parent
+            ) as shm,
             private_libvirtd(generation.hardware.accel) as daemon,
         ):
             domain = Domain(daemon, generation, Path(places), Path(shm) / "saved")
@@ -65,13 +67,10 @@ class Domain:
         _overlay(image, self.places / "disk.qcow2")
         (self.places / "domain.xml").write_text(domain_xml(self.generation, self.places))
         self.daemon.virsh("create", str(self.places / "domain.xml"))
-        agent = self._agent(seconds(self.generation.manifest.spec.boot_timeout))
-        try:
+        with contextlib.closing(self._booted()) as agent:
             agent.ask({"cmd": "identify", **identity(str(uuid4()), _MAC)})
             time.sleep(_SETTLE)
             agent.ask({"cmd": "quiesce"})
-        finally:
-            agent.close()
         self.daemon.virsh("save", _DOMAIN, str(self.saved))
         (self.places / "disk.qcow2").rename(self.places / "frozen.qcow2")
 
@@ -83,12 +82,9 @@ class Domain:
             watch = Stopwatch()
             self.daemon.virsh("restore", str(self.saved))
             watch.mark("restore")
-            agent = self._agent(BOUND)
-            try:
+            with contextlib.closing(Line(self.places / "agent")) as agent:
                 agent.ask({"cmd": "identify", **identity(str(uuid4()), _MAC)})
-                watch.mark("identify")
-            finally:
-                agent.close()
+            watch.mark("identify")
         return watch.row()
 
     @contextmanager
@@ -100,13 +96,15 @@ class Domain:
             with contextlib.suppress(HypervisorError):
                 self.daemon.virsh("destroy", _DOMAIN)
 
-    def _agent(self, timeout: float) -> Line:
-        """A connection to an agent that answers."""
-        deadline = time.monotonic() + timeout
+    def _booted(self) -> Line:
+        """A connection to the agent, once it answers; what is said to it before is lost."""
+        spec = self.generation.manifest.spec
+        deadline = time.monotonic() + seconds(spec.boot_timeout)
         while True:
-            line = Line(self.places / "agent")
+            line = Line(self.places / "agent", timeout=_PING)
             try:
                 line.ask({"cmd": "ping"})
+                line.patience(BOUND)
                 return line
             except Timeout:
                 line.close()
@@ -118,7 +116,18 @@ class Domain:
 
 
 def _overlay(image: Path, target: Path) -> None:
-    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", image, target]
+    command = [
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-F",
+        "qcow2",
+        "-b",
+        str(image),
+        str(target),
+    ]
     done = subprocess.run(command, capture_output=True, timeout=60, check=False)
     if done.returncode != 0:
         raise HostError(f"qemu-img failed: {done.stderr.decode(errors='replace').strip()}")
@@ -132,21 +141,10 @@ def domain_xml(generation: Generation, places: Path) -> str:
     is, and what `-machine` has beyond that is passed on.
     """
     hardware, manifest = generation.hardware, generation.manifest
-    model, *features = hardware.cpu.split(",")
-    cpu = "".join(
-        f"<feature name={quoteattr(f[1:])} policy='{'require' if f[0] == '+' else 'disable'}'/>"
-        for f in features
-        if f[:1] in ("+", "-")
-    )
     where = "<address type='virtio-mmio'/>" if hardware.type == "microvm" else ""
     extra = "x-option-roms=off,isa-serial=on,rtc=on" if hardware.type == "microvm" else "smm=off"
     kernel = Path(manifest.kernel)
     kind = "kvm" if hardware.accel == "kvm" else "qemu"
-    mode = (
-        "<cpu mode='host-passthrough'/>"
-        if model == "host"
-        else f"<cpu mode='custom' match='exact' check='none'><model>{escape(model)}</model>{cpu}</cpu>"
-    )
     return f"""
 <domain type='{kind}' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{_DOMAIN}</name>
@@ -159,7 +157,7 @@ def domain_xml(generation: Generation, places: Path) -> str:
     <cmdline>{escape(manifest.kernel_cmdline)}</cmdline>
   </os>
   <features><acpi/></features>
-  {mode}
+  {_cpu(hardware.cpu)}
   <on_reboot>destroy</on_reboot>
   <devices>
     <emulator>{escape(manifest.qemu.path)}</emulator>
@@ -186,3 +184,18 @@ def domain_xml(generation: Generation, places: Path) -> str:
   </qemu:commandline>
 </domain>
 """
+
+
+def _cpu(cpu: str) -> str:
+    """QEMU's `MODEL,+FEATURE,...` in libvirt's words."""
+    model, *features = cpu.split(",")
+    if model == "host":
+        return "<cpu mode='host-passthrough'/>"
+    policies = {"+": "require", "-": "disable"}
+    named = "".join(
+        f"<feature policy='{policies[feature[0]]}' name={quoteattr(feature[1:])}/>"
+        for feature in features
+        if feature[:1] in policies
+    )
+    exact = "<cpu mode='custom' match='exact' check='none'>"
+    return f"{exact}<model>{escape(model)}</model>{named}</cpu>"
