@@ -111,7 +111,8 @@ def _slope(growth: list[dict[str, Any]]) -> float | None:
     first, last = growth[0], growth[-1]
     if first is last:
         return None
-    return round((last["pss_mib"] - first["pss_mib"]) / (last["k"] - first["k"]), 1)
+    slope: float = (last["pss_mib"] - first["pss_mib"]) / (last["k"] - first["k"])
+    return round(slope, 1)
 
 
 def _mib(kib: int) -> float:

@@ -67,12 +67,12 @@ def _phases(axes: Axes, paths: dict[str, Any]) -> None:
         begin = [at + width for at, width in zip(begin, widths, strict=True)]
     for name, end, value in zip(names, begin, p50, strict=True):
         cut = " →" if end > limit else ""
-        at = min(end, 0.8 * limit)
-        axes.annotate(f" {value:g} ms{cut}", (at, name), va="center")
+        at = min(end, 0.75 * limit)
+        axes.annotate(f" {value:.4g} ms{cut}", (at, name), va="center")
     axes.set_xlim(0, limit)
     axes.invert_yaxis()
     axes.set_xlabel("ms, median of each phase")
-    axes.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=len(phases))
+    axes.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
 
 
 def _distribution(axes: Axes, samples: dict[str, list[float]]) -> None:
@@ -82,6 +82,7 @@ def _distribution(axes: Axes, samples: dict[str, list[float]]) -> None:
     spread = [value for values in samples.values() for value in values]
     if max(spread) > _DECADE * min(spread):
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
     else:
         axes.set_xlim(left=0)
     axes.set_xlabel("ms")

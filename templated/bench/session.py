@@ -22,7 +22,9 @@ Row = dict[str, float]
 POOLED = ("standby", "warm")
 # What a clone that does nothing takes at most, by far: QEMU and the pages that its guest wrote.
 CLONE_BYTES = 64 << 20
-_POLL = 0.02
+_POLL, _GRACE = 0.02, 0.3
+# Longer than any start is allowed to take.
+_STARTS_WITHIN = 300.0
 
 
 class Session:
@@ -33,6 +35,7 @@ class Session:
         self.progress = progress
         self.tag = f"bench-{secrets.token_hex(3)}"
         self.template = built_template(client, template)
+        self._cut_short = False
         self.pools = Pools(client, self.template, progress)
 
     def make(self, name: str, path: str | None = None, template: str | None = None) -> Any:
@@ -40,7 +43,11 @@ class Session:
         body = {"name": f"{self.tag}-{name}", "template": template or self.template}
         if path:
             body["path"] = path
-        return self.client.post("clones", body=body)
+        try:
+            return self.client.post("clones", body=body)
+        except KeyboardInterrupt:
+            self._cut_short = True
+            raise
 
     def remove(self, clone: dict[str, Any]) -> None:
         """Remove a clone of this run."""
@@ -85,11 +92,30 @@ class Session:
             raise errors[0]
 
     def _remove_clones(self) -> None:
-        mine = [c for c in self.client.get("clones") if c["name"].startswith(f"{self.tag}-")]
-        if mine:
-            self.progress(f"removing {len(mine)} clones")
-        for clone in mine:
-            self.remove(clone)
+        if self._cut_short:
+            # The daemon goes on with a request whose client left: let it write the name down.
+            time.sleep(_GRACE)
+        deadline = time.monotonic() + _STARTS_WITHIN
+        while left := self._remove_some():
+            if time.monotonic() > deadline:
+                raise Timeout(
+                    f"{left[0]} does not end", hint=f"later: templated rm {' '.join(left[:3])}"
+                )
+            time.sleep(_POLL)
+
+    def _remove_some(self) -> list[str]:
+        """Names of this run's clones that are there still: one that starts cannot be removed."""
+        left = []
+        for clone in self.client.get("clones"):
+            if clone["name"].startswith(f"{self.tag}-"):
+                self.progress(f"removing {clone['name']}")
+                try:
+                    self.remove(clone)
+                except TemplatedError as error:
+                    if error.code not in ("conflict", "not_found"):
+                        raise
+                    left.append(clone["name"])
+        return left
 
 
 class Pools:
