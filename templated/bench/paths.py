@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from templated.bench.floor import Floor, floor
+from templated.bench.floor import floor
 from templated.bench.interrupts import uninterrupted
 from templated.bench.session import POOLED, Row, Session
 from templated.bench.stats import quantile, summarize, summarize_rows
 from templated.errors import BuildError, HostError, TemplatedError
-from templated.services.generations import Generation
 
 PATHS = ("floor", "direct", "standby", "warm", "cold")
 # Every path leaves something warm behind; each is taken once before anything counts.
@@ -41,9 +40,7 @@ def measure_paths(session: Session, plan: Plan) -> dict[str, Any]:
     """All figures of one run, in milliseconds. A path that cannot be taken is in `skipped`."""
     skipped: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        generation = session.generation()
-        bare = stack.enter_context(floor(generation))
-        starts = _starts(session, bare, plan.counts, skipped)
+        starts = _starts(session, stack, plan.counts, skipped)
         rows = _rounds(session, starts, plan.counts)
     report: dict[str, Any] = {
         "kind": "paths",
@@ -54,7 +51,7 @@ def measure_paths(session: Session, plan: Plan) -> dict[str, Any]:
         "ratios": _ratios(rows),
     }
     if plan.sustained:
-        report["sustained"] = _sustained(session, generation, plan.sustained, plan.concurrency)
+        report["sustained"] = _sustained(session, plan.sustained, plan.concurrency)
     if plan.cli:
         report["cli"] = _cli(session, plan.cli)
     if plan.memory:
@@ -75,12 +72,17 @@ def schedule(counts: Mapping[str, int]) -> list[str]:
 
 
 def _starts(
-    session: Session, bare: Floor, counts: Mapping[str, int], skipped: dict[str, str]
+    session: Session,
+    stack: contextlib.ExitStack,
+    counts: Mapping[str, int],
+    skipped: dict[str, str],
 ) -> dict[str, Callable[[], Row]]:
     """How each path is taken once; one that cannot be is named in `skipped`."""
     starts: dict[str, Callable[[], Row]] = {}
     for name in (name for name, count in counts.items() if count):
-        start = bare.once if name == "floor" else _Start(session, name)
+        start: Callable[[], Row] = _Start(session, name)
+        if name == "floor":
+            start = stack.enter_context(floor(session.generation())).once
         try:
             if name in POOLED:
                 session.pools.need(name, 1)
@@ -134,13 +136,12 @@ def _ratios(rows: Mapping[str, list[Row]]) -> dict[str, float]:
     return ratios
 
 
-def _sustained(
-    session: Session, generation: Generation, seconds: float, concurrency: int
-) -> dict[str, Any]:
+def _sustained(session: Session, seconds: float, concurrency: int) -> dict[str, Any]:
     """Starts per second that go on, each ended before the next, in so many threads.
 
     In four slices, floor and direct and back again, so that a drift hits both alike.
     """
+    generation = session.generation()
     with contextlib.ExitStack() as stack:
         floors = [stack.enter_context(floor(generation)) for _ in range(concurrency)]
         workers: dict[str, list[Callable[[], object]]] = {

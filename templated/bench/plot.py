@@ -57,7 +57,7 @@ def _phases(axes: Axes, paths: dict[str, Any]) -> None:
     names = list(paths)
     p50 = [paths[name]["p50"] for name in names]
     middle = sorted(p50)[len(p50) // 2]
-    limit = 1.25 * max(value for value in p50 if value <= _LONG * middle)
+    limit = 1.35 * max(value for value in p50 if value <= _LONG * middle)
     known = {phase for name in names for phase in paths[name]["phases_p50"]}
     phases = [phase for phase in map(str, Phase) if phase in known]
     begin = [0.0] * len(names)
@@ -67,7 +67,7 @@ def _phases(axes: Axes, paths: dict[str, Any]) -> None:
         begin = [at + width for at, width in zip(begin, widths, strict=True)]
     for name, end, value in zip(names, begin, p50, strict=True):
         cut = " →" if end > limit else ""
-        at = min(end, 0.75 * limit)
+        at = 0.7 * limit if end > limit else end
         axes.annotate(f" {value:.4g} ms{cut}", (at, name), va="center")
     axes.set_xlim(0, limit)
     axes.invert_yaxis()
@@ -77,12 +77,16 @@ def _phases(axes: Axes, paths: dict[str, Any]) -> None:
 
 def _distribution(axes: Axes, samples: dict[str, list[float]]) -> None:
     """The share of starts that had ended after so many milliseconds."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     for name, values in samples.items():
         axes.ecdf(values, label=name)
     spread = [value for values in samples.values() for value in values]
     if max(spread) > _DECADE * min(spread):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_xlim(left=0)
     axes.set_xlabel("ms")
