@@ -44,7 +44,7 @@ class VirshRestore:
             TemporaryDirectory(
                 prefix="templated-bench-", dir=generation.frozen.parent.parent
             ) as shm,
-            private_libvirtd(generation.hardware.accel) as daemon,
+            private_libvirtd() as daemon,
         ):
             domain = Domain(daemon, generation, Path(places), Path(shm) / "saved")
             with domain.removed():
