@@ -24,9 +24,10 @@ from templated.errors import Busy, Conflict, HostError
 from templated.model.clone import CloneState, Slot
 from templated.model.clone import Path as StartPath
 from templated.model.generation import GenerationState
+from templated.model.spec import PoolSpec
 
 T = TypeVar("T")
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE templates (
     name TEXT PRIMARY KEY,
@@ -64,6 +65,15 @@ CREATE TABLE clones (
 ) STRICT;
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
 """
+_POOLS = """
+CREATE TABLE pools (
+    template TEXT PRIMARY KEY,
+    standby INTEGER NOT NULL,
+    warm INTEGER NOT NULL
+) STRICT;
+"""
+_MIGRATIONS = {0: _SCHEMA + _POOLS, 1: _POOLS}
+"""By the version that is found: what brings it to the present one."""
 
 
 class GenerationRow(Struct, frozen=True, kw_only=True):
@@ -143,6 +153,33 @@ class Journal:
         """Give a slot to a name; Conflict when the name is taken."""
         return await self._run(lambda db: _new_clone(db, name, slot_id, template, path))
 
+    async def claim(
+        self,
+        name: str,
+        slot_id: str,
+        template: str,
+        path: StartPath,
+        process: tuple[int, int],
+        phases_ms: dict[str, float],
+        total_ms: float,
+    ) -> CloneRow:
+        """Give a pool's member, which has a VM already, to a name: in one step a running clone.
+
+        `process` is its pid and start time. Until then a restart takes the VM for one without an
+        owner and ends it. Conflict when the name, or the slot, has been given away.
+        """
+
+        def work(db: sqlite3.Connection) -> CloneRow:
+            _new_clone(db, name, slot_id, template, path)
+            db.execute(
+                "UPDATE clones SET state = ?, pid = ?, pid_start = ?, phases = ?, total_ms = ?"
+                " WHERE slot = ?",
+                (CloneState.RUNNING.value, *process, json.dumps(phases_ms), total_ms, slot_id),
+            )
+            return _clone_row(db.execute(_CLONES + " WHERE clones.name = ?", (name,)).fetchone())
+
+        return await self._run(work)
+
     async def clone_spawned(self, slot_id: str, pid: int, pid_start: int) -> None:
         """Record the process as soon as it is known."""
         sql = "UPDATE clones SET pid = ?, pid_start = ? WHERE slot = ?"
@@ -169,6 +206,26 @@ class Journal:
         """Slots without a clone, each with whether it is ready."""
         sql = "SELECT * FROM slots WHERE id NOT IN (SELECT slot FROM clones) ORDER BY idx"
         return await self._run(lambda db: [(_slot(r), bool(r["ready"])) for r in db.execute(sql)])
+
+    # --- pools ----------------------------------------------------------------------------------
+
+    async def pool_sizes(self) -> dict[str, PoolSpec]:
+        """The sizes that were set at run time, by template."""
+        sql = "SELECT template, standby, warm FROM pools"
+        return await self._run(
+            lambda db: {
+                r["template"]: PoolSpec(standby=r["standby"], warm=r["warm"])
+                for r in db.execute(sql)
+            }
+        )
+
+    async def set_pool(self, template: str, sizes: PoolSpec | None) -> None:
+        """Keep sizes that were set at run time; None forgets them."""
+        if sizes is None:
+            await self._run(_executor("DELETE FROM pools WHERE template = ?", template))
+            return
+        sql = "INSERT OR REPLACE INTO pools VALUES (?, ?, ?)"
+        await self._run(_executor(sql, template, sizes.standby, sizes.warm))
 
     # --- templates and generations ----------------------------------------------------------
 
@@ -256,10 +313,10 @@ class Journal:
 
     def _open(self, db: sqlite3.Connection) -> None:
         (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version == 0:
+        if version in _MIGRATIONS:
             # One transaction: a file with tables and no version could never be opened again.
             version_set = f"PRAGMA user_version = {_SCHEMA_VERSION};"
-            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {version_set} COMMIT;")
+            db.executescript(f"BEGIN IMMEDIATE; {_MIGRATIONS[version]} {version_set} COMMIT;")
         elif version != _SCHEMA_VERSION:
             raise HostError(
                 f"the journal {self._path} has version {version}, not {_SCHEMA_VERSION}",

@@ -17,7 +17,14 @@ from prometheus_client import generate_latest
 from templated import __version__
 from templated.api.errors import body_of
 from templated.errors import Busy, HostError, InvalidRequest, TemplatedError
-from templated.model.api import BuildRequest, CloneRequest, ExecFrame, ExecRequest, Info
+from templated.model.api import (
+    BuildRequest,
+    CloneRequest,
+    ExecFrame,
+    ExecRequest,
+    Info,
+    PoolRequest,
+)
 from templated.model.names import check_clone_name
 from templated.services.clones import LOG_BYTES
 from templated.services.daemon import Services
@@ -205,7 +212,7 @@ async def show_template(request: web.Request) -> web.Response:
 
 
 async def remove_template(request: web.Request) -> web.Response:
-    await asyncio.shield(request.app[SERVICES].templates.remove(request.match_info["name"]))
+    await asyncio.shield(request.app[SERVICES].clones.remove_template(request.match_info["name"]))
     return web.Response(status=204)
 
 
@@ -223,6 +230,20 @@ async def build_template(request: web.Request) -> web.Response:
 async def rollback(request: web.Request) -> web.Response:
     name = request.match_info["name"]
     return _json(await asyncio.shield(request.app[SERVICES].templates.rollback(name)))
+
+
+async def list_pools(request: web.Request) -> web.Response:
+    return _json(request.app[SERVICES].clones.pools.views())
+
+
+async def show_pool(request: web.Request) -> web.Response:
+    return _json(request.app[SERVICES].clones.pools.view(request.match_info["template"]))
+
+
+async def set_pool(request: web.Request) -> web.Response:
+    wanted = await body_of(request, PoolRequest)
+    pools = request.app[SERVICES].clones.pools
+    return _json(await asyncio.shield(pools.set(request.match_info["template"], wanted)))
 
 
 async def show_operation(request: web.Request) -> web.Response:

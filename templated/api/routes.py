@@ -15,6 +15,8 @@ from templated.model.api import (
     Info,
     Operation,
     OperationEvent,
+    PoolRequest,
+    PoolView,
 )
 from templated.model.clone import CloneView
 from templated.model.generation import TemplateView
@@ -121,6 +123,13 @@ ROUTES: tuple[Route, ...] = (
             "Serve the build before",
         ),
         answer=TemplateView,
+    ),
+    Route("GET", "/v1/pools", h.list_pools, "All pools", list[PoolView]),
+    Route("GET", "/v1/pools/{template}", h.show_pool, "The pools of a template", PoolView),
+    Route(
+        *("PUT", "/v1/pools/{template}", h.set_pool, "Set the sizes of pools"),
+        answer=PoolView,
+        body=PoolRequest,
     ),
     Route("GET", "/v1/operations/{id}", h.show_operation, "Long work", Operation),
     Route(

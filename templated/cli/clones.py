@@ -36,8 +36,9 @@ templated clone fn-cold --path cold # a full boot, to compare with
 @click.option("--count", type=int, metavar="N", help="Start NAME-1 to NAME-N.")
 @click.option(
     "--path",
-    type=click.Choice(["cold", "direct"]),
-    help="How to start: cold is a full boot, direct restores the template. Default: the fastest.",
+    type=click.Choice(["cold", "direct", "standby", "warm"]),
+    help="How to start: cold is a full boot, direct restores the template, standby and warm take "
+    "a VM from a pool. Default: the fastest that is ready.",
 )
 @click.pass_obj
 def clone(

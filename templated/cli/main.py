@@ -25,6 +25,7 @@ COMMANDS = {
     "logs": "templated.cli.watch:logs",
     "events": "templated.cli.watch:events",
     "template": "templated.cli.templates:template",
+    "pool": "templated.cli.pools:pool",
     "image": "templated.cli.images:image",
     "serve": "templated.cli.serve:serve",
     "doctor": "templated.cli.doctor_cmd:doctor",

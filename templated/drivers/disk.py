@@ -32,7 +32,8 @@ async def run(*arguments: str, timeout: float = _TIMEOUT) -> str:
             hint="run scripts/setup, or apt install qemu-utils",
         ) from None
     try:
-        out, err = await asyncio.wait_for(child.communicate(), timeout)
+        async with asyncio.timeout(timeout):
+            out, err = await child.communicate()
     except BaseException as error:
         with contextlib.suppress(ProcessLookupError):
             child.kill()

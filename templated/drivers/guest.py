@@ -164,6 +164,10 @@ class Agent:
         """Give the guest its identity and get back what it then reads of itself."""
         return _convert(await self.request("identify", timeout, identity), Confirmation)
 
+    async def claim(self, timeout: float, **identity: Any) -> Confirmation:
+        """Give a guest with an identity its name, the time and entropy; it reads all back."""
+        return _convert(await self.request("claim", timeout, identity), Confirmation)
+
     async def adjust_clock(self, seconds: float, timeout: float) -> float:
         """Shift the guest's wall clock; returns its time after that."""
         raw = await self.request("clock", timeout, {"adjust": seconds})

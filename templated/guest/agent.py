@@ -365,7 +365,7 @@ class Agent:
         self.executions: set[Execution] = set()
         self.stop = False
         self._identified = False
-        self._frozen_at: float | None = None
+        self._marked_at: float | None = None
         self._number: Any = None
         # Edge-triggered, as a port without a host reports EPOLLHUP for ever.
         edges = select.EPOLLIN | select.EPOLLET
@@ -506,8 +506,8 @@ class Agent:
             result = command(self, request)
             if result is not None:
                 self.reply(number, result, self.connection)
-                if command is Agent.quiesce:
-                    self._frozen_at = time.monotonic()
+                if command in MARKS:
+                    self._marked_at = time.monotonic()
         except Refused as error:
             self.refuse(number, error.code, str(error))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -581,27 +581,48 @@ class Agent:
     def identify(self, request: dict[str, Any]) -> dict[str, Any]:
         """Become the machine that `request` describes; returns what the kernel then says."""
         system = self._system
-        entropy = binascii.a2b_base64(request["entropy"])
-        system.add_entropy(entropy)
-        random.seed(entropy)
-        wanted = float(request["time"])
-        if self._frozen_at is not None:
-            wanted += time.monotonic() - self._frozen_at
-        system.set_clock(wanted)
-        name, ip = request["hostname"], request["ip"]
-        system.set_hostname(name)
-        write_text(system.etc + "/hostname", name + "\n")
-        hosts = f"127.0.0.1 localhost\n{ip} {name}\n"
-        write_text(system.etc + "/hosts", hosts)
+        self._renew(request)
+        self._name(request)
         write_text(system.etc + "/machine-id", request["machine_id"] + "\n")
         write_text(system.boot_id, request["boot_id"] + "\n")
         write_text(system.run + "/uuid", request["uuid"] + "\n")
         system.set_mac(request["mac"])
-        system.set_address(ip, int(request["prefix"]), request.get("gateway"))
+        system.set_address(request["ip"], int(request["prefix"]), request.get("gateway"))
         if request.get("dns"):
             lines = [f"nameserver {server}\n" for server in request["dns"]]
             write_text(system.etc + "/resolv.conf", "".join(lines))
-        hooks = system.hooks()
+        return self._confirm(request)
+
+    def claim(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Take a name, the present time and fresh entropy; all else `identify` gave before.
+
+        With `rehearsal` the hooks are left alone: it only makes the next claim a fast one.
+        """
+        self._renew(request)
+        self._name(request)
+        return self._confirm(request)
+
+    def _renew(self, request: dict[str, Any]) -> None:
+        """Fresh entropy before anything else, then the time: the host's at our last mark."""
+        entropy = binascii.a2b_base64(request["entropy"])
+        self._system.add_entropy(entropy)
+        random.seed(entropy)
+        wanted = float(request["time"])
+        if self._marked_at is not None:
+            wanted += time.monotonic() - self._marked_at
+        self._system.set_clock(wanted)
+
+    def _name(self, request: dict[str, Any]) -> None:
+        name = request["hostname"]
+        self._system.set_hostname(name)
+        write_text(self._system.etc + "/hostname", name + "\n")
+        hosts = f"127.0.0.1 localhost\n{request['ip']} {name}\n"
+        write_text(self._system.etc + "/hosts", hosts)
+
+    def _confirm(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Run the hooks and read everything back."""
+        system = self._system
+        hooks = [] if request.get("rehearsal") else system.hooks()
         if hooks:
             run_hooks(hooks, request)
         facts = self._facts()
@@ -692,6 +713,7 @@ class Agent:
 COMMANDS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any] | None]] = {
     "ping": Agent.ping,
     "identify": Agent.identify,
+    "claim": Agent.claim,
     "clock": Agent.clock,
     "exec": Agent.execute,
     "put": Agent.put,
@@ -700,11 +722,16 @@ COMMANDS: dict[str, Callable[[Agent, dict[str, Any]], dict[str, Any] | None]] = 
 }
 
 
+MARKS = {Agent.quiesce, Agent.identify, Agent.claim}
+"""After these the guest may be paused: the host tells the time of the next by their end."""
+
+
 def run_hooks(paths: list[str], request: dict[str, Any]) -> None:
     """Run the identity hooks in order, HOOK_SECONDS for all; Refused when one fails."""
     end = time.monotonic() + HOOK_SECONDS
     names = ("hostname", "ip", "mac", "uuid", "machine_id")
     extra = {f"TEMPLATED_{name.upper()}": str(request[name]) for name in names}
+    extra["TEMPLATED_STEP"] = str(request["cmd"])
     for path in paths:
         # The output goes to a file: a child that a hook leaves behind would hold a pipe open.
         output = os.memfd_create("hook")

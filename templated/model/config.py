@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from templated.model.network import BridgeNetwork, UserNetwork
+from templated.model.spec import Percent
+from templated.model.units import Duration, seconds
 
 AbsolutePath = Annotated[str, Meta(pattern=r"^/[^\0]{0,4000}$(?!\n)")]
 
@@ -45,6 +47,31 @@ class SlotConfig(_Section, frozen=True, kw_only=True):
     ready: Annotated[int, Meta(ge=0, le=1024)] = 4
 
 
+class PressureConfig(_Section, frozen=True, kw_only=True):
+    """The host's pressure (`some`, percent of the last 10 s) at which pools are not refilled."""
+
+    cpu: Percent = 80.0
+    memory: Percent = 10.0
+    io: Percent = 80.0
+
+
+class PoolConfig(_Section, frozen=True, kw_only=True):
+    """How pools are refilled; their sizes are in the templates."""
+
+    concurrent_refills: Annotated[int, Meta(ge=1, le=64)] | None = None
+    """Members made at once; None: half of the host's CPUs."""
+    max_age: Duration = "360m"
+    """A warm member is replaced after so long."""
+    check_interval: Duration = "30s"
+    """How often members that wait are asked whether they are well."""
+    pressure: PressureConfig = PressureConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("max_age", "check_interval"):
+            if seconds(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1s")
+
+
 class LimitConfig(_Section, frozen=True, kw_only=True):
     """Bounds on concurrent work."""
 
@@ -67,6 +94,7 @@ class Config(_Section, frozen=True, kw_only=True):
     network: UserNetwork | BridgeNetwork = UserNetwork()
     restore: RestoreConfig = RestoreConfig()
     slots: SlotConfig = SlotConfig()
+    pools: PoolConfig = PoolConfig()
     limits: LimitConfig = LimitConfig()
 
 

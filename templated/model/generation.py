@@ -77,6 +77,8 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     phases_s: dict[str, float]
     freeze_lag_s: float
     """Guest seconds between the agent's clock mark and the stop of its vCPU."""
+    clone_bytes: int = 0
+    """Memory of the host that the canary held for itself once it was identified; 0: unknown."""
 
 
 class GenerationView(Struct, frozen=True, kw_only=True):

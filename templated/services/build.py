@@ -71,6 +71,7 @@ class Build:
         self.directory = context.layout.generation(spec.name, self.id)
         self.frozen = context.layout.frozen(spec.name, self.id)
         self.phases_s: dict[str, float] = {}
+        self.clone_bytes = 0
 
     async def run(self) -> Generation:
         """Build and prove; on failure nothing of the build is left. Raises TemplatedError."""
@@ -108,7 +109,9 @@ class Build:
             await generation.verify()
         with self._phase("canary"):
             canary = await self._canary(generation)
-        generation.manifest = _with(manifest, canary_probes=canary, phases_s=self.phases_s)
+        generation.manifest = _with(
+            manifest, canary_probes=canary, phases_s=self.phases_s, clone_bytes=self.clone_bytes
+        )
         generations.write_manifest(self.directory, generation.manifest)
         return generation
 
@@ -218,7 +221,7 @@ class Build:
                 clock = PhaseClock()
                 hostname = f"{self.spec.name}-canary"
                 try:
-                    vm = await self.context.starter.restore(
+                    vm = await self.context.starter.direct(
                         prepared,
                         generation,
                         hostname,
@@ -232,6 +235,7 @@ class Build:
                         f"the canary: {cause.message}", hint=cause.hint or _HINT
                     ) from error
                 try:
+                    self.clone_bytes = await asyncio.to_thread(vm.machine.private_bytes)
                     return await self._probe(vm, ports, canary=True)
                 finally:
                     await vm.destroy()

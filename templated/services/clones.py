@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -22,15 +23,21 @@ from templated.model.api import CloneRequest
 from templated.model.clone import TRANSITIONS, CloneState, CloneView, Identity
 from templated.model.clone import Path as StartPath
 from templated.model.names import check_clone_name, numbered
+from templated.model.units import seconds
 from templated.services.build import INTERNAL, boot_kernel, image_overlay
 from templated.services.context import Context
 from templated.services.generations import Generation
+from templated.services.pools import TIERS, Member, Pools
 from templated.services.slots import Layer, PreparedSlot
+from templated.services.starter import start_bound
 from templated.services.tasks import Tasks
 from templated.services.templates import Templates
 from templated.services.vm import PhaseClock, Vm, tail
 
 log = logging.getLogger(__name__)
+_CLAIMS_PER_CPU = 2
+_TRIES = 3
+"""Members of a tier that one request tries before it takes another way."""
 LOG_BYTES = 256 << 10
 """What is shown of a console at most."""
 
@@ -91,14 +98,32 @@ class Clones:
         self._tasks = tasks
         self._clones: dict[str, Clone] = {}
         self._starts = asyncio.Semaphore(context.config.limits.concurrent_starts)
-        self.templates = Templates(context, self._in_use)
+        # Claims are short: more at once than the CPUs can run would only make each one longer.
+        self._claims = asyncio.Semaphore(_CLAIMS_PER_CPU * (os.cpu_count() or 1))
+        self.templates = Templates(context, self)
+        self.pools = Pools(context, tasks, self.templates)
         self._closing = False
 
     def __len__(self) -> int:
         return len(self._clones)
 
-    def _in_use(self, generation: str) -> int:
+    def in_use(self, generation: str) -> int:
+        """How many clones map a generation."""
         return sum(1 for clone in self._clones.values() if clone.generation == generation)
+
+    async def drain(self, generation: str) -> None:
+        """Give back slots and pool members of a generation that serves no more."""
+        await self.pools.retire(generation)
+        await self._context.slots.retire(generation)
+
+    def served(self) -> None:
+        """A generation serves from now on: its pools can be filled."""
+        self.pools.refresh()
+
+    async def remove_template(self, name: str) -> None:
+        """Remove a template's generations, and the sizes that were set for its pools."""
+        await self.templates.remove(name)
+        await self.pools.forget(name)
 
     # --- starting ---------------------------------------------------------------------------
 
@@ -110,18 +135,19 @@ class Clones:
         """
         clock = PhaseClock()
         names = numbered(request.name, request.count)
-        path = StartPath(request.path or StartPath.DIRECT)
-        self._reserve(names, request, path)
+        forced = StartPath(request.path) if request.path else None
+        self._reserve(names, request, forced)
         # Whoever asked may go away; the starts go on, or are undone, all the same.
-        outcome = await asyncio.shield(self._tasks.start(self._all_or_none(names, clock.started)))
+        work = self._all_or_none(names, forced, clock.started)
+        outcome = await asyncio.shield(self._tasks.start(work))
         if isinstance(outcome, TemplatedError):
             raise outcome
         return [clone.view() for clone in outcome]
 
     async def _all_or_none(
-        self, names: list[str], requested: float
+        self, names: list[str], forced: StartPath | None, requested: float
     ) -> list[Clone] | TemplatedError:
-        tasks = [self._tasks.start(self._outcome(name, requested)) for name in names]
+        tasks = [self._tasks.start(self._outcome(name, forced, requested)) for name in names]
         outcomes = await asyncio.gather(*tasks)
         started = [outcome for outcome in outcomes if isinstance(outcome, Clone)]
         failures = [outcome for outcome in outcomes if isinstance(outcome, TemplatedError)]
@@ -130,16 +156,20 @@ class Clones:
             return failures[0]
         return started
 
-    async def _outcome(self, name: str, requested: float) -> Clone | TemplatedError:
+    async def _outcome(
+        self, name: str, forced: StartPath | None, requested: float
+    ) -> Clone | TemplatedError:
         """A started clone or why there is none: a task of the daemon's group must not raise."""
         try:
-            return await self._start(name, requested)
+            return await self._start(name, forced, requested)
         except TemplatedError as error:
             return error
 
-    def _reserve(self, names: list[str], request: CloneRequest, path: StartPath) -> None:
+    def _reserve(self, names: list[str], request: CloneRequest, forced: StartPath | None) -> None:
         """Take the names at once, so that of two requests for a name one fails early."""
-        generation = self.templates.serving(request.template)
+        generation = self.templates.known(request.template)
+        if not self.pools.ready((generation.manifest.template, StartPath.WARM)):
+            self.templates.serving(request.template)
         for name in names:
             if name in self._clones:
                 raise Conflict(
@@ -150,19 +180,22 @@ class Clones:
         if len(self._clones) + len(names) > limit:
             raise Busy(f"the limit of {limit} clones is reached", hint="see limits.clones")
         for name in names:
+            path = forced or StartPath.DIRECT
             self._clones[name] = Clone(
                 name, generation.manifest.template, generation.id, path, now()
             )
 
-    async def _start(self, name: str, requested: float) -> Clone:
+    async def _start(self, name: str, forced: StartPath | None, requested: float) -> Clone:
         clone = self._clones[name]
         clock = PhaseClock()
         clock.started = requested
         try:
-            generation = self.templates.serving(clone.template)
+            generation = self.templates.known(clone.template)
             clone.generation = generation.id
-            async with self._starts:
-                await self._bring_up(clone, generation, clock)
+            if not await self._from_pool(clone, generation, clock, forced):
+                async with self._starts:
+                    await self._bring_up(clone, generation, clock)
+            self._started(clone)
         except BaseException as error:
             self._clones.pop(name, None)
             self._count_states()
@@ -193,6 +226,79 @@ class Clones:
             log.error("start of %s failed", clone.name, exc_info=error)
         return failure
 
+    async def _from_pool(
+        self, clone: Clone, generation: Generation, clock: PhaseClock, forced: StartPath | None
+    ) -> bool:
+        """Start from a member of the fastest pool that has one; false when there is none.
+
+        A member that fails is ended, and the next one is tried. Raises Busy when the path was
+        demanded and there is no member, or what failed last.
+        """
+        failed: TemplatedError | TimeoutError | None = None
+        usable = await self._usable(generation)
+        for tier in (forced,) if forced else TIERS:
+            tries = 0
+            while tier in usable and tries < _TRIES:
+                member = self.pools.take(generation, tier)
+                if member is None:
+                    break
+                tries += 1
+                try:
+                    await self._claim(clone, member, clock)
+                    return True
+                except HostError:  # the disk, the saved state: another member would fare alike
+                    raise
+                except (TemplatedError, TimeoutError) as error:
+                    failed = error
+                    self.pools.lost(member, "claim", str(error) or "it took too long")
+        if forced not in TIERS:
+            clock.phases_ms.clear()
+            clone.path = forced or StartPath.DIRECT
+            return False
+        raise failed or Busy(
+            f"no {forced} VM of {clone.template} is ready",
+            hint="see: templated pool ls; without --path the fastest way that is ready is taken",
+        )
+
+    async def _usable(self, generation: Generation) -> tuple[StartPath, ...]:
+        """The tiers whose members still can be started; a damaged state leaves the warm ones."""
+        try:
+            self.templates.serving(generation.manifest.template)
+            await self.templates.recheck_if_touched(generation)
+        except HostError:
+            return (StartPath.WARM,) if generation.runs_on() else ()
+        return TIERS
+
+    async def _claim(self, clone: Clone, member: Member, clock: PhaseClock) -> None:
+        """Make a pool's member this clone; on failure nothing is left of the member."""
+        vm, generation = member.vm, member.generation
+        spec, starter = generation.manifest.spec, self._context.starter
+        warm = member.tier is StartPath.WARM
+        bound = seconds(spec.identity.timeout) if warm else start_bound(spec)
+        begin = clock.total_ms()
+        clone.path = member.tier
+        clock.phases_ms.clear()
+        try:
+            async with self._claims, asyncio.timeout(bound):
+                clock.phases_ms["allocate"] = round(clock.total_ms() - begin, 3)
+                if warm:
+                    await starter.claim(vm, spec, clone.name, member.lag, clock)
+                else:
+                    await starter.finish(vm, generation, clone.name, clock)
+                clone.row = await self._context.journal.claim(
+                    *(clone.name, vm.slot.id, clone.template, clone.path),
+                    process=(vm.machine.pid, vm.machine.start_time),
+                    phases_ms=clock.phases_ms,
+                    total_ms=clock.total_ms(),
+                )
+        except BaseException:
+            await asyncio.shield(self.pools.discard(member))
+            raise
+        assert clone.row.total_ms is not None
+        clone.vm, clone.created = vm, clone.row.created
+        clone.phases_ms, clone.total_ms = clone.row.phases, clone.row.total_ms
+        clone.move(CloneState.RUNNING)
+
     async def _bring_up(self, clone: Clone, generation: Generation, clock: PhaseClock) -> None:
         slots = self._context.slots
         begin = clock.total_ms()
@@ -214,6 +320,10 @@ class Clones:
         except BaseException:
             await asyncio.shield(self._give_back(clone, prepared))
             raise
+
+    def _started(self, clone: Clone) -> None:
+        """A clone runs: watch it and tell."""
+        assert clone.total_ms is not None
         self._watch(clone)
         metrics = self._context.metrics
         metrics.observe_start(clone.template, clone.path, clone.phases_ms, clone.total_ms)
@@ -227,9 +337,8 @@ class Clones:
 
     async def _layer(self, clone: Clone, generation: Generation) -> tuple[Layer, Image | None]:
         if clone.path is StartPath.DIRECT:
-            qemu = generation.manifest.qemu.version
-            if generation.changed() or not self._context.host.qemu_is(qemu):
-                await self.templates.recheck(generation)
+            self.templates.serving(clone.template)
+            await self.templates.recheck_if_touched(generation)
             return generation.layer, None
         image = self._context.images.get(generation.manifest.image)
         if image is None:
@@ -250,7 +359,7 @@ class Clones:
     ) -> Vm:
         starter = self._context.starter
         if image is None:
-            return await starter.restore(prepared, generation, clone.name, clock, self._spawned)
+            return await starter.direct(prepared, generation, clone.name, clock, self._spawned)
         spec = generation.manifest.spec
         launch = starter.launch(prepared, generation.hardware)
         kernel = boot_kernel(image, spec, generation.manifest.accel)

@@ -29,6 +29,7 @@ from templated.services.metrics import Metrics
 from templated.services.operations import Operations
 from templated.services.places import Layout
 from templated.services.recovery import recover
+from templated.services.refill import Refill
 from templated.services.slots import Slots
 from templated.services.starter import Starter
 from templated.services.tasks import Tasks
@@ -39,11 +40,14 @@ log = logging.getLogger(__name__)
 class Services:
     """What the API calls."""
 
-    def __init__(self, context: Context, clones: Clones, operations: Operations) -> None:
+    def __init__(
+        self, context: Context, clones: Clones, operations: Operations, refill: Refill
+    ) -> None:
         self.context = context
         self.clones = clones
         self.templates = clones.templates
         self.operations = operations
+        self.refill = refill
 
 
 class Foundation:
@@ -79,14 +83,19 @@ async def services(foundation: Foundation) -> AsyncIterator[Services]:
             tasks = Tasks(group)
             clones = Clones(context, tasks)
             await recover(context, clones)
+            await clones.pools.open()
             await clones.templates.open()
+            refill = Refill(context, tasks, clones.pools, clones.templates)
             tasks.start(context.slots.refill(), "slots")
+            tasks.start(refill.run(), "pools")
+            tasks.start(refill.watch(), "health of the pools")
             tasks.start(keep_logs_short(foundation.layout.slots), "janitor")
             try:
-                yield Services(context, clones, Operations(tasks))
+                yield Services(context, clones, Operations(tasks), refill)
             finally:
                 context.events.close()
                 await tasks.end()
+                await clones.pools.close()
                 await context.slots.close()
                 await clones.release()
     finally:
@@ -96,14 +105,7 @@ async def services(foundation: Foundation) -> AsyncIterator[Services]:
 
 def _context(foundation: Foundation, journal: Journal) -> Context:
     config, layout = foundation.config, foundation.layout
-    slots = Slots(
-        journal,
-        layout,
-        foundation.network,
-        foundation.plan,
-        ready=config.slots.ready,
-        capacity=config.limits.clones + config.slots.ready * 64,
-    )
+    slots = Slots(journal, layout, foundation.network, foundation.plan, ready=config.slots.ready)
     starter = Starter(
         foundation.hypervisor,
         foundation.network,

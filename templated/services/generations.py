@@ -79,6 +79,13 @@ class Generation:
         """Names of frozen files that are not what was last verified. Costs one stat each."""
         return [name for name, path in self.files().items() if _stamp(path) != self.stamps[path]]
 
+    def runs_on(self) -> bool:
+        """Whether VMs that have loaded their state still have all they use. Costs some stats.
+
+        Memory and disk are read by VMs that run; the saved state is not.
+        """
+        return set(self.changed()) <= {STATE}
+
     async def verify(self) -> None:
         """Digest all frozen files; HostError names the first one that is not as it was frozen.
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import shutil
+from collections import defaultdict
 from pathlib import Path
 
 from templated.drivers.hypervisor import process
@@ -30,15 +31,17 @@ async def recover(context: Context, clones: Clones) -> None:
     await context.network.open()
     await context.network.sweep(kept)
     free = {slot.id: slot for slot, _ in await context.journal.free_slots()}
-    for slot in [*(slots[i] for i in orphans), *free.values()]:
-        await _destroy(context.hypervisor, context, slot)
+    unwanted = [*(slots[i] for i in orphans), *free.values()]
+    pids = await asyncio.to_thread(_pids_by_uuid, {slot.uuid for slot in unwanted})
+    for slot in unwanted:
+        await _destroy(context.hypervisor, context, slot, pids.get(slot.uuid, []))
     await asyncio.to_thread(_remove_strays, context.layout.slots, kept)
     await asyncio.to_thread(_remove_strays, context.layout.sockets, kept)
 
 
-async def _destroy(hypervisor: Hypervisor, context: Context, slot: Slot) -> None:
+async def _destroy(hypervisor: Hypervisor, context: Context, slot: Slot, pids: list[int]) -> None:
     """End a VM that is not to be kept, also when it was killed before its pid was written."""
-    for pid in await asyncio.to_thread(_pids_of, slot.uuid):
+    for pid in pids:
         started = process.start_time(pid)
         places = context.layout.vm(slot.id)
         machine = hypervisor.adopt(pid, started, places, slot.uuid) if started else None
@@ -52,9 +55,13 @@ async def _destroy(hypervisor: Hypervisor, context: Context, slot: Slot) -> None
     await context.slots.drop(slot.id)
 
 
-def _pids_of(uuid: str) -> list[int]:
-    pids = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
-    return [pid for pid in pids if uuid in process.command_line(pid)]
+def _pids_by_uuid(uuids: set[str]) -> dict[str, list[int]]:
+    """The processes that have one of these on their command line; /proc is read once for all."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for pid in (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()):
+        for uuid in uuids.intersection(process.command_line(pid)):
+            found[uuid].append(pid)
+    return found
 
 
 def _remove_strays(directory: Path, keep: set[str]) -> None:

@@ -67,14 +67,12 @@ class Slots:
         plan: AddressPlan,
         *,
         ready: int,
-        capacity: int,
     ) -> None:
         self._journal = journal
         self._layout = layout
         self._network = network
         self._plan = plan
         self._target = ready
-        self._capacity = min(capacity, plan.capacity)
         self._ready: dict[str, deque[PreparedSlot]] = defaultdict(deque)
         self._layers: dict[str, Layer] = {}
         self._wanted = asyncio.Event()
@@ -102,7 +100,7 @@ class Slots:
 
     async def _make(self, layer: Layer) -> PreparedSlot:
         slot = await self._journal.new_slot(
-            layer.generation, lambda index: self._numbers(index, layer), self._capacity
+            layer.generation, lambda index: self._numbers(index, layer), self._plan.capacity
         )
         prepared = None
         try:

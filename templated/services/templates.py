@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from templated.drivers.configfile import load_template, parse_template, template_files
 from templated.errors import (
@@ -34,8 +34,19 @@ from templated.services.probes import check_patterns
 
 log = logging.getLogger(__name__)
 _BUILD_TIMEOUT = 3600.0
-CountClones = Callable[[str], int]
-"""How many clones map a generation."""
+
+
+class Dependents(Protocol):
+    """Who uses generations, by their ids."""
+
+    def in_use(self, generation: str) -> int:
+        """How many clones map a generation."""
+
+    async def drain(self, generation: str) -> None:
+        """Give back what is kept ready of a generation that serves no more."""
+
+    def served(self) -> None:
+        """A generation serves from now on."""
 
 
 class Templates:
@@ -45,9 +56,9 @@ class Templates:
     up. `problems` says in one line why a template's active generation cannot serve.
     """
 
-    def __init__(self, context: Context, count_clones: CountClones) -> None:
+    def __init__(self, context: Context, dependents: Dependents) -> None:
         self._context = context
-        self._count_clones = count_clones
+        self._dependents = dependents
         self._rows: dict[str, GenerationRow] = {}
         self._active: dict[str, str] = {}
         self._loaded: dict[str, Generation] = {}
@@ -75,13 +86,29 @@ class Templates:
         Raises NotFound for a template that does not exist or was never built, HostError when its
         files or the host's QEMU are no longer what was frozen.
         """
+        generation = self.known(template)
+        name = generation.manifest.template
+        if name in self.problems:
+            raise HostError(self.problems[name], hint=f"run: templated template build {name}")
+        return generation
+
+    def known(self, template: str | None) -> Generation:
+        """The active generation, also when nothing more can be started from it."""
         name = template or self._only_template()
         generation = self._loaded.get(name)
         if generation is None:
             raise self._not_serving(name)
-        if name in self.problems:
-            raise HostError(self.problems[name], hint=f"run: templated template build {name}")
         return generation
+
+    def loaded(self) -> Mapping[str, Generation]:
+        """The generations that serve, by their templates."""
+        return self._loaded
+
+    async def recheck_if_touched(self, generation: Generation) -> None:
+        """`recheck` when a stat tells that files or QEMU changed; costs some stat calls."""
+        qemu = generation.manifest.qemu.version
+        if generation.changed() or not self._context.host.qemu_is(qemu):
+            await self.recheck(generation)
 
     async def recheck(self, generation: Generation) -> None:
         """Digest a generation again whose files were touched; HostError when they changed."""
@@ -166,7 +193,7 @@ class Templates:
             raise self._not_serving(name)
         if name in self._building:
             raise Conflict(f"template {name} is being built")
-        if used := sum(self._count_clones(row.id) for row in rows):
+        if used := sum(self._dependents.in_use(row.id) for row in rows):
             raise Conflict(
                 f"{used} clones of template {name} exist",
                 hint="remove them first: templated rm",
@@ -220,7 +247,7 @@ class Templates:
             id=row.id,
             state=row.state,
             active=self._active.get(row.template) == row.id,
-            clones=self._count_clones(row.id),
+            clones=self._dependents.in_use(row.id),
             created=row.created,
         )
 
@@ -283,7 +310,8 @@ class Templates:
         self.problems.pop(template, None)
         self._context.slots.serve(generation.layer)
         if before is not None and before.id != generation.id:
-            await self._context.slots.retire(before.id)
+            await self._dependents.drain(before.id)
+        self._dependents.served()
         self._clear_info(template)
         manifest = generation.manifest
         self._context.metrics.generation_info.labels(
@@ -310,12 +338,12 @@ class Templates:
         await self._release_if_unused(retired)
 
     async def _release_if_unused(self, row: GenerationRow) -> None:
-        if row.state is GenerationState.RETIRED and not self._count_clones(row.id):
+        if row.state is GenerationState.RETIRED and not self._dependents.in_use(row.id):
             await self._remove_generation(row)
 
     async def _remove_generation(self, row: GenerationRow) -> None:
         self._rows.pop(row.id, None)
-        await self._context.slots.retire(row.id)
+        await self._dependents.drain(row.id)
         await generations.remove_files(self._context.layout, row.template, row.id)
         await self._context.journal.drop_generation(row.id)
         self._context.events.emit("generation.removed", row.template, generation=row.id)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from templated.drivers.guest import Agent
-from templated.drivers.hypervisor.base import Hypervisor, Launch, Machine, Places
+from templated.drivers.hypervisor.base import Hypervisor, Launch, Machine, Places, State
 from templated.drivers.hypervisor.qemu import log_tail
 from templated.errors import GuestError, HostError, StartError, TemplatedError
 from templated.model.clone import Phase, Slot
@@ -65,6 +65,8 @@ class Vm:
         self.places = places
         self.machine = machine
         self.agent = Agent(places.agent)
+        self.state: State | None = None
+        """What it is to restore, for a VM that waits for that."""
 
     async def connect(self, timeout: float) -> None:
         """Wait for the control channel; the agent's port is connected at the same time.

@@ -167,6 +167,13 @@ class Daemon:
             "rows": self.rows(),
         }
 
+    def clone_pids(self) -> list[tuple[int]]:
+        """The processes of clones, as the journal has them."""
+        import sqlite3
+
+        with contextlib.closing(sqlite3.connect(self.state / "journal.sqlite")) as db:
+            return db.execute("SELECT pid FROM clones").fetchall()
+
     def rows(self) -> dict[str, int]:
         """Rows per table of the journal."""
         import sqlite3

@@ -265,7 +265,7 @@ def test_interrupted_while_the_file_is_made(
 
     async def main() -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(journal_module, "_SCHEMA", _SCHEMA + "interrupted;")
+            patched.setattr(journal_module, "_MIGRATIONS", {0: _SCHEMA + "interrupted;"})
             journal = Journal(tmp_path / "journal.sqlite")
             with pytest.raises(HostError):
                 await journal.open()

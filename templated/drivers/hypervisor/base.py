@@ -104,6 +104,9 @@ class Machine(Protocol):
     async def connect(self, timeout: float) -> None:
         """Wait until the control channel answers."""
 
+    async def expect_state(self) -> None:
+        """Agree ahead of time on how `restore` will load its state."""
+
     async def restore(self, state: State, timeout: float) -> None:
         """Load a saved state; the vCPUs stay stopped. On failure the VM is of no more use."""
 
@@ -112,6 +115,9 @@ class Machine(Protocol):
 
     async def pause(self) -> None:
         """Stop the vCPUs."""
+
+    async def status(self) -> str:
+        """What the hypervisor says of its VM; `paused` and `inmigrate` among others."""
 
     async def set_link(self, up: bool) -> None:
         """Plug or unplug the guest's network cable."""
@@ -136,6 +142,15 @@ class Machine(Protocol):
 
     def cpu_seconds(self) -> float:
         """CPU time that the process has used, in seconds."""
+
+    def private_bytes(self) -> int:
+        """Memory that only this process holds, in bytes; 0 when it is gone."""
+
+    def background(self, on: bool) -> None:
+        """Let everything else on the host go first, for CPU and I/O, or no longer.
+
+        Does nothing where the daemon could not undo it.
+        """
 
 
 class Hypervisor(Protocol):

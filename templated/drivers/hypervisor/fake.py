@@ -78,6 +78,7 @@ class FakeMachine:
         self._holds = holds
         self.exited: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.link_up = False
+        self.state = "inmigrate" if launch.boot is None else "running"
         # The parent closes its own copy, as it does with a real QEMU.
         self._listener = socket.socket(fileno=os.dup(launch.agent_fd))
         self._server: asyncio.Task[None] | None = None
@@ -92,14 +93,24 @@ class FakeMachine:
         server = await asyncio.start_unix_server(self._serve, sock=self._listener)
         self._server = asyncio.create_task(server.serve_forever())
 
+    async def expect_state(self) -> None:
+        await self._step("expect_state")
+
     async def restore(self, state: State, timeout: float) -> None:
         await self._step("restore")
+        self.state = "paused"
 
     async def resume(self) -> None:
         await self._step("resume")
+        self.state = "running"
 
     async def pause(self) -> None:
         await self._step("pause")
+        self.state = "paused"
+
+    async def status(self) -> str:
+        await self._step("status")
+        return self.state
 
     async def set_link(self, up: bool) -> None:
         await self._step("link")
@@ -134,6 +145,12 @@ class FakeMachine:
     def cpu_seconds(self) -> float:
         return 0.0
 
+    def private_bytes(self) -> int:
+        return 1 << 20
+
+    def background(self, on: bool) -> None:
+        """It has no priority."""
+
     def end(self, how: str) -> None:
         """End as if killed from outside."""
         if not self.exited.done():
@@ -163,10 +180,10 @@ class FakeMachine:
         if self.fail == "nonsense":
             return b"{nonsense\n"
         result: dict[str, Any] = {"time": time.time()}
-        if request["cmd"] == "identify":
+        if request["cmd"] in ("identify", "claim"):
             keys = ("hostname", "machine_id", "boot_id", "uuid", "mac", "ip")
             result |= {key: request[key] for key in keys} | {"random": "00" * 16}
-        if self.fail == "identify":
+        if self.fail in ("identify", request["cmd"]):
             result[self._mismatch] = "another"
         if self.fail == "clock":
             result["time"] = 1.0

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
+import resource
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -17,6 +19,8 @@ from pathlib import Path
 from templated.errors import HostError
 
 _TICKS = os.sysconf("SC_CLK_TCK")
+_LOWEST = 19
+_CAP_SYS_NICE = 23  # linux/capability.h
 
 
 def start_time(pid: int) -> int | None:
@@ -38,6 +42,39 @@ def cpu_seconds(pid: int) -> float:
     """User and system time of a process, in seconds; 0 when it is gone."""
     fields = _stat(pid)
     return (int(fields[11]) + int(fields[12])) / _TICKS if fields else 0.0
+
+
+def private_bytes(pid: int) -> int:
+    """Memory that no other process maps (proc(5), smaps_rollup), in bytes; 0 when it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    private = [line for line in lines if line.startswith(("Private_Clean:", "Private_Dirty:"))]
+    return sum(int(line.split()[1]) << 10 for line in private)
+
+
+def background(pid: int, on: bool) -> None:
+    """Give all threads of a process the lowest or the usual priority, where that can be undone.
+
+    The I/O priority follows (ioprio_set(2): without one of its own, it is derived from nice).
+    """
+    if not _may_raise_priority():
+        return
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            os.setpriority(os.PRIO_PROCESS, int(thread), _LOWEST if on else 0)
+
+
+@functools.cache
+def _may_raise_priority() -> bool:
+    """Whether nice can go down again: CAP_SYS_NICE, or an RLIMIT_NICE of 20 (getrlimit(2))."""
+    status = Path("/proc/self/status").read_text()
+    effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
+    if int(effective.split()[1], 16) >> _CAP_SYS_NICE & 1:
+        return True
+    soft, _ = resource.getrlimit(resource.RLIMIT_NICE)
+    return soft == resource.RLIM_INFINITY or soft >= 20
 
 
 def command_line(pid: int) -> list[str]:

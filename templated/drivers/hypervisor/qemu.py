@@ -52,6 +52,7 @@ class QemuMachine:
         self._process = child
         self._places = places
         self._qmp = QMPClient(places.sockets.name)
+        self._expects_state = False
         self.pid = child.pid
         self.start_time = child.start_time
         self.exited = child.exited
@@ -59,13 +60,18 @@ class QemuMachine:
     async def connect(self, timeout: float) -> None:
         await self._guarded(self._qmp.connect(str(self._places.qmp)), timeout, "QMP greeting")
 
+    async def expect_state(self) -> None:
+        await self._ignore_shared_memory()
+        self._expects_state = True
+
     async def restore(self, state: State, timeout: float) -> None:
         _check_state_file(state.path)
         if state.transport == "fd":
             uri = f"fd:{state.fd}"
         else:
             uri = f"exec:exec cat {shlex.quote(str(state.path))}"
-        await self._ignore_shared_memory()
+        if not self._expects_state:
+            await self.expect_state()
         async with self._migration_events() as events:
             await self._execute("migrate-incoming", {"uri": uri})
             await self._guarded(self._completed(events), timeout, "restore")
@@ -75,6 +81,10 @@ class QemuMachine:
 
     async def pause(self) -> None:
         await self._execute("stop")
+
+    async def status(self) -> str:
+        answer = await self._execute("query-status")
+        return str(answer["status"]) if isinstance(answer, dict) else ""
 
     async def set_link(self, up: bool) -> None:
         await self._execute("set_link", {"name": "nic0", "up": up})
@@ -91,7 +101,8 @@ class QemuMachine:
     async def quit(self, timeout: float) -> None:
         await self._execute("quit")
         try:
-            await asyncio.wait_for(asyncio.shield(self.exited), timeout)
+            async with asyncio.timeout(timeout):
+                await asyncio.shield(self.exited)
         except TimeoutError:
             raise Timeout(f"QEMU did not end within {timeout:g} s") from None
         await self._disconnect()
@@ -99,7 +110,8 @@ class QemuMachine:
     async def destroy(self) -> None:
         self._process.kill()
         if not self.exited.done():
-            await asyncio.wait_for(asyncio.shield(self.exited), _REPLY_TIMEOUT)
+            async with asyncio.timeout(_REPLY_TIMEOUT):
+                await asyncio.shield(self.exited)
         await self._disconnect()
 
     async def release(self) -> None:
@@ -110,9 +122,16 @@ class QemuMachine:
     def cpu_seconds(self) -> float:
         return process.cpu_seconds(self.pid)
 
+    def private_bytes(self) -> int:
+        return process.private_bytes(self.pid)
+
+    def background(self, on: bool) -> None:
+        process.background(self.pid, on)
+
     async def _disconnect(self) -> None:
         try:
-            await asyncio.wait_for(self._qmp.disconnect(), 1.0)
+            async with asyncio.timeout(1.0):
+                await self._qmp.disconnect()
         except (QMPError, OSError, EOFError, TimeoutError):
             pass  # what the connection died of is of no interest any more
 

@@ -1,0 +1,57 @@
+"""What the host can hold: the arithmetic behind a refused pool size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from templated.drivers.meminfo import Memory, read_memory
+from templated.errors import Busy
+
+_KEPT_FREE = 20
+"""Part of the host's memory that pools leave alone: a twentieth."""
+_LEAST_FREE = 256 << 20
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Members of one pool: how many there are to be, how many there are, what one costs."""
+
+    what: str
+    count: int
+    have: int
+    cost: int
+
+
+def kept_free(memory: Memory) -> int:
+    """Bytes that stay free whatever the pools want."""
+    return max(memory.total // _KEPT_FREE, _LEAST_FREE)
+
+
+def require_room(demands: Sequence[Demand], addresses: int, memory: Memory | None = None) -> None:
+    """Busy, with the arithmetic, when the host has not the memory or the addresses.
+
+    Guests that write more than the canary did need more than this: it is the least they take.
+    """
+    total = sum(demand.count for demand in demands)
+    if total > addresses:
+        raise Busy(
+            f"{total} pool members are more than the subnet's {addresses} addresses",
+            hint="ask for less, or configure a larger network.subnet",
+        )
+    memory = memory or read_memory()
+    missing = [(d, max(0, d.count - d.have)) for d in demands]
+    needed = sum(count * demand.cost for demand, count in missing)
+    free = memory.available - kept_free(memory)
+    if needed > free:
+        sums = " + ".join(f"{n} {d.what} x {_mib(d.cost)}" for d, n in missing if n)
+        raise Busy(
+            f"{sums} = {_mib(needed)}, but of the {_mib(memory.available)} that are available "
+            f"{_mib(kept_free(memory))} are kept free",
+            hint=f"at most {_mib(max(free, 0))} can be given to pools now; ask for less, "
+            "or remove clones",
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.0f} MiB"

@@ -1,0 +1,275 @@
+"""Pools: VMs that are ready before anyone asks, taken by a pop from a deque.
+
+A member is a slot with a VM and without a clone's row: whatever happens to the daemon, the next
+one finds its VM by the slot's UUID and ends it. What makes a member a clone is one transaction,
+`Journal.claim`. `refill` keeps the pools at their sizes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from templated.errors import InvalidRequest, TemplatedError
+from templated.model.api import PoolRequest, PoolView, TierView
+from templated.model.clone import Path as StartPath
+from templated.model.spec import PoolSpec
+from templated.services.capacity import Demand, require_room
+from templated.services.context import Context
+from templated.services.generations import Generation
+from templated.services.slots import PreparedSlot
+from templated.services.tasks import Tasks
+from templated.services.templates import Templates
+from templated.services.vm import Vm
+
+log = logging.getLogger(__name__)
+TIERS = (StartPath.WARM, StartPath.STANDBY)
+"""The paths that pools serve, the fastest first."""
+Pool = tuple[str, StartPath]
+"""A template and a tier."""
+
+
+@dataclass(eq=False)
+class Member:
+    """A VM that waits in a pool."""
+
+    tier: StartPath
+    generation: Generation
+    prepared: PreparedSlot
+    vm: Vm
+    lag: float = 0.0
+    """Of a warm one: seconds that its guest ran between its clock's mark and its pause."""
+    made: float = field(default_factory=time.monotonic)
+
+    @property
+    def pool(self) -> Pool:
+        return self.generation.manifest.template, self.tier
+
+
+class Pools:
+    """The members of all templates, and how many there are to be."""
+
+    def __init__(self, context: Context, tasks: Tasks, templates: Templates) -> None:
+        self._context = context
+        self._tasks = tasks
+        self._templates = templates
+        self._set: dict[str, PoolSpec] = {}
+        self._ready: dict[Pool, deque[Member]] = defaultdict(deque)
+        self._bytes: dict[tuple[str, StartPath], int] = {}
+        self._closing = False
+        self.wanted = asyncio.Event()
+        """Set when there may be something to make or to take down."""
+        self.problems: dict[Pool, str] = {}
+        """Why a pool is not filled at present, in one line."""
+
+    async def open(self) -> None:
+        """Find again the sizes that were set at run time."""
+        self._set = await self._context.journal.pool_sizes()
+        self.refresh()
+
+    # --- members ------------------------------------------------------------------------------
+
+    def take(self, generation: Generation, tier: StartPath) -> Member | None:
+        """A ready member, which is then the caller's; None when there is none. Counts the miss."""
+        pool = (generation.manifest.template, tier)
+        self.wanted.set()
+        waiting = self._ready[pool]
+        while waiting:
+            member = waiting.popleft()
+            self._count_ready(pool)
+            if member.generation.id == generation.id and not member.vm.machine.exited.done():
+                return member
+            self._tasks.start(self.discard(member))
+        if self.target(pool):
+            self._context.metrics.pool_misses.labels(*pool).inc()
+        return None
+
+    def offer(self, member: Member) -> bool:
+        """Take a new member in; false when it is not wanted any more, and still the maker's."""
+        serving = self._templates.loaded().get(member.pool[0])
+        current = serving is not None and serving.id == member.generation.id
+        wanted = current and self.missing(member.pool) > 0
+        if self._closing or not wanted or member.vm.machine.exited.done():
+            return False
+        self._ready[member.pool].append(member)
+        self._count_ready(member.pool)
+        member.vm.machine.exited.add_done_callback(lambda _: self._ended(member))
+        return True
+
+    def _ended(self, member: Member) -> None:
+        """A member's VM ended while it waited: it is never handed out."""
+        if self._closing or not self._remove(member):
+            return
+        how = f"its VM {member.vm.machine.exited.result()}"
+        self.lost(member, "exited", how)
+        self._tasks.start(self.discard(member))
+
+    def lost(self, member: Member, reason: str, how: str) -> None:
+        """Count and report a member that is of no more use."""
+        template, tier = member.pool
+        self._context.metrics.refill_failures.labels(template, tier, reason).inc()
+        self._context.events.emit(
+            "pool.member_lost", template, tier=tier.value, reason=how, slot=member.vm.slot.id
+        )
+        self.wanted.set()
+
+    def _remove(self, member: Member) -> bool:
+        try:
+            self._ready[member.pool].remove(member)
+        except ValueError:
+            return False
+        self._count_ready(member.pool)
+        return True
+
+    def withdraw(self, member: Member) -> bool:
+        """Take a certain member out, as its caller's; false when it has been taken already."""
+        return self._remove(member)
+
+    async def discard(self, member: Member) -> None:
+        """End a member and give back all that it had. Never raises."""
+        await give_back(self._context, member.vm, member.prepared)
+
+    async def retire(self, generation: str) -> None:
+        """End all members of a generation that serves no more."""
+        members = [m for m in self.members() if m.generation.id == generation]
+        for member in members:
+            self._remove(member)
+        await asyncio.gather(*(self.discard(member) for member in members))
+        self.refresh()
+
+    async def close(self) -> None:
+        """End all members."""
+        self._closing = True
+        members = list(self.members())
+        self._ready.clear()
+        await asyncio.gather(*(self.discard(member) for member in members))
+
+    def members(self) -> Iterator[Member]:
+        """All that wait."""
+        for waiting in list(self._ready.values()):
+            yield from list(waiting)
+
+    # --- sizes --------------------------------------------------------------------------------
+
+    def sizes(self, template: str) -> PoolSpec:
+        """How many members a template is to have: as set at run time, else as in its spec."""
+        if template in self._set:
+            return self._set[template]
+        generation = self._templates.loaded().get(template)
+        return generation.manifest.spec.pool if generation else PoolSpec()
+
+    def target(self, pool: Pool) -> int:
+        """How many members a pool is to have."""
+        template, tier = pool
+        sizes = self.sizes(template)
+        return sizes.warm if tier is StartPath.WARM else sizes.standby
+
+    def missing(self, pool: Pool) -> int:
+        """Members that a pool lacks; negative when it has too many."""
+        return self.target(pool) - len(self._ready[pool])
+
+    def ready(self, pool: Pool) -> list[Member]:
+        """The members that wait, oldest first."""
+        return list(self._ready[pool])
+
+    def pools(self) -> list[Pool]:
+        """The pools of all templates that serve, warm ones first."""
+        return [(template, tier) for tier in TIERS for template in self._templates.loaded()]
+
+    def measured(self, member: Member, size: int) -> None:
+        """Remember what one member of a generation's tier costs, in bytes."""
+        self._bytes[member.generation.id, member.tier] = size
+
+    def cost(self, generation: Generation, tier: StartPath) -> int:
+        """Memory that one more member takes, in bytes: as measured, else as the canary took."""
+        return self._bytes.get((generation.id, tier), generation.manifest.clone_bytes)
+
+    async def set(self, template: str, request: PoolRequest) -> PoolView:
+        """Set sizes and keep them over restarts; refused when the host cannot hold them.
+
+        Raises NotFound, InvalidRequest, and Busy with the arithmetic.
+        """
+        generation = self._templates.known(template)
+        if request.reset and (request.standby is not None or request.warm is not None):
+            raise InvalidRequest("reset and sizes exclude each other", hint="give one of them")
+        before = self.sizes(template)
+        sizes = generation.manifest.spec.pool if request.reset else _merged(before, request)
+        if sizes.standby > before.standby or sizes.warm > before.warm:
+            self._require_room(template, sizes)
+        await self._context.journal.set_pool(template, None if request.reset else sizes)
+        if request.reset:
+            self._set.pop(template, None)
+        else:
+            self._set[template] = sizes
+        self.refresh()
+        self._context.events.emit("pool.set", template, standby=sizes.standby, warm=sizes.warm)
+        return self.view(template)
+
+    async def forget(self, template: str) -> None:
+        """Forget the sizes that were set for a template that is removed."""
+        self._set.pop(template, None)
+        await self._context.journal.set_pool(template, None)
+        self.refresh()
+
+    def _require_room(self, template: str, sizes: PoolSpec) -> None:
+        demands = []
+        for name, generation in self._templates.loaded().items():
+            wanted = sizes if name == template else self.sizes(name)
+            for tier, count in ((StartPath.WARM, wanted.warm), (StartPath.STANDBY, wanted.standby)):
+                have, cost = len(self._ready[name, tier]), self.cost(generation, tier)
+                demands.append(Demand(f"{tier} {name}", count, have, cost))
+        require_room(demands, self._context.plan.capacity)
+
+    # --- showing ------------------------------------------------------------------------------
+
+    def views(self) -> list[PoolView]:
+        """The pools of all templates that serve."""
+        return [self.view(template) for template in sorted(self._templates.loaded())]
+
+    def view(self, template: str) -> PoolView:
+        """One template's pools; NotFound when it has no generation."""
+        self._templates.known(template)
+        warm, standby = ((template, tier) for tier in TIERS)
+        problems = dict.fromkeys(self.problems.get(pool, "") for pool in (warm, standby))
+        return PoolView(
+            template=template,
+            standby=TierView(target=self.target(standby), ready=len(self._ready[standby])),
+            warm=TierView(target=self.target(warm), ready=len(self._ready[warm])),
+            problem="; ".join(filter(None, problems)),
+        )
+
+    def refresh(self) -> None:
+        """Sizes may have changed: set all gauges anew, and have the pools looked after."""
+        self.wanted.set()
+        metrics = self._context.metrics
+        metrics.pool_size.clear()
+        metrics.pool_target.clear()
+        for pool in self.pools():
+            metrics.pool_target.labels(*pool).set(self.target(pool))
+            self._count_ready(pool)
+
+    def _count_ready(self, pool: Pool) -> None:
+        self._context.metrics.pool_size.labels(*pool).set(len(self._ready[pool]))
+
+
+def _merged(before: PoolSpec, request: PoolRequest) -> PoolSpec:
+    return PoolSpec(
+        standby=before.standby if request.standby is None else request.standby,
+        warm=before.warm if request.warm is None else request.warm,
+    )
+
+
+async def give_back(context: Context, vm: Vm | None, prepared: PreparedSlot) -> None:
+    """End a VM without an owner and give its slot back. Never raises: nobody waits for it."""
+    try:
+        if vm is not None:
+            await vm.destroy()
+        prepared.close()
+        await context.slots.drop(prepared.slot.id)
+    except (TemplatedError, OSError, TimeoutError) as error:
+        # The journal still has the slot: the next start of the daemon tries again.
+        log.warning("cannot take down slot %s: %s", prepared.slot.id, error)

@@ -1,0 +1,233 @@
+"""Keeps the pools at their sizes, beside requests and never in front of them.
+
+Few members are made at once, with the lowest priority, and none while the host is under pressure.
+A pool whose members fail is tried again later and later. Members that are too old or do not
+answer are replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from templated.drivers.meminfo import read_memory
+from templated.drivers.pressure import RESOURCES, read_pressure
+from templated.errors import TemplatedError
+from templated.model.clone import Path as StartPath
+from templated.model.units import seconds
+from templated.services.capacity import kept_free
+from templated.services.context import Context
+from templated.services.generations import Generation
+from templated.services.pools import Member, Pool, Pools, give_back
+from templated.services.starter import start_bound
+from templated.services.tasks import Tasks
+from templated.services.templates import Templates
+from templated.services.vm import PhaseClock
+
+log = logging.getLogger(__name__)
+_SOON = 1.0
+_LONGEST_BACKOFF = 60.0
+_HEALTH_TIMEOUT = 5.0
+_WELL = {StartPath.WARM: "paused", StartPath.STANDBY: "inmigrate"}
+
+
+@dataclass
+class _Backoff:
+    """A pool whose members fail: how often in a row, and when to try again."""
+
+    generation: str
+    failures: int = 0
+    until: float = 0.0
+    why: str = ""
+
+    def failed(self, why: str) -> None:
+        """Once more: wait twice as long as the last time."""
+        self.failures, self.why = self.failures + 1, why
+        self.until = time.monotonic() + min(_LONGEST_BACKOFF, 2.0 ** (self.failures - 1))
+
+
+class Refill:
+    """Makes members while pools lack some. `run` goes on until it is cancelled."""
+
+    def __init__(self, context: Context, tasks: Tasks, pools: Pools, templates: Templates) -> None:
+        self._context = context
+        self._tasks = tasks
+        self._pools = pools
+        self._templates = templates
+        config = context.config.pools
+        self._limit = config.concurrent_refills or max(1, (os.cpu_count() or 1) // 2)
+        self._interval = seconds(config.check_interval)
+        self._max_age = seconds(config.max_age)
+        self._making: Counter[Pool] = Counter()
+        self._backoff: dict[Pool, _Backoff] = {}
+        self._blocked: dict[str, str] = {}
+
+    async def run(self) -> None:
+        """Fill and shrink the pools until cancelled."""
+        while True:
+            # Not wait_for: before Python 3.12 it can lose a cancellation (bpo-37658).
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._patience()):
+                    await self._pools.wanted.wait()
+            self._pools.wanted.clear()
+            try:
+                self._shrink()
+                self._fill()
+            except Exception:  # whatever it is, requests are served without pools
+                log.exception("cannot look after the pools")
+
+    async def watch(self) -> None:
+        """Replace members that are too old or not well until cancelled."""
+        while True:
+            await asyncio.sleep(self._interval)
+            try:
+                for pool in self._pools.pools():
+                    await self.check(pool)
+            except Exception:
+                log.exception("cannot check the pools")
+
+    def _patience(self) -> float:
+        """Seconds until something may be done that no event announces."""
+        waiting = any(self._pools.missing(pool) > 0 for pool in self._pools.pools())
+        return _SOON if waiting and not self._making.total() else self._interval
+
+    def _fill(self) -> None:
+        pools = [pool for pool in self._pools.pools() if self._due(pool)]
+        if pools:
+            self._look_at_host()
+        while not self._blocked and pools and self._making.total() < self._limit:
+            # The emptiest first, so that no template waits for another's large pool.
+            pool = max(pools, key=lambda p: self._lacking(p) / self._pools.target(p))
+            self._making[pool] += 1
+            self._tasks.start(self._make(pool), f"refill {pool[0]} {pool[1]}")
+            pools = [pool for pool in pools if self._lacking(pool) > 0]
+        self._report_problems()
+
+    def _lacking(self, pool: Pool) -> int:
+        return self._pools.missing(pool) - self._making[pool]
+
+    def _due(self, pool: Pool) -> bool:
+        return self._lacking(pool) > 0 and self._backoff_of(pool).until <= time.monotonic()
+
+    def _backoff_of(self, pool: Pool) -> _Backoff:
+        """The back-off of a pool; that of an earlier generation says nothing of the next."""
+        serving = self._templates.loaded()[pool[0]].id
+        backoff = self._backoff.get(pool)
+        if backoff is None or backoff.generation != serving:
+            backoff = self._backoff[pool] = _Backoff(serving)
+        return backoff
+
+    # --- making -------------------------------------------------------------------------------
+
+    async def _make(self, pool: Pool) -> None:
+        """Make one member. A task of the daemon's group: it must not raise."""
+        clock = PhaseClock()
+        try:
+            member = await self._member(self._templates.serving(pool[0]), pool[1])
+            if not self._pools.offer(member):
+                self._tasks.start(self._pools.discard(member))
+            self._backoff.pop(pool, None)
+            self._context.metrics.refill_seconds.labels(*pool).observe(clock.total_ms() / 1000)
+        except Exception as error:  # noqa: BLE001  # reported by _failed, whatever it is
+            self._failed(pool, clock, error)
+        finally:
+            self._making[pool] -= 1
+            self._pools.wanted.set()
+
+    async def _member(self, generation: Generation, tier: StartPath) -> Member:
+        """A member that is ready; on failure nothing of it is left."""
+        spec, starter = generation.manifest.spec, self._context.starter
+        await self._templates.recheck_if_touched(generation)
+        prepared = await self._context.slots.make(generation.layer)
+        vm, lag = None, 0.0
+        try:
+            async with asyncio.timeout(start_bound(spec)):
+                vm = await starter.spawn(prepared, generation, background=True)
+                if tier is StartPath.WARM:
+                    lag = await starter.warm(vm, generation, f"warm-{prepared.slot.id}")
+                vm.machine.background(False)
+                size = await asyncio.to_thread(vm.machine.private_bytes)
+        except BaseException:
+            await asyncio.shield(give_back(self._context, vm, prepared))
+            raise
+        member = Member(tier, generation, prepared, vm, lag)
+        self._pools.measured(member, size)
+        return member
+
+    def _failed(self, pool: Pool, clock: PhaseClock, error: Exception) -> None:
+        known = isinstance(error, (TemplatedError, TimeoutError))
+        why = error.message if isinstance(error, TemplatedError) else "it took too long"
+        why = why if known else repr(error)
+        reason = clock.failure(error).reason
+        self._context.metrics.refill_failures.labels(*pool, reason).inc()
+        self._context.events.emit("pool.refill_failed", pool[0], tier=pool[1].value, reason=why)
+        log.warning("cannot make a %s VM of %s: %s", pool[1], pool[0], why, exc_info=not known)
+        if pool in self._pools.pools():
+            self._backoff_of(pool).failed(why)
+
+    # --- the host -----------------------------------------------------------------------------
+
+    def _look_at_host(self) -> None:
+        """Find out what speaks against making members now."""
+        blocked = {}
+        limits = self._context.config.pools.pressure
+        for resource in RESOURCES:
+            pressure, limit = read_pressure(resource), getattr(limits, resource)
+            if pressure is not None and pressure.some > limit:
+                blocked[resource] = (
+                    f"{resource} pressure is {pressure.some:.0f} % (limit {limit:g})"
+                )
+        memory = read_memory()
+        if memory.available < kept_free(memory):
+            free = memory.available >> 20
+            blocked["memory"] = f"only {free} MiB of memory are available"
+        if blocked.keys() != self._blocked.keys():
+            text = "; ".join(blocked.values()) or "nothing any more"
+            log.info("what keeps pools from being filled: %s", text)
+        self._blocked = blocked
+        for resource in RESOURCES:
+            self._context.metrics.refill_blocked.labels(resource).set(resource in blocked)
+
+    def _report_problems(self) -> None:
+        problems = self._pools.problems
+        problems.clear()
+        for pool in self._pools.pools():
+            backoff = self._backoff_of(pool)
+            if backoff.failures:
+                times = "once" if backoff.failures == 1 else f"{backoff.failures} times"
+                problems[pool] = f"failed {times}: {backoff.why}"
+            elif self._lacking(pool) > 0 and self._blocked:
+                problems[pool] = "; ".join(self._blocked.values())
+
+    # --- members that wait --------------------------------------------------------------------
+
+    def _shrink(self) -> None:
+        """End what is too many."""
+        for pool in self._pools.pools():
+            for member in self._pools.ready(pool)[: max(0, -self._pools.missing(pool))]:
+                self._pools.withdraw(member)
+                self._tasks.start(self._pools.discard(member))
+
+    async def check(self, pool: Pool) -> None:
+        """Replace members that do not answer, and one of those that are too old."""
+        for member in self._pools.ready(pool):
+            if not await self._well(member) and self._pools.withdraw(member):
+                self._pools.lost(member, "unhealthy", "it does not answer as it should")
+                await self._pools.discard(member)
+        oldest = self._pools.ready(pool)[:1]
+        for member in oldest:
+            if time.monotonic() - member.made > self._max_age and self._pools.withdraw(member):
+                self._pools.wanted.set()
+                await self._pools.discard(member)
+
+    async def _well(self, member: Member) -> bool:
+        try:
+            async with asyncio.timeout(_HEALTH_TIMEOUT):
+                return await member.vm.machine.status() == _WELL[member.tier]
+        except (TemplatedError, TimeoutError):
+            return False
