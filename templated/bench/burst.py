@@ -24,8 +24,7 @@ def measure_burst(session: Session, n: int, path: str | None) -> dict[str, Any]:
     """
     require_memory(n)
     if path in POOLED:
-        session.pools.need(str(path), n)
-        session.pools.settled()
+        session.pools.fill(str(path), n)
     session.progress(f"{n} at once")
     clones, walls, wall = _at_once(session, n, path)
     check_distinct(clones)

@@ -211,12 +211,16 @@ def density(
     next clone costs too. CPU time is that of QEMU over a window without requests. Reads
     /proc, so run this as the daemon's user.
     """
-    from templated.bench.density import measure_density, measure_paused
+    from templated.bench.density import check_paused, measure_density, measure_paused
 
     def work(session: Any) -> dict[str, Any]:
-        paused = measure_paused(session, warm, starts) if warm else None
+        if warm:
+            check_paused(session, warm)
         report = measure_density(session, n, path, window)
-        return {**report, "paused": paused} if paused else report
+        if warm:
+            session.clear()
+            report["paused"] = measure_paused(session, warm, starts)
+        return report
 
     _run(settings, template, plot, work)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from templated.bench.procfs import available_bytes, cpu_seconds, pss_kib
+from templated.bench.procfs import pss_kib
 from templated.bench.session import POOLED, Session, require_memory
 from templated.bench.stats import summarize
+from templated.drivers.hypervisor.process import cpu_seconds
+from templated.drivers.meminfo import read_memory
 from templated.errors import InvalidRequest
 
 _STEPS = 8
@@ -23,11 +25,10 @@ def measure_density(session: Session, n: int, path: str, window: float) -> dict[
     pids: list[int] = []
     starts: list[float] = []
     growth: list[dict[str, Any]] = []
-    before = available_bytes()
+    before = read_memory().available
     for k in range(1, n + 1):
         if path in POOLED:
-            session.pools.need(path, 1)
-            session.pools.settled()
+            session.pools.fill(path, 1)
         session.progress(f"clone {k} of {n}")
         clone = session.make(f"density-{k}", path)
         pids.append(clone["pid"])
@@ -35,7 +36,7 @@ def measure_density(session: Session, n: int, path: str, window: float) -> dict[
         if k in checkpoints:
             pss = sum(pss_kib(pid)["pss"] for pid in pids)
             point = {"k": k, "start_ms": starts[-1], "pss_mib": _mib(pss)}
-            growth.append({**point, "available_mib": available_bytes() >> 20})
+            growth.append({**point, "available_mib": read_memory().available >> 20})
     session.progress(f"idle for {window:g} s")
     cpu = idle_cpu(pids, window)
     rows = [pss_kib(pid) for pid in pids]
@@ -47,7 +48,7 @@ def measure_density(session: Session, n: int, path: str, window: float) -> dict[
         "pss_mib": summarize([row["pss"] / 1024 for row in rows]).as_dict(),
         "private_mib": summarize([row["private"] / 1024 for row in rows]).as_dict(),
         "marginal_mib": _slope(growth),
-        "available_mib_each": round((before - available_bytes()) / n / (1 << 20), 1),
+        "available_mib_each": round((before - read_memory().available) / n / (1 << 20), 1),
         "window_s": window,
         "cpu_percent": summarize(cpu).as_dict(),
         "start_ms": summarize(starts).as_dict(),
@@ -71,39 +72,39 @@ def idle_cpu(pids: list[int], window: float) -> list[float]:
     return [(end - start) / passed * 100 for start, end in zip(before, after, strict=True)]
 
 
-def measure_paused(session: Session, warm: int, starts: int) -> dict[str, Any]:
-    """`direct` without paused VMs on the host, and with `warm` of them.
-
-    InvalidRequest when the pool holds VMs already, with which there is nothing to compare.
-    """
+def check_paused(session: Session, warm: int) -> None:
+    """Raise before any work what would make `measure_paused` fail or mean nothing."""
     require_memory(warm, "paused VMs")
-    session.pools.need("warm", 0)
     if session.pools.targets()["warm"]:
         raise InvalidRequest(
             f"the pool of {session.template} has warm VMs already",
             hint=f"set it to none meanwhile: templated pool set {session.template} --warm 0",
         )
-    figures = {}
-    before = available_bytes()
-    for size in (0, warm):
-        session.pools.need("warm", size)
-        session.pools.settled()
-        if size:
-            before -= available_bytes()
-        samples = []
-        session.start("direct")
-        for i in range(starts):
-            session.progress(f"direct {i + 1} of {starts} beside {size} paused VMs")
-            samples.append(session.start("direct")["total"])
-        figures[size] = summarize(samples).as_dict()
-    ratio = round(figures[warm]["p50"] / figures[0]["p50"], 3)
+
+
+def measure_paused(session: Session, warm: int, starts: int) -> dict[str, Any]:
+    """`direct` without paused VMs on the host, and with `warm` of them."""
+    free = read_memory().available
+    without = _direct(session, starts, "without paused VMs")
+    session.pools.fill("warm", warm)
+    taken = free - read_memory().available
+    beside = _direct(session, starts, f"beside {warm} paused VMs")
     return {
         "paused": warm,
-        "direct_without": figures[0],
-        "direct_with": figures[warm],
-        "ratio": ratio,
-        "available_mib_each": round(before / warm / (1 << 20), 1),
+        "direct_without": without,
+        "direct_with": beside,
+        "ratio": round(beside["p50"] / without["p50"], 3),
+        "available_mib_each": round(taken / warm / (1 << 20), 1),
     }
+
+
+def _direct(session: Session, starts: int, where: str) -> dict[str, Any]:
+    session.start("direct")
+    samples = []
+    for i in range(starts):
+        session.progress(f"direct {i + 1} of {starts} {where}")
+        samples.append(session.start("direct")["total"])
+    return summarize(samples).as_dict()
 
 
 def _slope(growth: list[dict[str, Any]]) -> float | None:

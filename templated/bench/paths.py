@@ -85,8 +85,7 @@ def _starts(
             start = stack.enter_context(floor(session.generation())).once
         try:
             if name in POOLED:
-                session.pools.need(name, 1)
-                session.pools.settled()
+                session.pools.fill(name, 1)
             if name != "cold":
                 for _ in range(_WARM_UP):
                     start()

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from templated.bench.interrupts import interruptible, uninterrupted
-from templated.bench.procfs import available_bytes
 from templated.cli.client import Client
+from templated.drivers.meminfo import read_memory
 from templated.errors import HostError, InvalidRequest, TemplatedError, Timeout
 from templated.services.generations import Generation, read_manifest
 
@@ -22,6 +22,8 @@ Row = dict[str, float]
 POOLED = ("standby", "warm")
 # What a clone that does nothing takes at most, by far: QEMU and the pages that its guest wrote.
 CLONE_BYTES = 64 << 20
+PATIENCE = 20.0
+"""Seconds for which a pool may have a problem before a run gives up on it."""
 _POLL, _GRACE = 0.02, 0.3
 # Longer than any start is allowed to take.
 _STARTS_WITHIN = 300.0
@@ -83,7 +85,7 @@ class Session:
     def close(self) -> None:
         """Remove every clone of this run and set the pools back. Raises what first went wrong."""
         errors: list[TemplatedError] = []
-        for work in (self._remove_clones, self.pools.restore):
+        for work in (self.clear, self.pools.restore):
             try:
                 work()
             except TemplatedError as error:
@@ -91,7 +93,8 @@ class Session:
         if errors:
             raise errors[0]
 
-    def _remove_clones(self) -> None:
+    def clear(self) -> None:
+        """Remove every clone of this run, also what is still starting; Timeout if one stays."""
         if self._cut_short:
             # The daemon goes on with a request whose client left: let it write the name down.
             time.sleep(_GRACE)
@@ -127,13 +130,21 @@ class Pools:
         self._progress = progress
         self._before: dict[str, int] | None = None
 
-    def need(self, tier: str, size: int) -> None:
-        """Keep at least `size` members ready; returns at once. HostError when none can be made."""
-        view = self._view()
+    def fill(self, tier: str, size: int) -> None:
+        """Have at least `size` members ready.
+
+        Raises what `settled` raises, or Busy when the host has no room; the tier is then as it was.
+        """
+        target = self.targets()[tier]
         if self._before is None:
-            self._before = {name: view[name]["target"] for name in POOLED}
-        if view[tier]["target"] < size:
-            self._put({tier: size})
+            self._before = self.targets()
+        try:
+            if target < size:
+                self._put({tier: size})
+            self.settled()
+        except TemplatedError:
+            self._put({tier: target})
+            raise
 
     def targets(self) -> dict[str, int]:
         """The sizes as they are now."""
@@ -143,15 +154,23 @@ class Pools:
     def settled(self) -> None:
         """Wait until no member is being made, so that a refill disturbs no figure.
 
-        Raises Timeout, or HostError with the reason why the daemon makes none.
+        Raises Timeout, or HostError with the daemon's reason for making none.
         """
         if self._before is None:
             return
         view = self._view()
         bound = 60.0 + 2.0 * sum(view[tier]["target"] for tier in POOLED)
-        deadline = time.monotonic() + bound
+        begin = well = time.monotonic()
         while any(view[tier]["ready"] != view[tier]["target"] for tier in POOLED):
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            # A host under pressure is a problem that passes.
+            well = well if view["problem"] else now
+            if now - well > PATIENCE:
+                raise HostError(
+                    f"the pools of {self._template} are not filled: {view['problem']}",
+                    hint="see: templated pool ls",
+                )
+            if now - begin > bound:
                 raise Timeout(f"the pools of {self._template} were not filled in {bound:g} s")
             self._progress("filling the pools: " + _shown(view))
             time.sleep(_POLL)
@@ -173,11 +192,6 @@ class Pools:
     def _view(self) -> dict[str, Any]:
         views = {view["template"]: view for view in self._client.get("pools")}
         view: dict[str, Any] = views[self._template]
-        if view.get("problem"):
-            raise HostError(
-                f"the pools of {self._template} cannot be filled: {view['problem']}",
-                hint="see: templated pool ls",
-            )
         return view
 
 
@@ -208,7 +222,7 @@ def built_template(client: Client, wanted: str | None) -> str:
 
 def require_memory(clones: int, what: str = "clones") -> None:
     """HostError unless this host has room for so many idle clones."""
-    need, free = clones * CLONE_BYTES, available_bytes()
+    need, free = clones * CLONE_BYTES, read_memory().available
     if need > free:
         raise HostError(
             f"{clones} {what} may need {need >> 20} MiB, and {free >> 20} MiB are available",

@@ -95,7 +95,7 @@ class Fleet(Daemon):
     def _pool(self) -> dict[str, Any]:
         view = {tier: {"target": self.target[tier], "ready": self.ready[tier]} for tier in TIERS}
         for tier in TIERS:
-            self.ready[tier] += self.ready[tier] < self.target[tier]
+            self.ready[tier] += self.ready[tier] < self.target[tier] and not self.problem
         return {"template": "python-fn", **view, "problem": self.problem}
 
 

@@ -36,8 +36,7 @@ class Ours:
     @contextmanager
     def opened(self) -> Iterator[Once]:
         if self.path in POOLED:
-            self.session.pools.need(self.path, 1)
-            self.session.pools.settled()
+            self.session.pools.fill(self.path, 1)
         yield self._once
 
     def _once(self) -> Row:
