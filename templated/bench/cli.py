@@ -39,6 +39,8 @@ templated bench compare -n 20 --only direct,virsh-restore --plot compare.svg
 """
 # A report on a host that is busy with the run itself; a person may want a sign of life.
 _SILENCE = 5.0
+# Part of the host's cores that other work may keep busy before a note is due.
+_BUSY = 0.25
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -284,7 +286,10 @@ def _run(
     progress = Progress(settings)
     try:
         with session(settings.client(), template, progress) as opened:
-            report = work(opened)
+            host = opened.host()
+            if host["load"] > _BUSY * host["cpus"]:
+                settings.note(f"the load is {host['load']:g} already: the figures will show it")
+            report = {**work(opened), "host": host}
     finally:
         progress.end()
     if settings.table:

@@ -14,6 +14,11 @@ def show(report: dict[str, Any]) -> None:
     _SHOWN[report["kind"]](report)
     for name, reason in report.get("skipped", {}).items():
         click.echo(f"{name:{_WIDTH}} skipped: {reason}")
+    host = report["host"]
+    click.echo(
+        f"host: QEMU {host['qemu']}, {host['accel']}, {host['cpus']} cores, "
+        f"load before {host['load']:g}"
+    )
 
 
 def _paths(report: dict[str, Any]) -> None:

@@ -66,6 +66,16 @@ class Session:
         self.remove(clone)
         return {**clone["phases_ms"], "total": clone["total_ms"], "wall": wall}
 
+    def host(self) -> dict[str, Any]:
+        """What the figures depend on; `load` is the average of the minute before."""
+        info = self.client.get("info")
+        return {
+            "cpus": len(os.sched_getaffinity(0)),
+            "load": round(os.getloadavg()[0], 2),
+            "accel": info["accel"],
+            "qemu": info["qemu_version"],
+        }
+
     def generation(self) -> Generation:
         """The active generation's files; HostError when they cannot be read."""
         active = str(self.client.get("templates", self.template)["active"])

@@ -42,6 +42,8 @@ class Fleet(Daemon):
         self.requests.append((request.method, request.path_qs, body))
         given = json.loads(body) if body else {}
         match request.method, request.path.split("/")[2:]:
+            case "GET", ["info"]:
+                return web.json_response({"accel": "tcg", "qemu_version": "7.2.0"})
             case "GET", ["templates"]:
                 return web.json_response([TEMPLATE])
             case "GET", ["templates", "python-fn"]:

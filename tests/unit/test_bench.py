@@ -40,6 +40,12 @@ from tests.unit.cli_daemon import ROOT
 Capture = pytest.CaptureFixture[str]
 
 
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' own load is nobody's concern."""
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+
+
 @pytest.fixture
 def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
     """A daemon that keeps clones and pools; the environment points at its socket."""
@@ -205,7 +211,17 @@ def test_burst_table(daemon: Fleet, capsys: Capture) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "template python-fn, 2 at once (2 direct), milliseconds"
     assert lines[2].split() == ["n", "p50", "p90", "p99"]
-    assert lines[-1] == "distinct in all: uuid, mac, ip, hostname, machine_id, boot_id"
+    assert lines[-2] == "distinct in all: uuid, mac, ip, hostname, machine_id, boot_id"
+    assert lines[-1].startswith("host: QEMU 7.2.0, tcg, ")
+
+
+def test_other_work_on_the_host_is_noted(
+    daemon: Fleet, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (999.0, 0.0, 0.0))
+    assert report(capsys, "burst", "1")["host"]["load"] == 999.0
+    assert main(["bench", "burst", "1"]) == 0
+    assert "the load is 999 already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
