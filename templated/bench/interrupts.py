@@ -5,18 +5,28 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
+# Seconds.
+_IMPATIENCE = 10.0
 _Handler = Callable[[int, FrameType | None], None]
 
 
 def interruptible() -> contextlib.AbstractContextManager[None]:
-    """Both end a run with KeyboardInterrupt, also where SIGINT was ignored by who started it."""
+    """Both end a run with KeyboardInterrupt, also where SIGINT was ignored by who started it.
+
+    An impatient second one is passed over: the run is cleaning up then, which is bounded.
+    """
+    last = float("-inf")
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before > _IMPATIENCE:
+            raise KeyboardInterrupt
 
     return _handled(interrupt)
 

@@ -136,7 +136,7 @@ def _compare_here(names: str) -> dict[str, Any]:
     ],
 )
 def test_interrupted(bench: Daemon, arguments: list[str], seconds: float) -> None:
-    """Ctrl-C at any moment: VMs, files, clones, and a private libvirtd with its domain go."""
+    """Ctrl-C at any moment, also twice: VMs, files, clones, and a private libvirtd with its domain go."""
     command = [sys.executable, "-m", "templated", "--socket", str(bench.socket), "bench"]
     process = subprocess.Popen(
         # The tests may run where SIGINT is ignored.
@@ -147,6 +147,8 @@ def test_interrupted(bench: Daemon, arguments: list[str], seconds: float) -> Non
     )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)  # an impatient user
     _, said = process.communicate(timeout=60)
     assert process.returncode in (exit_codes.INTERRUPTED, 0), said
     assert b"Traceback" not in said

@@ -385,6 +385,18 @@ def test_signals(block: Callable[[], AbstractContextManager[None]], raised: bool
     assert signal.getsignal(signal.SIGINT) == before
 
 
+def test_a_second_signal_does_not_disturb_the_cleaning_up() -> None:
+    cleaned = False
+    with pytest.raises(KeyboardInterrupt), interrupts.interruptible():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            cleaned = True
+    assert cleaned
+
+
 def test_signals_in_another_thread() -> None:
     """Only the main thread may handle them; elsewhere there is nothing to do."""
     entered: list[bool] = []

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 from templated.bench.bare import Bare, Stage
 from templated.drivers.disk import copy_overlay
-from templated.services.generations import STATE
+from templated.services.generations import STATE, Generation
 
 Once = Callable[[], dict[str, float]]
 """One start: milliseconds of each phase, and `total`. The VM is gone when it returns."""
@@ -31,6 +32,11 @@ class Contender(Protocol):
 
         Raises TemplatedError, with the reason, on a host where it cannot be set up.
         """
+
+
+def shared_memory(generation: Generation) -> TemporaryDirectory[str]:
+    """A directory in shm_dir, where every contender has what it restores, as the template has."""
+    return TemporaryDirectory(prefix="templated-bench-", dir=generation.frozen.parent.parent)
 
 
 def without_defer(arguments: list[str], instead: tuple[str, ...]) -> list[str]:

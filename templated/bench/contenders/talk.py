@@ -7,10 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from templated.bench.bare import Bare
-from templated.bench.contenders.base import Once, fresh_overlay, load_frozen, without_defer
+from templated.bench.contenders.base import (
+    Once,
+    fresh_overlay,
+    load_frozen,
+    shared_memory,
+    without_defer,
+)
 from templated.bench.floor import stage, wake
 from templated.bench.session import Session
 
@@ -27,9 +32,7 @@ class FullStream:
     def opened(self) -> Iterator[Once]:
         with (
             stage(self.session.generation()) as places,
-            TemporaryDirectory(
-                prefix="templated-bench-", dir=places.generation.frozen.parent.parent
-            ) as shm,
+            shared_memory(places.generation) as shm,
         ):
             saved = Path(shm) / "vm_template"
             fresh_overlay(places)

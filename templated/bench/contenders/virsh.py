@@ -15,7 +15,7 @@ from uuid import uuid4
 from xml.sax.saxutils import escape, quoteattr
 
 from templated.bench.bare import BOUND, Line, Stopwatch, identity
-from templated.bench.contenders.base import Once
+from templated.bench.contenders.base import Once, shared_memory
 from templated.bench.libvirtd import Libvirtd, private_libvirtd
 from templated.bench.session import Session
 from templated.drivers.hypervisor.command import AGENT_PORT
@@ -41,9 +41,7 @@ class VirshRestore:
         generation = self.session.generation()
         with (
             TemporaryDirectory(prefix="tpl.", dir="/tmp") as places,
-            TemporaryDirectory(
-                prefix="templated-bench-", dir=generation.frozen.parent.parent
-            ) as shm,
+            shared_memory(generation) as shm,
             private_libvirtd() as daemon,
         ):
             domain = Domain(daemon, generation, Path(places), Path(shm) / "saved")
