@@ -132,7 +132,7 @@ def _compare_here(names: str) -> dict[str, Any]:
         (["compare", "--only", "virsh-restore", "-n", "50"], 9.0),
         (["compare", "--only", "incoming-cat,loadvm", "-n", "50"], 2.5),
         (["burst", "5"], 0.6),
-        (["paths", "--paths", "floor,direct", "-n", "1", "--cli", "0", "--sustained", "60"], 2.5),
+        (["paths", "--paths", "floor", "-n", "1", "--cli", "0", "--sustained", "60"], 2.5),
     ],
 )
 def test_interrupted(bench: Daemon, arguments: list[str], seconds: float) -> None:
@@ -150,7 +150,8 @@ def test_interrupted(bench: Daemon, arguments: list[str], seconds: float) -> Non
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)  # an impatient user
     _, said = process.communicate(timeout=60)
-    assert process.returncode in (exit_codes.INTERRUPTED, 0), said
+    # The second one may come when all is cleaned up and Python ends.
+    assert process.returncode in (exit_codes.INTERRUPTED, -signal.SIGINT, 0), said
     assert b"Traceback" not in said
 
 

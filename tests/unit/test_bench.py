@@ -386,15 +386,20 @@ def test_signals(block: Callable[[], AbstractContextManager[None]], raised: bool
 
 
 def test_a_second_signal_does_not_disturb_the_cleaning_up() -> None:
-    cleaned = False
-    with pytest.raises(KeyboardInterrupt), interrupts.interruptible():
-        try:
-            os.kill(os.getpid(), signal.SIGINT)
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGINT)
-            cleaned = True
-    assert cleaned
+    cleaned: list[bool] = []
+
+    def impatient() -> None:
+        with interrupts.interruptible():
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGINT)
+                cleaned.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        impatient()
+    assert cleaned == [True]
 
 
 def test_signals_in_another_thread() -> None:
