@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from templated.api.server import listeners
-from templated.api.systemd import notify, watchdog
+from templated.api.systemd import ask_for_time, notify, watchdog
 from templated.drivers.configfile import load_config
 from templated.errors import TemplatedError
 from templated.model.config import Config
@@ -44,7 +44,18 @@ async def _serve(config: Config, foundation: Foundation) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    starting = asyncio.create_task(ask_for_time())
+    try:
+        await _run_services(stop, starting, config, foundation)
+    finally:
+        await _end(starting)
+
+
+async def _run_services(
+    stop: asyncio.Event, starting: asyncio.Task[None], config: Config, foundation: Foundation
+) -> None:
     async with services(foundation) as running, listeners(config, running):
+        await _end(starting)
         beat = asyncio.create_task(watchdog())
         log.info("serving on %s", config.socket)
         notify(f"READY=1\nSTATUS=serving, {len(running.clones)} clones")
@@ -52,9 +63,13 @@ async def _serve(config: Config, foundation: Foundation) -> None:
         notify("STOPPING=1")
         log.info("stopping; %d clones go on without the daemon", len(running.clones))
         running.context.events.close()  # else the listeners would wait for who follows events
-        beat.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await beat
+        await _end(beat)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 def _allow_many_files() -> None:

@@ -80,7 +80,9 @@ async def list_clones(request: web.Request) -> web.Response:
 
 async def create_clones(request: web.Request) -> web.Response:
     wanted = await body_of(request, CloneRequest)
-    views = await request.app[SERVICES].clones.create(wanted)
+    services = request.app[SERVICES]
+    with services.context.metrics.starting(wanted.count or 1):
+        views = await services.clones.create(wanted)
     return _json(views if wanted.count is not None else views[0], 201)
 
 

@@ -6,6 +6,8 @@ import asyncio
 import os
 import socket
 
+_MORE_SECONDS = 30
+
 
 def notify(state: str) -> None:
     """Send a state to the service manager; nothing when none asked for it."""
@@ -20,6 +22,17 @@ def notify(state: str) -> None:
             sender.sendto(state.encode(), address)
         except OSError:
             pass  # the manager is gone or busy; the watchdog tells it
+
+
+async def ask_for_time() -> None:
+    """While the daemon starts: ask the manager for more time again and again, until cancelled.
+
+    Many clones to adopt, or large memories to digest, take longer than any fixed TimeoutStartSec;
+    that stays the bound on a daemon that hangs (EXTEND_TIMEOUT_USEC in sd_notify(3)).
+    """
+    while True:
+        notify(f"EXTEND_TIMEOUT_USEC={_MORE_SECONDS * 1_000_000}")
+        await asyncio.sleep(_MORE_SECONDS / 3)
 
 
 async def watchdog() -> None:

@@ -75,6 +75,11 @@ class Client:
         with self.request("DELETE", *parts) as answer:
             answer.json()
 
+    def metrics(self, timeout: float = 30.0) -> str:
+        """What Prometheus would scrape."""
+        with self._exchange("GET", "/metrics", timeout=timeout) as answer:
+            return b"".join(answer.chunks()).decode(errors="replace")
+
     def request(
         self,
         method: str,
@@ -91,6 +96,16 @@ class Client:
         target = "/v1/" + "/".join(quote(part, safe="") for part in parts)
         if query:
             target += "?" + urlencode(query)
+        return self._exchange(method, target, body, headers, timeout)
+
+    def _exchange(
+        self,
+        method: str,
+        target: str,
+        body: Body = None,
+        headers: Mapping[str, str] = {},
+        timeout: float | None = None,
+    ) -> Answer:
         connection = _Connection(self.path, timeout)
         try:
             with self._explained(timeout):

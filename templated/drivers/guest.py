@@ -9,20 +9,26 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import enum
 import itertools
 import secrets
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
 from templated.errors import GuestError, InvalidRequest, TemplatedError, Timeout
+from templated.guest.agent import CLAIM, IDENTIFY, PACKED, REHEARSAL, SEEN
 
 T = TypeVar("T")
 MAX_LINE = 1 << 20
 CHUNK = 32768
 MAX_FILE = 64 << 20
+ENTROPY_BYTES = 64
 _CONNECT_TRIES, _CONNECT_PAUSE = 20, 0.05
 OutputSink = Callable[[str, bytes], None]
 
@@ -36,7 +42,14 @@ class ExecResult(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
-class Confirmation(msgspec.Struct, frozen=True, kw_only=True):
+class _Seen(msgspec.Struct, frozen=True):
+    """The agent's reply to an identify: agent.py's SEEN and four lines, in hex."""
+
+    seen: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confirmation:
     """What the guest read back after it applied an identity."""
 
     hostname: str
@@ -45,9 +58,87 @@ class Confirmation(msgspec.Struct, frozen=True, kw_only=True):
     uuid: str
     mac: str
     ip: str
+    prefix: int
     time: float
     """The guest's wall clock at its answer, seconds since the epoch."""
-    random: str
+
+    @classmethod
+    def of(cls, raw: msgspec.Raw) -> Confirmation:
+        """Read the agent's reply; GuestError when it is none."""
+        try:
+            seen = bytes.fromhex(_convert(raw, _Seen).seen)
+            mac, ip, netmask, clock = SEEN.unpack_from(seen)
+            hostname, machine_id, boot_id, uid = seen[SEEN.size :].decode().splitlines()
+        except (ValueError, struct.error) as error:
+            raise GuestError(f"the agent answered nonsense: {error}") from error
+        return cls(
+            hostname=hostname,
+            machine_id=machine_id,
+            boot_id=boot_id,
+            uuid=uid,
+            mac=mac.hex(":"),
+            ip=str(IPv4Address(ip)),
+            prefix=int.from_bytes(netmask).bit_count(),
+            time=clock,
+        )
+
+
+class Step(enum.Enum):
+    """How much of an identity a guest is given."""
+
+    IDENTIFY = IDENTIFY
+    """All of it."""
+    REHEARSAL = REHEARSAL
+    """What a claim gives, without the hooks, before the guest is paused."""
+    CLAIM = CLAIM
+    """Name, time and entropy, to a guest that has the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What makes a guest this one machine; `time` is the clock at its last mark, in seconds."""
+
+    step: Step = Step.IDENTIFY
+    hostname: str
+    machine_id: str
+    boot_id: str
+    uuid: str
+    mac: str
+    ip: str
+    prefix: int
+    gateway: str | None
+    dns: Sequence[str]
+    time: float
+    entropy: bytes
+
+    def fields(self) -> dict[str, str]:
+        """The request's only field: agent.py tells of it."""
+        texts = {
+            "hostname": self.hostname,
+            "machine_id": self.machine_id,
+            "boot_id": self.boot_id,
+            "uuid": self.uuid,
+            "mac": self.mac,
+            "ip": self.ip,
+        }
+        count = len(self.entropy)
+        packed = PACKED.pack(
+            self.step.value,
+            struct.pack("<ii", count * 8, count) + self.entropy,
+            self.time,
+            bytes.fromhex(self.mac.replace(":", "")),
+            IPv4Address(self.ip).packed,
+            bytes([self.prefix]),
+            IPv4Address(self.gateway or 0).packed,
+            self.hostname.encode().ljust(64),
+            f"127.0.0.1 localhost\n{self.ip} {self.hostname}".encode().ljust(128),
+            self.machine_id.encode(),
+            self.boot_id.encode(),
+            self.uuid.encode(),
+            "\n".join(f"nameserver {server}" for server in self.dns).encode().ljust(256),
+            msgspec.json.encode(texts).ljust(384),
+        )
+        return {"packed": packed.hex()}
 
 
 class FileChunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,13 +251,9 @@ class Agent:
     async def ping(self, timeout: float) -> None:
         await self.request("ping", timeout)
 
-    async def identify(self, timeout: float, **identity: Any) -> Confirmation:
+    async def identify(self, timeout: float, identity: Identity) -> Confirmation:
         """Give the guest its identity and get back what it then reads of itself."""
-        return _convert(await self.request("identify", timeout, identity), Confirmation)
-
-    async def claim(self, timeout: float, **identity: Any) -> Confirmation:
-        """Give a guest with an identity its name, the time and entropy; it reads all back."""
-        return _convert(await self.request("claim", timeout, identity), Confirmation)
+        return Confirmation.of(await self.request("identify", timeout, identity.fields()))
 
     async def adjust_clock(self, seconds: float, timeout: float) -> float:
         """Shift the guest's wall clock; returns its time after that."""

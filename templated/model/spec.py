@@ -105,7 +105,9 @@ class IdentitySpec(_Spec, frozen=True, kw_only=True):
 class NetworkSpec(_Spec, frozen=True, kw_only=True):
     """What the guest is told about its network beside its own address."""
 
-    dns: tuple[Annotated[str, Meta(pattern=r"^[0-9.]{7,15}$(?!\n)")], ...] = ()
+    dns: Annotated[
+        tuple[Annotated[str, Meta(pattern=r"^[0-9.]{7,15}$(?!\n)")], ...], Meta(max_length=8)
+    ] = ()
 
 
 class PoolSpec(_Spec, frozen=True, kw_only=True):

@@ -48,6 +48,7 @@ KERNEL_CMDLINE = "console=ttyS0 quiet loglevel=4 reboot=t panic=-1 ipv6.disable=
 _SAVE_TIMEOUT = 120.0
 _QUIT_TIMEOUT = 30.0
 _QUIESCE_TIMEOUT = 30.0
+_SETTLE = 0.5
 _HINT = "the console lines show how far the guest got; see boot_timeout and the hooks of the image"
 # What QEMU and the state need beside the guest's memory.
 _SHM_SLACK = 16 << 20
@@ -187,6 +188,8 @@ class Build:
         await machine.set_link(False)
         await vm.agent.quiesce(_QUIESCE_TIMEOUT)
         marked = time.monotonic()
+        # The agent goes back to waiting, and the kernel finishes what it has put off.
+        await asyncio.sleep(_SETTLE)
         await machine.pause()
         lag = time.monotonic() - marked
         await machine.detach_network()
@@ -329,7 +332,7 @@ def boot_kernel(image: Image, spec: TemplateSpec, accel: str) -> Kernel:
 
 async def image_overlay(context: Context, image: Image) -> Path:
     """An empty layer over the image, made once per image."""
-    path = context.layout.state / "overlays" / f"{image.digest}.qcow2"
+    path = context.layout.image_overlay(image.digest)
     if not path.exists():
         path.parent.mkdir(mode=0o700, exist_ok=True)
         partial = path.with_suffix(f".{secrets.token_hex(4)}.part")

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 _CLAIMS_PER_CPU = 2
 _TRIES = 3
 """Members of a tier that one request tries before it takes another way."""
+_ADOPTIONS, _ADOPTION_TIMEOUT = 32, 10.0
 LOG_BYTES = 256 << 10
 """What is shown of a console at most."""
 
@@ -192,9 +193,10 @@ class Clones:
         try:
             generation = self.templates.known(clone.template)
             clone.generation = generation.id
-            if not await self._from_pool(clone, generation, clock, forced):
-                async with self._starts:
-                    await self._bring_up(clone, generation, clock)
+            with self.pools.request():
+                if not await self._from_pool(clone, generation, clock, forced):
+                    async with self._starts:
+                        await self._bring_up(clone, generation, clock)
             self._started(clone)
         except BaseException as error:
             self._clones.pop(name, None)
@@ -483,18 +485,22 @@ class Clones:
         Returns the ids of slots whose VM is not to be kept: starts that were interrupted, VMs of
         builds, and removals under way. The caller destroys those.
         """
-        orphans = []
+        orphans, kept = [], []
         for row in rows:
             keep = row.state in (CloneState.RUNNING, CloneState.DEAD)
             if row.name.startswith(INTERNAL) or not keep:
                 orphans.append(row.slot.id)
             else:
-                await self._adopt_one(row)
+                kept.append(self._known(row))
+        # Side by side: one that does not answer must not hold up all others.
+        running = [clone for clone in kept if clone.state is CloneState.RUNNING]
+        at_once = asyncio.Semaphore(_ADOPTIONS)
+        await asyncio.gather(*(self._adopt_one(clone, at_once) for clone in running))
         self._count_states()
         return orphans
 
-    async def _adopt_one(self, row: CloneRow) -> None:
-        clone = Clone(
+    def _known(self, row: CloneRow) -> Clone:
+        clone = self._clones[row.name] = Clone(
             row.name,
             row.template,
             row.slot.generation,
@@ -506,9 +512,11 @@ class Clones:
             total_ms=row.total_ms,
             reason=row.reason,
         )
-        self._clones[row.name] = clone
-        if row.state is not CloneState.RUNNING:
-            return
+        return clone
+
+    async def _adopt_one(self, clone: Clone, at_once: asyncio.Semaphore) -> None:
+        row = clone.row
+        assert row is not None
         places = self._context.layout.vm(row.slot.id)
         machine = None
         if row.pid is not None and row.pid_start is not None:
@@ -519,7 +527,8 @@ class Clones:
             return
         clone.vm = Vm(row.slot, places, machine)
         try:
-            await clone.vm.connect(10.0)
+            async with at_once:
+                await clone.vm.connect(_ADOPTION_TIMEOUT)
         except TemplatedError as error:
             log.warning("clone %s runs but does not answer: %s", row.name, error.message)
         self._watch(clone)

@@ -24,6 +24,7 @@ from templated.services.clones import Clones
 from templated.services.context import Context
 from templated.services.events import EventBus
 from templated.services.host import Host
+from templated.services.host_metrics import watch
 from templated.services.janitor import keep_logs_short
 from templated.services.metrics import Metrics
 from templated.services.operations import Operations
@@ -90,6 +91,7 @@ async def services(foundation: Foundation) -> AsyncIterator[Services]:
             tasks.start(refill.run(), "pools")
             tasks.start(refill.watch(), "health of the pools")
             tasks.start(keep_logs_short(foundation.layout.slots), "janitor")
+            tasks.start(watch(context, clones), "host metrics")
             try:
                 yield Services(context, clones, Operations(tasks), refill)
             finally:
@@ -105,6 +107,7 @@ async def services(foundation: Foundation) -> AsyncIterator[Services]:
 
 def _context(foundation: Foundation, journal: Journal) -> Context:
     config, layout = foundation.config, foundation.layout
+    metrics = Metrics()
     slots = Slots(journal, layout, foundation.network, foundation.plan, ready=config.slots.ready)
     starter = Starter(
         foundation.hypervisor,
@@ -123,8 +126,8 @@ def _context(foundation: Foundation, journal: Journal) -> Context:
         plan=foundation.plan,
         slots=slots,
         starter=starter,
-        events=EventBus(),
-        metrics=Metrics(),
+        events=EventBus(metrics.events),
+        metrics=metrics,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from msgspec import Struct
+from prometheus_client import Counter
 
 from templated.journal import now
 
@@ -32,7 +33,8 @@ class EventBus:
     A follower that does not read loses the oldest events, never the daemon its memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counter: Counter | None = None) -> None:
+        self._counter = counter
         self._recent: deque[Event] = deque(maxlen=_KEPT)
         self._followers: set[asyncio.Queue[Event | None]] = set()
         self._closed = False
@@ -41,6 +43,8 @@ class EventBus:
         """Record an event and pass it on."""
         event = Event(time=now(), type=type, subject=subject, details=details)
         self._recent.append(event)
+        if self._counter is not None:
+            self._counter.labels(type).inc()
         for queue in self._followers:
             if queue.full():
                 queue.get_nowait()

@@ -23,7 +23,8 @@ from templated.model.units import size_bytes
 from templated.services.places import Layout
 from templated.services.slots import Layer
 
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
+"""2: the frozen agent takes its identity in one packed field."""
 DISK, EMPTY, MANIFEST, MEMORY, STATE = (
     "disk.qcow2",
     "empty.qcow2",
@@ -151,7 +152,10 @@ def read_manifest(directory: Path) -> Manifest:
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
         raise HostError(f"{path} is damaged: {error}", hint="build the template again") from error
     if manifest.format != MANIFEST_FORMAT:
-        raise HostError(f"{path} has format {manifest.format}, not {MANIFEST_FORMAT}")
+        raise HostError(
+            f"{path} has format {manifest.format}, not {MANIFEST_FORMAT}",
+            hint="build the template again",
+        )
     return manifest
 
 

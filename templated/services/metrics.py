@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from prometheus_client import (
     CollectorRegistry,
@@ -21,6 +23,9 @@ START_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1),
     *(0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30),
 )
+# Codes of what a start fails by; others appear when they happen.
+_START_REASONS = ("guest", "host", "hypervisor", "identity", "internal", "timeout")
+_TIERS = ("standby", "warm")
 BUILD_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -58,10 +63,21 @@ class Metrics:
             ("template", "reason"),
             registry=self.registry,
         )
+        self.starts_in_progress = Gauge(
+            "templated_clone_starts_in_progress",
+            "Clones asked for that are not up yet, those too that wait for their turn.",
+            registry=self.registry,
+        )
         self.clones = Gauge(
             "templated_clones",
             "Clones by state.",
             ("template", "state"),
+            registry=self.registry,
+        )
+        self.events = Counter(
+            "templated_events",
+            "What happened to clones and templates; `templated events` tells to which.",
+            ("type",),
             registry=self.registry,
         )
 
@@ -113,6 +129,12 @@ class Metrics:
             buckets=BUILD_BUCKETS,
             registry=self.registry,
         )
+        self.build_failures = Counter(
+            "templated_template_build_failures",
+            "Template builds that failed, by the reason.",
+            ("template", "reason"),
+            registry=self.registry,
+        )
         self.generation_info = Gauge(
             "templated_template_generation_info",
             "1 for the active generation of a template.",
@@ -133,6 +155,24 @@ class Metrics:
             registry=self.registry,
         )
         self.build_info.labels(__version__, platform.python_version()).set(1)
+
+    def expect(self, template: str) -> None:
+        """Show zeros for what may fail of a template: a series that begins with 1 has no rate."""
+        for reason in _START_REASONS:
+            self.failures.labels(template, reason)
+        for tier in _TIERS:
+            self.pool_misses.labels(template, tier)
+            for reason in _START_REASONS:
+                self.refill_failures.labels(template, tier, reason)
+
+    @contextmanager
+    def starting(self, clones: int) -> Iterator[None]:
+        """Count clones as being started for as long as the block runs."""
+        self.starts_in_progress.inc(clones)
+        try:
+            yield
+        finally:
+            self.starts_in_progress.dec(clones)
 
     def observe_start(
         self, template: str, path: str, phases_ms: dict[str, float], total_ms: float

@@ -61,6 +61,15 @@ class Layout:
         """Disk layer 3."""
         return self.slots / slot_id / "disk.qcow2"
 
+    def image_overlay(self, digest: str) -> Path:
+        """An empty layer over an image, for cold boots."""
+        return self.state / "overlays" / f"{digest}.qcow2"
+
+    def remove_partial_overlays(self) -> None:
+        """Remove what a daemon that was killed left half made."""
+        for partial in (self.state / "overlays").glob("*.part"):
+            partial.unlink(missing_ok=True)
+
     def generation(self, template: str, generation: str) -> Path:
         """Disk layer 2 and the manifest."""
         return self.generations / template / generation

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from templated.errors import InvalidRequest, TemplatedError
@@ -61,6 +62,10 @@ class Pools:
         self._ready: dict[Pool, deque[Member]] = defaultdict(deque)
         self._bytes: dict[tuple[str, StartPath], int] = {}
         self._closing = False
+        self._requests = 0
+        self.idle = asyncio.Event()
+        """Set while no request is being served."""
+        self.idle.set()
         self.wanted = asyncio.Event()
         """Set when there may be something to make or to take down."""
         self.problems: dict[Pool, str] = {}
@@ -72,6 +77,18 @@ class Pools:
         self.refresh()
 
     # --- members ------------------------------------------------------------------------------
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """While a request is served, no new members are begun."""
+        self._requests += 1
+        self.idle.clear()
+        try:
+            yield
+        finally:
+            self._requests -= 1
+            if not self._requests:
+                self.idle.set()
 
     def take(self, generation: Generation, tier: StartPath) -> Member | None:
         """A ready member, which is then the caller's; None when there is none. Counts the miss."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import aiohttp
 import msgspec
+import regex
 
 from templated.errors import InvalidRequest, ProbeError, TemplatedError
 from templated.model.generation import ProbeResult
@@ -29,6 +29,7 @@ from templated.services.vm import Vm
 _SAW = 200
 _ATTEMPT = 5.0
 _OUTPUT = 65536
+_MATCHING = 2.0
 ProbeReport = Callable[[str, str, float | None, str], None]
 """Called with a probe's name, "start", "passed" or "failed", its seconds, and what it saw."""
 
@@ -110,8 +111,8 @@ def check_patterns(probes: Iterable[Probe]) -> None:
     for number, probe in enumerate(probes):
         pattern = getattr(probe, "pattern", "")
         try:
-            re.compile(pattern)
-        except re.error as error:
+            regex.compile(pattern)
+        except regex.error as error:
             raise InvalidRequest(
                 f"not a regular expression: {pattern!r}: {error} - at `$.probes[{number}].pattern`",
                 hint="escape ( [ { . * + ? with a backslash to mean the character itself",
@@ -139,8 +140,8 @@ async def _attempt(target: Target, probe: Probe) -> str:
 async def _serial(vm: Vm, probe: SerialProbe) -> str:
     with contextlib.suppress(OSError):
         text = await asyncio.to_thread(vm.places.serial_log.read_text, errors="replace")
-        if found := re.search(probe.pattern, text):
-            return _short(found[0])
+        if (found := await _found(probe.pattern, text)) is not None:
+            return _short(found)
         lines = text.strip().splitlines()
         raise _NotYet(f"no match, last line {_short(lines[-1])!r}" if lines else "an empty console")
     raise _NotYet("no console log")
@@ -150,7 +151,7 @@ async def _exec(vm: Vm, probe: ExecProbe) -> str:
     code, output = await _guest_output(vm, list(probe.command), seconds(probe.timeout))
     if code != probe.exit_code:
         raise _NotYet(f"exit code {code}, output {_short(output)!r}")
-    return _matching(probe.pattern, output)
+    return await _matching(probe.pattern, output)
 
 
 async def _guest_output(vm: Vm, argv: list[str], timeout: float) -> tuple[int | None, str]:
@@ -192,7 +193,7 @@ async def _http(target: Target, probe: HttpProbe) -> str:
         status, body = await _http_from_host(f"http://{host}:{port}{probe.path}")
     if status != probe.status:
         raise _NotYet(f"status {status}")
-    return f"status {status}, " + _matching(probe.pattern, body)
+    return f"status {status}, " + await _matching(probe.pattern, body)
 
 
 _HTTP_SCRIPT = """
@@ -240,8 +241,22 @@ async def _settle(vm: Vm, probe: SettleProbe) -> str:
     return f"{percent:.0f} % of a core"
 
 
-def _matching(pattern: str, text: str) -> str:
-    if re.search(pattern, text):
+async def _found(pattern: str, text: str) -> str | None:
+    """What a pattern matches. In a thread, without the interpreter's lock and with a bound: some
+    patterns take for ever on some texts.
+    """
+    compiled = regex.compile(pattern)
+    try:
+        match = await asyncio.to_thread(
+            lambda: compiled.search(text, timeout=_MATCHING, concurrent=True)
+        )
+    except TimeoutError:
+        raise _NotYet(f"matching {pattern!r} takes more than {_MATCHING:g} s") from None
+    return str(match[0]) if match else None
+
+
+async def _matching(pattern: str, text: str) -> str:
+    if await _found(pattern, text) is not None:
         return _short(text)
     raise _NotYet(f"no match for {pattern!r} in {_short(text)!r}")
 

@@ -35,6 +35,7 @@ async def recover(context: Context, clones: Clones) -> None:
     pids = await asyncio.to_thread(_pids_by_uuid, {slot.uuid for slot in unwanted})
     for slot in unwanted:
         await _destroy(context.hypervisor, context, slot, pids.get(slot.uuid, []))
+    await asyncio.to_thread(context.layout.remove_partial_overlays)
     await asyncio.to_thread(_remove_strays, context.layout.slots, kept)
     await asyncio.to_thread(_remove_strays, context.layout.sockets, kept)
 

@@ -74,6 +74,7 @@ class Refill:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._patience()):
                     await self._pools.wanted.wait()
+            await self._let_requests_go_first()
             self._pools.wanted.clear()
             try:
                 self._shrink()
@@ -90,6 +91,12 @@ class Refill:
                     await self.check(pool)
             except Exception:
                 log.exception("cannot check the pools")
+
+    async def _let_requests_go_first(self) -> None:
+        """Wait until no request is under way, but not for ever: there may always be one."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SOON):
+                await self._pools.idle.wait()
 
     def _patience(self) -> float:
         """Seconds until something may be done that no event announces."""

@@ -7,16 +7,14 @@ Everything here is on the path of a clone's start. Whatever could be done before
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import enum
 import os
 import secrets
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 
-from templated.drivers.guest import Confirmation
+from templated.drivers.guest import ENTROPY_BYTES, Confirmation, Identity, Step
 from templated.drivers.hypervisor.base import Hardware, Hypervisor, Kernel, Launch
 from templated.drivers.network import Forward, Network
 from templated.errors import IdentityError
@@ -28,22 +26,10 @@ from templated.services.generations import Generation
 from templated.services.slots import PreparedSlot
 from templated.services.vm import PhaseClock, Vm, spawn
 
-_ENTROPY_BYTES = 64
-# The first claim after an identify translates what the two do not share, the second is fast.
-_REHEARSALS = 2
+# The first claim after an identify translates what the two do not share, the next ones are fast.
+_REHEARSALS = 3
 Spawned = Callable[[Vm], Coroutine[None, None, None]]
 """Called as soon as the process exists, to write its pid down."""
-
-
-class Step(enum.Enum):
-    """How much of an identity a guest is given."""
-
-    IDENTIFY = "identify"
-    """All of it."""
-    REHEARSAL = "rehearsal"
-    """What a claim gives, without the hooks, while the guest runs."""
-    CLAIM = "claim"
-    """Name, time and entropy, to a guest that has the rest."""
 
 
 @dataclass(frozen=True)
@@ -254,32 +240,28 @@ async def identify(
     takes. Raises IdentityError, GuestError or Timeout; the VM must then be destroyed.
     """
     slot = vm.slot
-    timeout = seconds(spec.identity.timeout)
-    wanted = {
-        "hostname": hostname,
-        "machine_id": slot.machine_id,
-        "boot_id": slot.boot_id,
-        "uuid": slot.uuid,
-        "mac": slot.mac,
-        "ip": slot.ip,
-    }
-    sent = time.time()
-    ask = vm.agent.identify if step is Step.IDENTIFY else vm.agent.claim
-    confirmed = await ask(
-        timeout,
-        **wanted,
+    identity = Identity(
+        hostname=hostname,
+        machine_id=slot.machine_id,
+        boot_id=slot.boot_id,
+        uuid=slot.uuid,
+        mac=slot.mac,
+        ip=slot.ip,
         prefix=plan.prefix,
         gateway=plan.gateway,
-        dns=list(spec.network.dns),
+        dns=spec.network.dns,
+        step=step,
         time=time_at_mark,
-        entropy=base64.b64encode(secrets.token_bytes(_ENTROPY_BYTES)).decode(),
-        rehearsal=step is Step.REHEARSAL,
+        entropy=secrets.token_bytes(ENTROPY_BYTES),
     )
+    sent = time.time()
+    confirmed = await vm.agent.identify(seconds(spec.identity.timeout), identity)
     received = time.time()
-    for key, value in wanted.items():
-        if getattr(confirmed, key) != value:
+    for key in ("hostname", "machine_id", "boot_id", "uuid", "mac", "ip", "prefix"):
+        seen, wanted = getattr(confirmed, key), getattr(identity, key)
+        if seen != wanted:
             raise IdentityError(
-                f"the guest has {key} {getattr(confirmed, key)!r}, not {value!r}",
+                f"the guest has {key} {seen!r}, not {wanted!r}",
                 hint="see `templated logs` and the hooks in the guest's identity.d",
             )
     await _confirm_clock(vm, confirmed.time, sent, received, spec)

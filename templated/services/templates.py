@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -157,6 +158,7 @@ class Templates:
         except BaseException as error:
             reason = error.message if isinstance(error, TemplatedError) else repr(error)
             self._context.events.emit("template.build_failed", spec.name, reason=reason)
+            self._context.metrics.build_failures.labels(spec.name, _code(error)).inc()
             # Stopped in the middle of the activation: what the journal calls active stays.
             if (await self._context.journal.active()).get(spec.name) != build.id:
                 await asyncio.shield(build.discard())
@@ -217,6 +219,14 @@ class Templates:
         """All templates: those with a file and those with a generation."""
         files = template_files(self._context.config.template_dirs)
         return sorted({*files, *(row.template for row in self._rows.values())})
+
+    def can_serve(self, name: str) -> bool:
+        """Whether clones can be started from a template, as far as is known."""
+        return name in self._loaded and name not in self.problems
+
+    def count_generations(self) -> Counter[tuple[str, str]]:
+        """How many generations there are, by template and state."""
+        return Counter((row.template, row.state.value) for row in self._rows.values())
 
     async def view(self, name: str, *, full: bool = False) -> TemplateView:
         """A template as users see it; NotFound when there is none."""
@@ -312,6 +322,7 @@ class Templates:
         if before is not None and before.id != generation.id:
             await self._dependents.drain(before.id)
         self._dependents.served()
+        self._context.metrics.expect(template)
         self._clear_info(template)
         manifest = generation.manifest
         self._context.metrics.generation_info.labels(
@@ -368,3 +379,12 @@ class Templates:
                 f"{manifest.qemu.version}, this host has {present.version}",
                 hint=f"run: templated template build {manifest.template}",
             )
+
+
+def _code(error: BaseException) -> str:
+    """Why a build failed, for a label."""
+    if isinstance(error, TemplatedError):
+        return error.code
+    if isinstance(error, asyncio.CancelledError):
+        return "cancelled"
+    return "timeout" if isinstance(error, TimeoutError) else "internal"

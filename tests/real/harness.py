@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -145,7 +146,12 @@ class Daemon:
         text = PYTHON_FN.read_text().replace("name: python-fn", f"name: {name}", 1)
         if without_probes:
             text = text[: text.index("\nprobes:")] + "\n"
-        self.template(name, text + "\n".join(extra) + "\n")
+        for line in extra:
+            if not line.startswith(" "):  # in place of what the template has under this key
+                block = rf"^{line.partition(':')[0]}:.*\n(?: .*\n)*"
+                text = re.sub(block, "", text, flags=re.MULTILINE)
+            text += line + "\n"
+        self.template(name, text)
 
     def qemus(self) -> list[int]:
         """Processes that have our places on their command line, but for the daemon."""

@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from templated.drivers.guest import Confirmation, Identity
 from templated.drivers.image import Image, ImageStore, image_digest
 from templated.errors import BuildError
 from templated.model.spec import ImageSpec
@@ -118,24 +120,29 @@ def test_guest_boots_and_takes_an_identity(image: Image, tmp_path: Path, kind: s
         assert b" / type ext4 (rw,noatime)" in output and b"Python 3" in output
         assert output.startswith(b"0\n")  # no machine-id is baked in
         host.request("quiesce")
-        wanted = {
-            "hostname": "clone-1",
-            "machine_id": "0123456789abcdef" * 2,
-            "boot_id": str(uuid.uuid4()),
-            "uuid": str(uuid.uuid4()),
-            "mac": "52:54:00:12:34:99",
-            "ip": "10.9.8.7",
-        }
-        rest = {"prefix": 24, "gateway": "10.9.8.1", "dns": [], "time": time.time() + 1000}
-        entropy = base64.b64encode(os.urandom(64)).decode()
-        result, _ = host.request("identify", **wanted, **rest, entropy=entropy)
-        assert {name: result[name] for name in wanted} == wanted
-        assert abs(result["time"] - time.time() - 1000) < 1
-        files = "/proc/sys/kernel/random/boot_id /etc/machine-id /etc/hostname"
-        seen = host.request("exec", argv=["sh", "-c", f"cat {files}; ip route"])[1].decode()
+        wanted = Identity(
+            hostname="clone-1",
+            machine_id="0123456789abcdef" * 2,
+            boot_id=str(uuid.uuid4()),
+            uuid=str(uuid.uuid4()),
+            mac="52:54:00:12:34:99",
+            ip="10.9.8.7",
+            prefix=24,
+            gateway="10.9.8.1",
+            dns=["10.9.8.2"],
+            time=time.time() + 1000,
+            entropy=os.urandom(64),
+        )
+        result, _ = host.request("identify", **wanted.fields())
+        seen = Confirmation.of(msgspec.Raw(json.dumps(result).encode()))
+        for name in ("hostname", "machine_id", "boot_id", "uuid", "mac", "ip", "prefix"):
+            assert getattr(seen, name) == getattr(wanted, name)
+        assert abs(seen.time - time.time() - 1000) < 1
+        files = "/proc/sys/kernel/random/boot_id /etc/machine-id /etc/hostname /etc/resolv.conf"
+        shown = host.request("exec", argv=["sh", "-c", f"cat {files}; ip route"])[1].decode()
         host.leave()
-        for text in (wanted["boot_id"], wanted["machine_id"], "clone-1", "via 10.9.8.1"):
-            assert text in seen
+        for text in (wanted.boot_id, wanted.machine_id, "clone-1", "via 10.9.8.1", "10.9.8.2"):
+            assert text in shown
 
 
 def test_proof_boot_ends_by_itself(image: Image, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_what_running_vms_need() -> None:
     assert not settings & {"MemoryDenyWriteExecute", "PrivateDevices", "PrivateNetwork"}
     # chown for socket_access.group, which @privileged denies
     filters = [line for line in lines if line.startswith("SystemCallFilter=")]
-    assert filters[-1] == "SystemCallFilter=@chown"
+    assert filters[-1] == "SystemCallFilter=@chown setpriority"
 
 
 def test_sysusers_and_tmpfiles(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_notify_and_watchdog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_daemon_is_ready_only_when_it_serves(tmp_path: Path) -> None:
-    """`serve` tells the manager that it is ready, and that it stops."""
+    """`serve` asks the manager for time, tells it that it is ready, and that it stops."""
     config: dict[str, object] = {
         "state_dir": str(tmp_path / "s"),
         "runtime_dir": str(tmp_path / "r"),
@@ -140,6 +140,7 @@ def test_daemon_is_ready_only_when_it_serves(tmp_path: Path) -> None:
         env = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
         daemon = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
         try:
+            assert manager.recv(1000).startswith(b"EXTEND_TIMEOUT_USEC=")
             assert manager.recv(1000).startswith(b"READY=1")
             assert (tmp_path / "r/templated.sock").exists()
             daemon.terminate()

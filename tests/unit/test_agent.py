@@ -6,16 +6,31 @@ import base64
 import json
 import os
 import socket
+import struct
 import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from templated.guest.agent import Agent, System, write_text
+from templated.drivers.guest import Confirmation, Identity, Step
+from templated.guest.agent import (
+    PAGE,
+    QUICK,
+    QUICK_DATA,
+    QUICK_HEAD,
+    REHEARSALS,
+    Agent,
+    System,
+)
+
+HOOK_VALUES = {"hostname", "machine_id", "boot_id", "uuid", "mac", "ip"}
 
 
 class FakeSystem(System):
@@ -23,37 +38,37 @@ class FakeSystem(System):
 
     def __init__(self, folder: Path) -> None:
         self.run = self.etc = str(folder)
-        self.boot_id = str(folder / "boot_id")
         self.calls: list[tuple[str, Any]] = []
-        self.state = {"hostname": "", "mac": "", "ip": ""}
+        self.name, self.hardware, self.numbers = b"", b"", (b"", b"")
+        self.open_files()
 
-    def add_entropy(self, data: bytes) -> None:
-        self.calls.append(("entropy", data))
+    def add_entropy(self, request: bytes) -> None:
+        self.calls.append(("entropy", request))
 
     def set_clock(self, seconds: float) -> None:
         self.calls.append(("clock", seconds))
 
-    def set_hostname(self, name: str) -> None:
-        self.state["hostname"] = name
+    def set_hostname(self, name: bytes) -> None:
+        self.name = name
 
-    def hostname(self) -> str:
-        return self.state["hostname"]
+    def hostname(self) -> bytes:
+        return self.name + b"\n"
 
-    def set_mac(self, mac: str) -> None:
-        self.state["mac"] = mac
+    def set_mac(self, mac: bytes) -> None:
+        self.hardware = mac
 
-    def mac(self) -> str:
-        return self.state["mac"]
+    def mac(self) -> bytes:
+        return self.hardware
 
-    def set_address(self, ip: str, prefix: int, gateway: str | None) -> None:
-        self.state["ip"] = ip
+    def set_address(self, ip: bytes, prefix: bytes, gateway: bytes) -> None:
+        self.numbers = (ip, IPv4Network((0, prefix[0])).netmask.packed)
         self.calls.append(("address", (ip, prefix, gateway)))
 
     def clear_address(self) -> None:
-        self.state["ip"] = ""
+        self.numbers = (b"", b"")
 
-    def address(self) -> str:
-        return self.state["ip"]
+    def address(self) -> tuple[bytes, bytes]:
+        return self.numbers
 
     def sync(self) -> None:
         self.calls.append(("sync", None))
@@ -62,8 +77,9 @@ class FakeSystem(System):
 class Host:
     """The host's end: an agent in a thread and a socket to it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, parks: bool = False) -> None:
         self.system = FakeSystem(folder)
+        self._parks = parks
         self.socket, other = socket.socketpair()
         other.setblocking(False)
         self.socket.settimeout(20)
@@ -74,6 +90,8 @@ class Host:
         self._thread.start()
 
     def _serve(self) -> None:
+        if self._parks:
+            self.agent.serve()
         while not self.agent.stop:
             self.agent.turn(0.05)
 
@@ -110,6 +128,8 @@ class Host:
 
     def close(self) -> None:
         self.agent.stop = True
+        if self._parks:
+            self.write(b"\n")
         self._thread.join()
         self.agent.close()
         self.lines.close()
@@ -229,8 +249,8 @@ def test_put_and_get(host: Host, tmp_path: Path) -> None:
     assert (chunk["size"], chunk["mode"]) == (150000, 0o750)
 
 
-def identity() -> dict[str, Any]:
-    return {
+def identity(**changes: Any) -> Identity:
+    values: dict[str, Any] = {
         "hostname": "clone-1",
         "machine_id": "ab" * 16,
         "boot_id": str(uuid.uuid4()),
@@ -239,32 +259,121 @@ def identity() -> dict[str, Any]:
         "ip": "10.1.2.3",
         "prefix": 16,
         "gateway": None,
-        "dns": ["10.1.0.1"],
+        "dns": ["10.1.0.1", "10.1.0.2"],
         "time": 1000.0,
-        "entropy": base64.b64encode(bytes(64)).decode(),
+        "entropy": bytes(range(64)),
     }
+    return Identity(**{**values, **changes})
+
+
+def confirmed(reply: dict[str, Any]) -> Confirmation:
+    return Confirmation.of(msgspec.Raw(json.dumps(reply["result"]).encode()))
 
 
 def test_identify_reports_what_it_reads_back(host: Host, tmp_path: Path) -> None:
     wanted = identity()
     assert host.request("quiesce")["ok"]
     time.sleep(0.2)
-    result = host.request("identify", **wanted)["result"]
-    for name in ("hostname", "machine_id", "boot_id", "uuid", "mac", "ip"):
-        assert result[name] == wanted[name]
+    seen = confirmed(host.request("identify", **wanted.fields()))
+    for name in ("hostname", "machine_id", "boot_id", "uuid", "mac", "ip", "prefix"):
+        assert getattr(seen, name) == getattr(wanted, name)
     names = [name for name, _ in host.system.calls]
     assert names == ["sync", "entropy", "clock", "address"]
     assert 1000.2 <= dict(host.system.calls)["clock"] < 1001
-    assert (tmp_path / "resolv.conf").read_text() == "nameserver 10.1.0.1\n"
+    assert dict(host.system.calls)["entropy"] == struct.pack("ii", 512, 64) + bytes(range(64))
+    texts = {
+        "hostname": "clone-1\n",
+        "hosts": "127.0.0.1 localhost\n10.1.2.3 clone-1\n",
+        "machine-id": wanted.machine_id + "\n",
+        "boot_id": wanted.boot_id + "\n",
+        "uuid": wanted.uuid + "\n",
+        "resolv.conf": "nameserver 10.1.0.1\nnameserver 10.1.0.2\n",
+    }
+    assert {name: (tmp_path / name).read_text() for name in texts} == texts
+    told = json.loads((tmp_path / "identity.json").read_text())
+    assert told.items() <= vars(wanted).items() and set(told) == HOOK_VALUES
     assert host.request("ping")["result"]["identified"]
+
+
+def test_identify_again_leaves_nothing_of_the_longer_name(host: Host, tmp_path: Path) -> None:
+    """And the clock that it is given counts from the end of the first."""
+    host.request("quiesce")
+    host.request("identify", **identity(hostname="a-much-longer-name", gateway="10.1.0.9").fields())
+    seen = confirmed(host.request("identify", **identity(hostname="b", dns=[]).fields()))
+    assert seen.hostname == "b" and (tmp_path / "hostname").read_text() == "b\n"
+    assert (tmp_path / "hosts").read_text() == "127.0.0.1 localhost\n10.1.2.3 b\n"
+    name, clock = host.system.calls[-2]
+    assert name == "clock" and 1000.0 < clock < 1010.0
+
+
+@pytest.mark.parametrize("parks", [False, True])
+def test_a_claim_gives_a_name_to_who_has_the_rest(tmp_path: Path, parks: bool) -> None:
+    """Everything is read back all the same; the clock counts from the end of the rehearsal."""
+    host = Host(tmp_path, parks=parks)
+    first = identity(hostname="waiting")
+    host.request("identify", **first.fields())
+    host.request("identify", **replace(first, step=Step.REHEARSAL, hostname="r").fields())
+    host.system.calls.clear()
+    time.sleep(0.1)
+    claim = replace(
+        first, step=Step.CLAIM, hostname="clone-7", time=2000.0, mac="02:00:00:00:00:09"
+    )
+    seen = confirmed(host.request("identify", **claim.fields()))
+    assert seen.hostname == "clone-7" and seen.mac == first.mac, "the MAC is not the claim's"
+    for key in ("machine_id", "boot_id", "uuid", "ip", "prefix"):
+        assert getattr(seen, key) == getattr(first, key)
+    assert [name for name, _ in host.system.calls] == ["entropy", "clock"]
+    assert 2000.1 <= dict(host.system.calls)["clock"] < 2010
+    assert (tmp_path / "hostname").read_text() == "clone-7\n"
+    assert (tmp_path / "hosts").read_text() == "127.0.0.1 localhost\n10.1.2.3 clone-7\n"
+    assert json.loads((tmp_path / "identity.json").read_text())["hostname"] == "clone-7"
+    assert host.run("echo", "a")[1] == b"a\n"
+    host.close()
+
+
+def test_a_frozen_agent_answers_as_any_other(tmp_path: Path) -> None:
+    """It waits in a plain read; whatever ends that is answered, and the rest in epoll."""
+    for first in ("identify", "ping", "broken"):
+        host = Host(tmp_path, parks=True)
+        host.request("identify", **identity().fields())
+        host.system.calls.clear()
+        assert host.request("quiesce")["ok"]
+        assert [name for name, _ in host.system.calls].count("entropy") == REHEARSALS
+        assert (tmp_path / "hosts").stat().st_size == 1
+        time.sleep(0.05)
+        host.write(b"\n\n")
+        time.sleep(0.05)
+        if first == "identify":
+            assert confirmed(host.request("identify", **identity().fields())).hostname == "clone-1"
+        elif first == "broken":
+            host.write(b'{"id":9,"cmd":"identify","packed":"00"}\n')
+            reply = host.read()
+            assert (reply["id"], reply["error"]["code"]) == (9, "invalid")
+        assert host.request("ping")["result"]["identified"]
+        assert host.run("echo", "a")[1] == b"a\n"
+        host.close()
+
+
+@pytest.mark.parametrize("packed", [None, 1, "zz", "00", "é"])
+def test_a_broken_identity_is_refused(host: Host, packed: Any) -> None:
+    assert host.request("identify", packed=packed)["error"]["code"] == "invalid"
+    assert not host.request("ping")["result"]["identified"]
+
+
+def test_the_host_and_the_agent_agree_on_the_quick_shape() -> None:
+    """Else every clone would decode JSON, unnoticed."""
+    line = msgspec.json.encode({"id": 1 << 30, "cmd": "identify", **identity().fields()})
+    assert line[QUICK_HEAD:QUICK_DATA] == QUICK and len(line[:QUICK_HEAD]) <= 20
+    assert len(line) < PAGE
 
 
 def test_failing_hook_fails_identify(host: Host, tmp_path: Path) -> None:
     hooks = tmp_path / "templated" / "identity.d"
     hooks.mkdir(parents=True)
-    write_text(str(hooks / "10-bad"), "#!/bin/sh\necho no $TEMPLATED_HOSTNAME\nexit 4\n")
+    (hooks / "10-bad").write_text("#!/bin/sh\necho no $TEMPLATED_HOSTNAME\nexit 4\n")
     (hooks / "10-bad").chmod(0o755)
-    reply = host.request("identify", **identity())
+    host.request("quiesce")
+    reply = host.request("identify", **identity().fields())
     assert (
         reply["error"]["code"] == "hook" and "exit code 4: no clone-1" in reply["error"]["message"]
     )

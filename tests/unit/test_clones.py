@@ -196,13 +196,15 @@ def test_template_cannot_go_while_clones_map_it(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-@pytest.mark.parametrize("field", ["hostname", "machine_id", "boot_id", "uuid", "mac", "ip"])
+@pytest.mark.parametrize(
+    "field", ["hostname", "machine_id", "boot_id", "uuid", "mac", "ip", "prefix"]
+)
 def test_every_part_of_an_identity_is_read_back(tmp_path: Path, field: str) -> None:
     """A guest that keeps any one value of another VM is destroyed."""
 
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
         fake.fail, fake.mismatch = "identify", field
-        with pytest.raises(StartError, match=f"the guest has {field} 'another'") as caught:
+        with pytest.raises(StartError, match=f"the guest has {field} ") as caught:
             await running.clones.create(CloneRequest(name="a"))
         assert caught.value.reason == "identity"
         assert await held(running) == (0, 0, set()) and fake.running() == []

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from templated.drivers import guest
-from templated.drivers.guest import CHUNK, MAX_LINE, Agent
+from templated.drivers.guest import CHUNK, MAX_LINE, Agent, Identity
 from templated.errors import GuestError, TemplatedError, Timeout
+from templated.guest.agent import SEEN
 
 Peer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
 
@@ -305,21 +306,42 @@ def test_closing_fails_what_is_under_way(tmp_path: Path) -> None:
 
 def test_identity(tmp_path: Path) -> None:
     """All of it goes out in one request, and what comes back is complete or an error."""
-    identity = {"hostname": "a", "machine_id": "m", "boot_id": "b", "uuid": "u"}
-    identity |= {"mac": "02", "ip": "10.0.0.3"}
+    identity = Identity(
+        hostname="a",
+        machine_id="m" * 32,
+        boot_id="b" * 36,
+        uuid="u" * 36,
+        mac="02:00:00:00:00:01",
+        ip="10.0.0.3",
+        prefix=22,
+        gateway=None,
+        dns=(),
+        time=1.0,
+        entropy=bytes(64),
+    )
+    kernel = SEEN.pack(bytes.fromhex("020000000001"), b"\x0a\0\0\x03", b"\xff\xff\xfc\0", 1.5)
+    answers = [
+        {"seen": (kernel + b"a\nm\nb\nu\n").hex()},
+        {"seen": (kernel + b"a\nm\nb\n").hex()},
+        {"seen": "zz"},
+        {},
+    ]
 
     async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        for extra in ({"time": 1.5, "random": "00"}, {}):
+        for result in answers:
             request = json.loads(await reader.readline())
-            assert request["cmd"] == "identify" and identity.items() <= request.items()
-            answer = {"id": request["id"], "ok": True, "result": {**identity, **extra}}
+            assert request["cmd"] == "identify" and identity.fields().items() <= request.items()
+            answer = {"id": request["id"], "ok": True, "result": result}
             writer.write(json.dumps(answer).encode() + b"\n")
         await reader.read()
 
     async def body(agent: Agent) -> None:
-        confirmed = await agent.identify(5.0, **identity)
-        assert (confirmed.hostname, confirmed.ip, confirmed.time) == ("a", "10.0.0.3", 1.5)
-        with pytest.raises(GuestError, match="missing required field"):
-            await agent.identify(5.0, **identity)
+        seen = await agent.identify(5.0, identity)
+        assert (seen.hostname, seen.machine_id, seen.boot_id, seen.uuid) == ("a", "m", "b", "u")
+        assert (seen.mac, seen.ip, seen.prefix) == (identity.mac, "10.0.0.3", 22)
+        assert seen.time == 1.5
+        for _ in answers[1:]:
+            with pytest.raises(GuestError, match="nonsense"):
+                await agent.identify(5.0, identity)
 
     scenario(tmp_path, peer, body)

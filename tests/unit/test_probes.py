@@ -23,6 +23,7 @@ from templated.model.spec import (
     SettleProbe,
     TcpProbe,
 )
+from templated.services import probes
 from templated.services.probes import Target, run_probes
 from templated.services.vm import Vm
 from tests.unit.fake_daemon import run
@@ -144,6 +145,18 @@ def test_exec(tmp_path: Path) -> None:
         assert "timeout" in said and "slow" in said
         said = await failing(Guest(tmp_path, ended(0, b"x" * 100_000)), one)
         assert len(said) < 500
+
+    run(main())
+
+
+def test_a_pattern_that_takes_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends at its bound, and the event loop turns all the while."""
+    monkeypatch.setattr(probes, "_MATCHING", 0.05)
+
+    async def main() -> None:
+        one = ExecProbe(name="a", command=("x",), pattern="(a|aa)+$", **BOUNDS)
+        said = await failing(Guest(tmp_path, ended(0, b"a" * 200 + b"b")), one)
+        assert "takes more than 0.05 s" in said
 
     run(main())
 

@@ -19,7 +19,7 @@ MODULE_LINES = 600
 # Modules that may be longer, how long, and why.
 LONGER = {
     # Copied into the guest as one file, where nothing of this package is.
-    "templated/guest/agent.py": 800,
+    "templated/guest/agent.py": 900,
 }
 # Modules whose parts are explained in one place.
 EXPLAINED = {

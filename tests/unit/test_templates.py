@@ -146,7 +146,7 @@ def test_what_served_before_is_kept(tmp_path: Path) -> None:
         ("manifest.json", b"{", "manifest.json is damaged"),
         ("manifest.json", b'{"format": 1}', "manifest.json is damaged: .*required field"),
         ("manifest.json", None, "cannot read .*manifest.json: No such file"),
-        ("manifest.json", "other format", "has format 2, not 1"),
+        ("manifest.json", "other format", "has format 1, not 2"),
     ],
 )
 def test_a_damaged_generation(
@@ -160,7 +160,7 @@ def test_a_damaged_generation(
         path = (frozen if name in ("memory", "state") else directory) / name
         text = path.read_bytes()
         if content == "other format":
-            text = text.replace(b'"format": 1', b'"format": 2')
+            text = text.replace(b'"format": 2', b'"format": 1')
         path.chmod(0o600)
         if content is None:
             path.unlink()

@@ -96,6 +96,8 @@ async def prove_kvm(binary: str, version: str, kernel: Path, initrd: Path, cache
 async def _run_proof(binary: str, kernel: Path, initrd: Path) -> str:
     """Empty when a guest printed the marker, else what happened instead."""
     child = await asyncio.create_subprocess_exec(
+        # A daemon that is killed meanwhile leaves nothing that ends it.
+        *("timeout", "--signal=KILL", f"{PROOF_TIMEOUT + 2:g}"),
         *(binary, "-machine", "microvm,accel=kvm,x-option-roms=off,isa-serial=on"),
         *(
             "-cpu",

@@ -12,11 +12,13 @@ import json
 import os
 import socket
 import time
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
 from templated.drivers.hypervisor.base import Launch, Places, State
 from templated.errors import HostError, HypervisorError
+from templated.guest.agent import IDENTIFY, PACKED, SEEN
 
 
 class FakeHypervisor:
@@ -179,12 +181,19 @@ class FakeMachine:
     def _answer(self, request: dict[str, Any]) -> bytes:
         if self.fail == "nonsense":
             return b"{nonsense\n"
-        result: dict[str, Any] = {"time": time.time()}
-        if request["cmd"] in ("identify", "claim"):
-            keys = ("hostname", "machine_id", "boot_id", "uuid", "mac", "ip")
-            result |= {key: request[key] for key in keys} | {"random": "00" * 16}
-        if self.fail in ("identify", request["cmd"]):
-            result[self._mismatch] = "another"
-        if self.fail == "clock":
-            result["time"] = 1.0
+        now = 1.0 if self.fail == "clock" else time.time()
+        result: dict[str, Any] = {"time": now}
+        if request["cmd"] == "identify":
+            result = self._identity(bytes.fromhex(request["packed"]), now)
         return json.dumps({"id": request["id"], "ok": True, "result": result}).encode() + b"\n"
+
+    def _identity(self, packed: bytes, now: float) -> dict[str, Any]:
+        step, _, _, mac, ip, prefix, _, *_, facts = PACKED.unpack(packed)
+        seen = {"mac": mac, "ip": ip, "prefix": IPv4Network((0, prefix[0])).netmask.packed}
+        texts = json.loads(facts)
+        if self.fail == "identify" or (self.fail == "claim" and step != IDENTIFY):
+            texts[self._mismatch] = "another"
+            seen[self._mismatch] = b"other"
+        kernel = SEEN.pack(seen["mac"], seen["ip"], seen["prefix"], now)
+        lines = [texts[name] for name in ("hostname", "machine_id", "boot_id", "uuid")]
+        return {"seen": (kernel + "\n".join(lines).encode()).hex()}
