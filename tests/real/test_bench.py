@@ -136,7 +136,7 @@ def _compare_here(names: str) -> dict[str, Any]:
     ],
 )
 def test_interrupted(bench: Daemon, arguments: list[str], seconds: float) -> None:
-    """Ctrl-C at any moment, also twice: VMs, files, clones, and a private libvirtd with its domain go."""
+    """Ctrl-C at any moment, also twice: VMs, files, clones and a private libvirtd go."""
     command = [sys.executable, "-m", "templated", "--socket", str(bench.socket), "bench"]
     process = subprocess.Popen(
         # The tests may run where SIGINT is ignored.
