@@ -14,23 +14,17 @@ class CloneState(enum.StrEnum):
     """Written to the journal, on its way up."""
     RUNNING = "running"
     """The guest has confirmed its identity and its link is up."""
-    FAILED = "failed"
-    """The start failed; all that it had taken is being given back."""
     DEAD = "dead"
     """Its VM ended by itself or was killed from outside; the name is taken until `rm`."""
     REMOVING = "removing"
-    """Being taken down."""
-    GONE = "gone"
-    """Nothing is left of it; no record shows this state."""
+    """Being taken down; then there is no record of it any more."""
 
 
 TRANSITIONS: dict[CloneState, frozenset[CloneState]] = {
-    CloneState.STARTING: frozenset({CloneState.RUNNING, CloneState.FAILED}),
+    CloneState.STARTING: frozenset({CloneState.RUNNING}),
     CloneState.RUNNING: frozenset({CloneState.DEAD, CloneState.REMOVING}),
-    CloneState.FAILED: frozenset({CloneState.GONE}),
     CloneState.DEAD: frozenset({CloneState.REMOVING}),
-    CloneState.REMOVING: frozenset({CloneState.GONE}),
-    CloneState.GONE: frozenset(),
+    CloneState.REMOVING: frozenset(),
 }
 
 
@@ -101,4 +95,4 @@ class CloneView(Struct, frozen=True, kw_only=True, omit_defaults=False):
     created: str
     """RFC 3339, UTC."""
     reason: str = ""
-    """Why it is dead or failed; empty otherwise."""
+    """Why it is dead; empty otherwise."""

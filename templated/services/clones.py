@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from templated.drivers.image import Image
@@ -103,6 +104,7 @@ class Clones:
         self._claims = asyncio.Semaphore(_CLAIMS_PER_CPU * (os.cpu_count() or 1))
         self.templates = Templates(context, self)
         self.pools = Pools(context, tasks, self.templates)
+        context.metrics.count_clones(self.states)
         self._closing = False
 
     def __len__(self) -> int:
@@ -200,9 +202,7 @@ class Clones:
             self._started(clone)
         except BaseException as error:
             self._clones.pop(name, None)
-            self._count_states()
             raise self._failed(clone, clock, error) from error
-        self._count_states()
         return clone
 
     def _failed(self, clone: Clone, clock: PhaseClock, error: BaseException) -> BaseException:
@@ -432,7 +432,6 @@ class Clones:
         if self._clones.get(name) is clone:
             del self._clones[name]
             self._context.events.emit("clone.removed", name, template=clone.template)
-            self._count_states()
             await self.templates.clone_ended(clone.generation)
 
     async def _remove_quietly(self, name: str) -> None:
@@ -462,7 +461,6 @@ class Clones:
             return
         clone.move(CloneState.DEAD, f"its VM {how}")
         self._context.events.emit("clone.dead", clone.name, reason=clone.reason)
-        self._count_states()
         assert clone.vm is not None and clone.row is not None
         slot_id = clone.row.slot.id
         await clone.vm.destroy()
@@ -470,12 +468,15 @@ class Clones:
         with contextlib.suppress(TemplatedError):
             await self._context.journal.clone_state(slot_id, CloneState.DEAD, clone.reason)
 
-    def _count_states(self) -> None:
-        gauge = self._context.metrics.clones
-        gauge.clear()
-        counts = Counter((c.template, c.state.value) for c in self._clones.values())
-        for (template, state), number in counts.items():
-            gauge.labels(template, state).set(number)
+    def states(self) -> Counter[tuple[str, str]]:
+        """How many clones there are, by template and state."""
+        return Counter((c.template, c.state.value) for c in self._clones.values())
+
+    def processes(self) -> Iterator[tuple[str, str, int]]:
+        """Template, state and pid of each clone that has a VM."""
+        for clone in self._clones.values():
+            if clone.vm is not None:
+                yield clone.template, clone.state.value, clone.vm.machine.pid
 
     # --- restart of the daemon --------------------------------------------------------------
 
@@ -496,7 +497,6 @@ class Clones:
         running = [clone for clone in kept if clone.state is CloneState.RUNNING]
         at_once = asyncio.Semaphore(_ADOPTIONS)
         await asyncio.gather(*(self._adopt_one(clone, at_once) for clone in running))
-        self._count_states()
         return orphans
 
     def _known(self, row: CloneRow) -> Clone:

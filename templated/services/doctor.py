@@ -13,6 +13,7 @@ from typing import Literal
 
 from templated.drivers.configfile import load_template, template_files
 from templated.drivers.hypervisor import accel
+from templated.drivers.hypervisor.process import may_raise_priority
 from templated.drivers.hypervisor.tsc import tsc_khz
 from templated.drivers.image import ImageStore
 from templated.errors import HostError, TemplatedError
@@ -51,6 +52,7 @@ def run_checks(config: Config) -> list[Check]:
         _libvirt,
         _limits,
         _pressure,
+        _priority,
         _templates,
     ]
     return [found for check in checks for found in check(config)]
@@ -228,6 +230,15 @@ def _limits(config: Config) -> Iterator[Check]:
         )
     else:
         yield Check("limits", "PASS", f"open files: {soft} now, up to {hard}")
+
+
+def _priority(config: Config) -> Iterator[Check]:
+    if may_raise_priority():
+        yield Check("priority", "PASS", "members of pools are made at the lowest priority")
+    else:
+        fix = "run the daemon with CAP_SYS_NICE, or with LimitNICE=20 (a nice of 0)"
+        detail = "members of pools are made at the usual priority, beside requests"
+        yield Check("priority", "WARN", detail, fix)
 
 
 def _pressure(config: Config) -> Iterator[Check]:

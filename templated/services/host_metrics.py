@@ -230,7 +230,7 @@ class VmMeter:
 
 def running_vms(clones: Clones) -> list[Vm]:
     """The clones that have a process, and the members of pools."""
-    found = [Vm(c.template, c.state.value, c.pid) for c in clones.views() if c.pid is not None]
+    found = [Vm(*process) for process in clones.processes()]
     waiting = ((member.pool, member.vm.machine.pid) for member in clones.pools.members())
     return found + [Vm(template, tier.value, pid) for (template, tier), pid in waiting]
 

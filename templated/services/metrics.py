@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from prometheus_client import (
@@ -15,6 +15,7 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
+from prometheus_client.core import Metric
 
 from templated import __version__
 
@@ -68,16 +69,16 @@ class Metrics:
             "Clones asked for that are not up yet, those too that wait for their turn.",
             registry=self.registry,
         )
-        self.clones = Gauge(
-            "templated_clones",
-            "Clones by state.",
-            ("template", "state"),
-            registry=self.registry,
-        )
         self.events = Counter(
             "templated_events",
             "What happened to clones and templates; `templated events` tells to which.",
             ("type",),
+            registry=self.registry,
+        )
+        self.clones = _CloneStates(
+            "templated_clones",
+            "Clones by state.",
+            ("template", "state"),
             registry=self.registry,
         )
 
@@ -174,6 +175,10 @@ class Metrics:
         finally:
             self.starts_in_progress.dec(clones)
 
+    def count_clones(self, states: Callable[[], Mapping[tuple[str, str], int]]) -> None:
+        """Have clones counted, by template and state, when the metrics are read and only then."""
+        self.clones.states = states
+
     def observe_start(
         self, template: str, path: str, phases_ms: dict[str, float], total_ms: float
     ) -> None:
@@ -181,3 +186,15 @@ class Metrics:
         self.clone_seconds.labels(template, path).observe(total_ms / 1000)
         for phase, ms in phases_ms.items():
             self.phase_seconds.labels(template, path, phase).observe(ms / 1000)
+
+
+class _CloneStates(Gauge):
+    """A gauge that is set from what is true whenever it is read."""
+
+    states: Callable[[], Mapping[tuple[str, str], int]] = dict
+
+    def collect(self) -> Iterable[Metric]:
+        self.clear()
+        for labels, number in self.states().items():
+            self.labels(*labels).set(number)
+        return super().collect()

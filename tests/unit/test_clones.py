@@ -364,8 +364,9 @@ def test_removed_twice_at_once(tmp_path: Path) -> None:
 
 def states(running: Services) -> dict[str, float]:
     """What the gauge of clones says now."""
-    (gauge,) = running.context.metrics.clones.collect()
-    return {sample.labels["state"]: sample.value for sample in gauge.samples}
+    gauges = running.context.metrics.registry.collect()
+    samples = [s for gauge in gauges if gauge.name == "templated_clones" for s in gauge.samples]
+    return {sample.labels["state"]: sample.value for sample in samples}
 
 
 def test_the_gauge_counts_what_there_is(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_metric_names() -> None:
     metrics = Metrics()
     metrics.observe_start("t", "direct", {"spawn": 40.0}, 120.0)
     metrics.failures.labels("t", "timeout").inc()
-    metrics.clones.labels("t", "running").set(1)
+    metrics.count_clones(lambda: {("t", "running"): 1})
     metrics.build_seconds.labels("t", "boot").observe(1)
     metrics.generation_info.labels("t", "g", "tcg", "7.2").set(1)
     metrics.probe_seconds.labels("t", "agent").observe(1)

@@ -216,7 +216,7 @@ def full_frame(daemon: Daemon, source: Source) -> Frame:
     """A frame with something in each of its parts."""
     source.metrics.failures.labels("python-fn", "timeout").inc(2)
     source.metrics.refill_blocked.labels("memory").set(1)
-    source.metrics.clones.labels("python-fn", "running").set(4)
+    source.metrics.count_clones(lambda: {("python-fn", "running"): 4})
     pressure = {"memory": Pressure(34.0, 2.0)}
     places = {"shm_dir": Space(1 << 30, 4 << 30)}
     source.host.show_host(HostReading(pressure, Memory(8 << 30, 5 << 30), places))

@@ -59,7 +59,7 @@ def background(pid: int, on: bool) -> None:
 
     The I/O priority follows (ioprio_set(2): without one of its own, it is derived from nice).
     """
-    if not _may_raise_priority():
+    if not may_raise_priority():
         return
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
@@ -67,7 +67,7 @@ def background(pid: int, on: bool) -> None:
 
 
 @functools.cache
-def _may_raise_priority() -> bool:
+def may_raise_priority() -> bool:
     """Whether nice can go down again: CAP_SYS_NICE, or an RLIMIT_NICE of 20 (getrlimit(2))."""
     status = Path("/proc/self/status").read_text()
     effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
