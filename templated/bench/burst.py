@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from functools import partial
 from typing import Any
 
-from templated.bench.interrupts import uninterrupted
 from templated.bench.session import POOLED, Session, require_memory
 from templated.bench.stats import summarize
+from templated.bench.threads import run_threads
 from templated.errors import IdentityError
 
 DISTINCT = ("uuid", "mac", "ip", "hostname", "machine_id", "boot_id")
@@ -50,7 +51,7 @@ def _at_once(
     clones: list[dict[str, Any]] = []
     walls: list[float] = []
     failed: list[BaseException] = []
-    ready = threading.Barrier(n + 1)
+    ready = threading.Barrier(n)
 
     def one(number: int) -> None:
         ready.wait()
@@ -61,19 +62,9 @@ def _at_once(
         except BaseException as error:  # noqa: BLE001  # raised again in the main thread
             failed.append(error)
 
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(n)]
-    for thread in threads:
-        thread.start()
     begin = time.perf_counter()
-    ready.wait()
-    try:
-        for thread in threads:
-            thread.join()
-    finally:
-        # A clone that comes up later would not be removed. The daemon bounds each start.
-        with uninterrupted():
-            for thread in threads:
-                thread.join()
+    # A clone that came up later would not be removed; the daemon bounds each start.
+    run_threads([partial(one, number) for number in range(n)], lambda: None)
     wall = time.perf_counter() - begin
     if failed:
         raise failed[0]

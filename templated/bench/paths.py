@@ -10,12 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from templated.bench.floor import floor
-from templated.bench.interrupts import uninterrupted
 from templated.bench.session import POOLED, Row, Session
 from templated.bench.stats import quantile, summarize, summarize_rows
+from templated.bench.threads import run_threads
 from templated.errors import BuildError, HostError, TemplatedError
 
 PATHS = ("floor", "direct", "standby", "warm", "cold")
@@ -193,18 +194,7 @@ def in_threads(workers: list[Callable[[], object]], seconds: float) -> tuple[int
             failed.append(error)
             stop.set()
 
-    threads = [threading.Thread(target=loop, args=(work,)) for work in workers]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        stop.set()
-        with uninterrupted():
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+    run_threads([partial(loop, work) for work in workers], stop.set)
     if failed:
         raise failed[0]
     return len(done), time.monotonic() - begin
