@@ -26,6 +26,7 @@ from templated.drivers.disk import copy_overlay
 from templated.drivers.guest import ENTROPY_BYTES, Identity
 from templated.drivers.hypervisor.base import Launch, Places
 from templated.drivers.hypervisor.command import qemu_arguments
+from templated.drivers.hypervisor.process import use_small_pages
 from templated.drivers.network import Port, make_network
 from templated.errors import HypervisorError
 from templated.model.network import AddressPlan, UserNetwork
@@ -161,6 +162,7 @@ class Floor:
 @contextmanager
 def floor(generation: Generation, qemu: str) -> Iterator[Floor]:
     """A floor on temporary places, which are removed at the end."""
+    use_small_pages()  # as the daemon does
     directory = Path(tempfile.mkdtemp(prefix="templated-floor-"))
     try:
         yield Floor(generation, qemu, "exec", directory)
