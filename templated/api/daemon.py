@@ -14,6 +14,7 @@ from pathlib import Path
 from templated.api.server import listeners
 from templated.api.systemd import ask_for_time, notify, watchdog
 from templated.drivers.configfile import load_config
+from templated.drivers.hypervisor.process import use_small_pages
 from templated.errors import TemplatedError
 from templated.model.config import Config
 from templated.services.daemon import Foundation, services
@@ -29,6 +30,7 @@ def run(config_path: Path | None) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
     os.umask(0o077)
     _allow_many_files()
+    use_small_pages()
     config = load_config(config_path)
     foundation = Foundation(config)
     try:
