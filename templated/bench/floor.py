@@ -16,6 +16,7 @@ from pathlib import Path
 
 from templated.bench.bare import Bare, Stage
 from templated.drivers.disk import copy_overlay
+from templated.drivers.hypervisor.process import use_small_pages
 from templated.services.generations import STATE, Generation
 
 
@@ -55,6 +56,7 @@ def wake(vm: Bare) -> None:
 @contextmanager
 def stage(generation: Generation) -> Iterator[Stage]:
     """A stage on temporary places, which are removed at the end."""
+    use_small_pages()  # as the daemon's QEMUs do
     directory = Path(tempfile.mkdtemp(prefix="templated-bench-"))
     try:
         yield Stage(generation, generation.manifest.qemu.path, directory)
