@@ -11,7 +11,8 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from templated.drivers.guest import ENTROPY_BYTES, Confirmation, Identity, Step
@@ -26,8 +27,11 @@ from templated.services.generations import Generation
 from templated.services.slots import PreparedSlot
 from templated.services.vm import PhaseClock, Vm, spawn
 
-# The first claim after an identify translates what the two do not share, the next ones are fast.
-_REHEARSALS = 3
+# What a claim does, it has done before. A shorter name than the one before takes another way.
+_REHEARSED = ("a-name-that-is-longer-than-most-names-of-clones", "a")
+_REHEARSALS = 2
+_REST = 0.1
+"""Seconds that a guest has to finish what follows, so that it need not when it is woken."""
 Spawned = Callable[[Vm], Coroutine[None, None, None]]
 """Called as soon as the process exists, to write its pid down."""
 
@@ -125,10 +129,8 @@ class Starter:
         On failure the VM is of no more use; the caller destroys it.
         """
         spec = generation.manifest.spec
-        resumed_at = await self._restore(vm, generation, clock)
-        with clock(Phase.IDENTIFY):
-            time_at_mark = resumed_at - generation.manifest.freeze_lag_s
-            await identify(vm, self.plan, spec, hostname, time_at_mark)
+        await self._restore(vm, generation, clock)
+        await self._wake(vm, spec, hostname, generation.manifest.freeze_lag_s, clock)
         with clock(Phase.LINK):
             await vm.machine.set_link(True)
 
@@ -141,13 +143,13 @@ class Starter:
         On failure the VM is of no more use; the caller destroys it.
         """
         spec = generation.manifest.spec
-        resumed_at = await self._restore(vm, generation, PhaseClock())
-        time_at_mark = resumed_at - generation.manifest.freeze_lag_s
-        await identify(vm, self.plan, spec, hostname, time_at_mark)
-        for _ in range(_REHEARSALS):
-            marked = time.time()
-            await identify(vm, self.plan, spec, hostname, marked, Step.REHEARSAL)
+        clock = PhaseClock()
+        await self._restore(vm, generation, clock)
+        await self._wake(vm, spec, hostname, generation.manifest.freeze_lag_s, clock)
+        for name in _REHEARSED * _REHEARSALS:
+            await identify(vm, self.plan, spec, name, time.time(), Step.REHEARSAL)
         marked = time.monotonic()
+        await asyncio.sleep(_REST)
         await vm.machine.pause()
         return time.monotonic() - marked
 
@@ -158,11 +160,7 @@ class Starter:
 
         On failure the VM is of no more use; the caller destroys it.
         """
-        with clock(Phase.RESUME):
-            await vm.machine.resume()
-            time_at_mark = time.time() - lag
-        with clock(Phase.IDENTIFY):
-            await identify(vm, self.plan, spec, hostname, time_at_mark, Step.CLAIM)
+        await self._wake(vm, spec, hostname, lag, clock, Step.CLAIM)
         with clock(Phase.LINK):
             await vm.machine.set_link(True)
 
@@ -198,24 +196,52 @@ class Starter:
         prepared.close()
         return vm
 
-    async def _restore(self, vm: Vm, generation: Generation, clock: PhaseClock) -> float:
-        """Load the state and let the guest run; returns the wall clock at which it does."""
+    async def _restore(self, vm: Vm, generation: Generation, clock: PhaseClock) -> None:
+        """Load the state; the guest does not run yet."""
         assert vm.state is not None
         timeout = seconds(generation.manifest.spec.start_timeout)
         with clock(Phase.RESTORE):
             await vm.machine.restore(vm.state, timeout)
-        with clock(Phase.RESUME):
-            await vm.machine.resume()
-            return time.time()
+
+    async def _wake(
+        self,
+        vm: Vm,
+        spec: TemplateSpec,
+        hostname: str,
+        lag: float,
+        clock: PhaseClock,
+        step: Step = Step.IDENTIFY,
+    ) -> None:
+        """Let a stopped guest run, and give it its identity: it finds the request waiting.
+
+        `lag` is how long the guest ran on after its clock's mark, in seconds.
+        """
+        async with _one_failure(), asyncio.TaskGroup() as group:
+            stopped = time.time()
+            asking = group.create_task(identify(vm, self.plan, spec, hostname, stopped - lag, step))
+            with clock(Phase.RESUME):
+                await vm.machine.resume()
+            took = time.time() - stopped
+            with clock(Phase.IDENTIFY):
+                await asking
+        if took > seconds(spec.identity.clock_tolerance):
+            # The guest was told the time of before it ran: it may be late by as much.
+            await _correct_clock(vm, spec)
 
 
 async def _connected(vm: Vm, spec: TemplateSpec, spawned: Spawned | None) -> None:
-    """Write the process down while its control channel comes up; raises what failed first."""
+    """Write the process down while its control channel comes up."""
+    async with _one_failure(), asyncio.TaskGroup() as group:
+        if spawned is not None:
+            group.create_task(spawned(vm))
+        await vm.connect(seconds(spec.start_timeout))
+
+
+@asynccontextmanager
+async def _one_failure() -> AsyncIterator[None]:
+    """Raise what failed first, in place of the group that a TaskGroup makes of it."""
     try:
-        async with asyncio.TaskGroup() as group:
-            if spawned is not None:
-                group.create_task(spawned(vm))
-            await vm.connect(seconds(spec.start_timeout))
+        yield
     except BaseExceptionGroup as several:
         raise several.exceptions[0] from several
 
@@ -277,17 +303,27 @@ async def _confirm_clock(
     for _ in range(3):
         if error <= tolerance:
             return
-        sent = time.time()
-        guest_time = await vm.agent.adjust_clock(
-            received - guest_time, seconds(spec.identity.timeout)
-        )
-        received = time.time()
+        sent, guest_time, received = await _shift_clock(vm, spec, received - guest_time)
         error = _clock_error(guest_time, sent, received)
     if error > tolerance:
         raise IdentityError(
             f"the guest's clock stays {error * 1000:.0f} ms off the host's",
             hint="the host may be overloaded; see identity.clock_tolerance",
         )
+
+
+async def _correct_clock(vm: Vm, spec: TemplateSpec) -> None:
+    """Set a guest's clock to the middle of the time around its answer, and confirm it."""
+    sent, guest_time, received = await _shift_clock(vm, spec, 0.0)
+    sent, guest_time, received = await _shift_clock(vm, spec, (sent + received) / 2 - guest_time)
+    await _confirm_clock(vm, guest_time, sent, received, spec)
+
+
+async def _shift_clock(vm: Vm, spec: TemplateSpec, shift: float) -> tuple[float, float, float]:
+    """Shift a guest's clock; returns the time of asking, the guest's, and that of its answer."""
+    sent = time.time()
+    guest_time = await vm.agent.adjust_clock(shift, seconds(spec.identity.timeout))
+    return sent, guest_time, time.time()
 
 
 def _clock_error(guest_time: float, sent: float, received: float) -> float:
