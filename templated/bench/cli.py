@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
@@ -13,112 +16,314 @@ from templated.errors import InvalidRequest
 
 _EXAMPLES = """
 templated bench paths
-templated bench paths -n 50 --cold 5 --memory 1GiB
-templated bench paths --template python-fn -o json > figures.json
+templated bench burst 20
+templated bench density 50
+templated bench compare -n 20 --plot compare.svg
 """
+_PATHS_EXAMPLES = """
+templated bench paths
+templated bench paths -n 50 --cold 5 --memory 1GiB
+templated bench paths --paths floor,direct --sustained 30 --concurrency 4
+templated bench paths --template python-fn --plot paths.svg -o json > figures.json
+"""
+_BURST_EXAMPLES = """
+templated bench burst 20
+templated bench burst 50 --path warm --plot burst.png
+"""
+_DENSITY_EXAMPLES = """
+templated bench density 50
+templated bench density 20 --window 30 --warm 50
+"""
+_COMPARE_EXAMPLES = """
+templated bench compare
+templated bench compare -n 20 --only direct,virsh-restore --plot compare.svg
+"""
+# A report on a host that is busy with the run itself; a person may want a sign of life.
+_SILENCE = 5.0
+# Part of the host's cores that other work may keep busy before a note is due.
+_BUSY = 0.25
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 @click.group(cls=Group, examples=_EXAMPLES)
 def bench() -> None:
-    """Measure this host: how long each path of a start takes, beside a floor."""
+    """Measure this host: what a start, many at once, and idle clones cost here.
+
+    All of it runs on the daemon and the template that are there. What a benchmark makes it
+    removes again, also when it is interrupted, and it sets pools back to the sizes they had.
+    Leave the machine otherwise idle: other work on it shows in every figure.
+    """
 
 
 bench.add_command(profile)
 
+_template = click.option(
+    "--template", metavar="T", default=None, help="Default: the only one built."
+)
+_plot = click.option(
+    "--plot",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Write a picture too: an .svg or a .png. Needs matplotlib.",
+)
 
-@bench.command("paths", examples=_EXAMPLES)
+
+def _count(
+    *names: str, default: int | None, most: int, about: str, least: int = 0
+) -> Callable[[_F], _F]:
+    return click.option(
+        *names,
+        type=click.IntRange(least, most),
+        default=default,
+        show_default=default is not None,
+        metavar="N",
+        help=about,
+    )
+
+
+@bench.command("paths", examples=_PATHS_EXAMPLES)
 @click.option(
-    "-n",
-    "count",
-    type=click.IntRange(1, 1000),
-    default=30,
-    show_default=True,
-    help="Starts per path.",
+    "--paths",
+    "names",
+    metavar="P,P",
+    default=None,
+    help="Only these of floor, direct, standby, warm and cold.",
 )
-@click.option(
-    "--cold",
-    "cold",
-    type=click.IntRange(0, 100),
-    default=5,
-    show_default=True,
-    help="Cold boots to compare with.",
-)
-@click.option(
-    "--cli",
-    "cli",
-    type=click.IntRange(0, 100),
-    default=10,
-    show_default=True,
-    help="Whole `templated clone` processes to time.",
-)
+@_count("-n", "count", default=None, least=1, most=1000, about="Starts by each path but cold.")
+@_count("--direct", default=50, most=1000, about="Direct clones, and runs of the floor.")
+@_count("--standby", default=50, most=1000, about="Clones by the path standby.")
+@_count("--warm", default=200, most=1000, about="Clones by the path warm.")
+@_count("--cold", default=5, most=100, about="Cold boots.")
+@_count("--cli", default=10, most=100, about="Whole `templated clone` processes to time.")
 @click.option(
     "--memory",
     metavar="SIZE",
     default=None,
     help="Also compare `restore` with a guest of this memory, as in 1GiB.",
 )
-@click.option("--template", metavar="T", default=None, help="Default: the only one built.")
+@click.option(
+    "--sustained",
+    metavar="SECONDS",
+    type=click.FloatRange(0, 3600),
+    default=0.0,
+    help="Also measure direct clones and the floor without a pause, so long each.",
+)
+@_count("--concurrency", default=2, least=1, most=100, about="How many at once with --sustained.")
+@_template
+@_plot
 @click.pass_obj
 def paths(
     settings: Settings,
-    count: int,
+    names: str | None,
+    count: int | None,
+    direct: int,
+    standby: int,
+    warm: int,
     cold: int,
     cli: int,
     memory: str | None,
+    sustained: float,
+    concurrency: int,
     template: str | None,
+    plot: Path | None,
 ) -> None:
-    """Time cold boots, direct clones and the floor in turn, in one run.
+    """Time every path of a start and the floor in turn, in one run.
 
     The floor is a bare loop that spawns QEMU with a clone's command line, restores the same
     state and asks the same agent to identify. It reads the template's files, so run this as
-    the daemon's user. Leave the machine otherwise idle.
+    the daemon's user. Before each start the pools are full and nothing refills them.
     """
-    from templated.bench.paths import Bench
+    from templated.bench import paths as module
 
-    client = settings.client()
-    chosen = template or _only_template(client.get("templates"))
+    wanted = _chosen(names, module.PATHS, "--paths")
+    counts = {"direct": direct, "standby": standby, "warm": warm}
+    if count is not None:
+        counts = dict.fromkeys(counts, count)
+    counts |= {"floor": counts["direct"], "cold": cold}
+    plan = module.Plan(
+        {name: counts[name] for name in module.PATHS if name in wanted},
+        cli=cli,
+        memory=memory,
+        sustained=sustained,
+        concurrency=concurrency,
+    )
+    if not any(plan.counts.values()):
+        raise InvalidRequest("nothing is left to measure", hint="give a path a count above 0")
+    if memory and not plan.counts.get("direct"):
+        raise InvalidRequest("--memory needs direct clones", hint="see --paths and --direct")
+    _run(settings, template, plot, lambda session: module.measure_paths(session, plan))
 
-    def progress(text: str) -> None:
-        if not settings.quiet and sys.stderr.isatty():
-            click.echo(f"\r\x1b[K{text}", nl=False, err=True)
 
-    report = Bench(client, chosen, progress).paths(count, cold, cli, memory)
-    progress("")
+@bench.command("burst", examples=_BURST_EXAMPLES)
+@click.argument("n", metavar="N", type=click.IntRange(1, 1000))
+@click.option(
+    "--path",
+    type=click.Choice(["direct", "standby", "warm", "cold"]),
+    default="direct",
+    show_default=True,
+    help="By which path; standby and warm are filled with N before.",
+)
+@_template
+@_plot
+@click.pass_obj
+def burst(settings: Settings, n: int, path: str, template: str | None, plot: Path | None) -> None:
+    """Ask for N clones at the same moment.
+
+    Every clone is a request of its own. All are up together, and no two may share a MAC, an
+    address, a host name, a machine-id, a boot_id or a UUID.
+    """
+    from templated.bench.burst import measure_burst
+
+    _run(settings, template, plot, lambda session: measure_burst(session, n, path))
+
+
+@bench.command("density", examples=_DENSITY_EXAMPLES)
+@click.argument("n", metavar="N", type=click.IntRange(1, 1000))
+@click.option(
+    "--path",
+    type=click.Choice(["direct", "standby", "warm"]),
+    default="direct",
+    show_default=True,
+    help="How the clones are started.",
+)
+@click.option(
+    "--window",
+    metavar="SECONDS",
+    type=click.FloatRange(0.1, 3600),
+    default=10.0,
+    show_default=True,
+    help="How long the idle clones are watched.",
+)
+@_count("--warm", default=0, most=1000, about="Also time direct clones beside N paused VMs.")
+@_count("--starts", default=20, least=1, most=1000, about="Direct clones to time with --warm.")
+@_template
+@_plot
+@click.pass_obj
+def density(
+    settings: Settings,
+    n: int,
+    path: str,
+    window: float,
+    warm: int,
+    starts: int,
+    template: str | None,
+    plot: Path | None,
+) -> None:
+    """Keep N clones that do nothing, and measure what each costs.
+
+    PSS counts a page that several processes share in parts; private pages are those that the
+    next clone costs too. CPU time is that of QEMU over a window without requests. Reads
+    /proc, so run this as the daemon's user.
+    """
+    from templated.bench.density import check_paused, measure_density, measure_paused
+
+    def work(session: Any) -> dict[str, Any]:
+        if warm:
+            check_paused(session, warm)
+        report = measure_density(session, n, path, window)
+        if warm:
+            session.clear()
+            report["paused"] = measure_paused(session, warm, starts)
+        return report
+
+    _run(settings, template, plot, work)
+
+
+@bench.command("compare", examples=_COMPARE_EXAMPLES)
+@_count("-n", "count", default=10, least=1, most=1000, about="Rounds: one start of each.")
+@click.option(
+    "--only",
+    metavar="C,C",
+    default=None,
+    help="Only these contenders. A name that is not known gives the list.",
+)
+@_template
+@_plot
+@click.pass_obj
+def compare(
+    settings: Settings, count: int, only: str | None, template: str | None, plot: Path | None
+) -> None:
+    """Bring up the same guest in other ways, in turn with ours.
+
+    A cold boot, virsh restore, qemu -loadvm, qemu -incoming "exec:cat FILE" with all memory
+    in the file, the template recipe of Kata Containers, the floor, and our three paths. Each
+    counts until the guest's agent has confirmed a new identity. A contender that this host
+    cannot run is listed with the reason. virsh restore needs root and libvirtd's package; a
+    private libvirtd is started for it.
+    """
+    from templated.bench import compare as module
+
+    wanted = _chosen(only, module.NAMES, "--only")
+    _run(
+        settings,
+        template,
+        plot,
+        lambda session: module.measure_compare(session, module.contenders(session, wanted), count),
+    )
+
+
+def _chosen(given: str | None, names: tuple[str, ...], option: str) -> tuple[str, ...]:
+    wanted = names if given is None else tuple(part.strip() for part in given.split(","))
+    for name in wanted:
+        if name not in names:
+            raise InvalidRequest(
+                f"{option}: there is no {name!r}", hint=f"known: {', '.join(names)}"
+            )
+    return wanted
+
+
+def _run(
+    settings: Settings,
+    template: str | None,
+    plot: Path | None,
+    work: Callable[[Any], dict[str, Any]],
+) -> None:
+    """Do the work in a session, then print its report and draw it."""
+    from templated.bench import plot as pictures
+    from templated.bench.report import show
+    from templated.bench.session import session
+
+    if plot is not None:
+        pictures.check(plot)
+    progress = Progress(settings)
+    try:
+        with session(settings.client(), template, progress) as opened:
+            host = opened.host()
+            if host["load"] > _BUSY * host["cpus"]:
+                settings.note(f"the load is {host['load']:g} already: the figures will show it")
+            report = {**work(opened), "host": host}
+    finally:
+        progress.end()
     if settings.table:
-        _print(report)
+        show(report)
     else:
         from templated.cli.render import dump_item
 
         dump_item(report, settings)
+    if plot is not None:
+        pictures.draw(report, plot)
+        settings.note(f"wrote {plot}")
 
 
-def _only_template(templates: list[dict[str, Any]]) -> str:
-    built = [t["name"] for t in templates if t["active"]]
-    if len(built) != 1:
-        raise InvalidRequest(
-            f"{len(built)} templates are built: {', '.join(built) or 'none'}",
-            hint="choose one with --template, or build one: templated template build NAME",
-        )
-    return str(built[0])
+class Progress:
+    """What is being done, on stderr: one line that changes on a terminal, else one now and then."""
 
+    def __init__(self, settings: Settings) -> None:
+        self._quiet = settings.quiet
+        self._live = sys.stderr.isatty()
+        self._last = time.monotonic()
 
-def _print(report: dict[str, Any]) -> None:
-    click.echo(f"template {report['template']}, milliseconds")
-    click.echo(f"{'path':8}{'n':>5}{'p50':>10}{'p90':>10}{'p99':>10}   phases (p50)")
-    for name, row in report["paths"].items():
-        phases = "  ".join(f"{k} {v:g}" for k, v in row["phases_p50"].items())
-        _row(name, row, phases)
-    for name, ratio in report["ratios"].items():
-        click.echo(f"{name.replace('_', ' ')}: {ratio:g}")
-    if "cli" in report:
-        cli = report["cli"]
-        click.echo(f"command line adds: p50 {cli['p50']:g}, p99 {cli['p99']:g} (n = {cli['n']})")
-    if "memory" in report:
-        for size, row in report["memory"]["restore"].items():
-            _row(size, row, "restore only")
-        click.echo(f"restore ratio: {report['memory']['ratio']:g}")
+    def __call__(self, text: str) -> None:
+        if self._quiet:
+            return
+        if self._live:
+            click.echo(f"\r\x1b[K{text}", nl=False, err=True)
+        elif time.monotonic() - self._last > _SILENCE:
+            self._last = time.monotonic()
+            click.echo(text, err=True)
 
-
-def _row(name: str, row: dict[str, Any], note: str) -> None:
-    figures = "".join(f"{row[key]:10.1f}" for key in ("p50", "p90", "p99"))
-    click.echo(f"{name:8}{row['n']:5d}{figures}   {note}")
+    def end(self) -> None:
+        """Leave no half a line."""
+        if self._live and not self._quiet:
+            click.echo("\r\x1b[K", nl=False, err=True)

@@ -1,149 +1,252 @@
-"""`bench paths`: cold, direct and the floor in turn, so that noise hits all of them alike."""
+"""`bench paths`: each path and the floor in turn, so that noise hits all of them alike."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import secrets
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from templated.bench.floor import Floor, floor
-from templated.bench.stats import medians, summarize
-from templated.cli.client import Client
-from templated.errors import BuildError, HostError
-from templated.services.generations import Generation, read_manifest
+from templated.bench.floor import floor
+from templated.bench.session import POOLED, Row, Session
+from templated.bench.stats import quantile, summarize, summarize_rows
+from templated.bench.threads import run_threads
+from templated.errors import BuildError, HostError, TemplatedError
 
-Progress = Callable[[str], None]
-Row = dict[str, float]
+PATHS = ("floor", "direct", "standby", "warm", "cold")
+# Every path leaves something warm behind; each is taken once before anything counts.
+_WARM_UP = 1
 
 
-class Bench:
-    """Measures against a running daemon; every clone it makes, it removes."""
+@dataclass(frozen=True)
+class Plan:
+    """What one run measures."""
 
-    def __init__(self, client: Client, template: str, progress: Progress) -> None:
-        self._client = client
-        self._template = template
-        self._progress = progress
-        self._tag = f"bench-{secrets.token_hex(3)}"
+    counts: Mapping[str, int]
+    """Samples per path, in the order of PATHS; a path that is not in it is not measured."""
+    cli: int = 0
+    memory: str | None = None
+    sustained: float = 0.0
+    """Seconds."""
+    concurrency: int = 2
 
-    def paths(self, n: int, n_cold: int, n_cli: int, memory: str | None) -> dict[str, Any]:
-        """All figures of one run, in milliseconds."""
-        generation = self.generation(self._template)
-        rows: dict[str, list[Row]] = {"floor": [], "direct": [], "cold": []}
-        with floor(generation, generation.manifest.qemu.path) as bare:
-            self._rounds(rows, bare, n, n_cold)
-        report = self._report(rows)
-        if n_cli:
-            report["cli"] = self._cli(n_cli)
-        if memory:
-            report["memory"] = self._memory(memory, n)
-        return report
 
-    def _rounds(self, rows: dict[str, list[Row]], bare: Floor, n: int, n_cold: int) -> None:
-        bare.once()
-        self.start("direct")
-        every = max(1, n // n_cold) if n_cold else 0
-        for i in range(n):
-            self._progress(f"round {i + 1} of {n}")
-            # Which of the two goes first alternates, in case one leaves something warm.
-            for what in ("floor", "direct") if i % 2 else ("direct", "floor"):
-                rows[what].append(bare.once() if what == "floor" else self.start("direct"))
-            if every and i % every == 0 and len(rows["cold"]) < n_cold:
-                rows["cold"].append(self.start("cold"))
+def measure_paths(session: Session, plan: Plan) -> dict[str, Any]:
+    """All figures of one run, in milliseconds. A path that cannot be taken is in `skipped`."""
+    skipped: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        starts = _starts(session, stack, plan.counts, skipped)
+        rows = _rounds(session, starts, plan.counts)
+    report: dict[str, Any] = {
+        "kind": "paths",
+        "template": session.template,
+        "unit": "ms",
+        "paths": {name: summarize_rows(samples) for name, samples in rows.items() if samples},
+        "skipped": skipped,
+        "ratios": _ratios(rows),
+    }
+    if plan.sustained:
+        report["sustained"] = _sustained(session, plan.sustained, plan.concurrency)
+    if plan.cli:
+        report["cli"] = _cli(session, plan.cli)
+    if plan.memory:
+        report["memory"] = _memory(session, plan.memory, plan.counts.get("direct", 0))
+    return report
 
-    def start(self, path: str, template: str | None = None) -> Row:
-        """Start a clone on a path, remove it again, and return its phases and `total`."""
-        name = f"{self._tag}-{path}"
-        body = {"name": name, "template": template or self._template, "path": path}
-        clone = self._client.post("clones", body=body)
-        self._client.delete("clones", name)
-        return {**clone["phases_ms"], "total": clone["total_ms"]}
 
-    def _report(self, rows: dict[str, list[Row]]) -> dict[str, Any]:
-        report: dict[str, Any] = {"template": self._template, "unit": "ms", "paths": {}}
-        for what, samples in rows.items():
-            if samples:
-                summary = summarize([row["total"] for row in samples]).as_dict()
-                phases = medians([{k: v for k, v in r.items() if k != "total"} for r in samples])
-                report["paths"][what] = {**summary, "phases_p50": phases}
-        paths = report["paths"]
-        direct = paths["direct"]["p50"]
-        ratios = {"direct_to_floor": round(direct / paths["floor"]["p50"], 3)}
-        pairs = zip(rows["direct"], rows["floor"], strict=True)
-        paired = sorted(d["total"] / f["total"] for d, f in pairs)
-        ratios["direct_to_floor_paired_p50"] = round(summarize(paired).p50, 3)
-        if "cold" in paths:
-            ratios["cold_to_direct"] = round(paths["cold"]["p50"] / direct, 1)
-        report["ratios"] = ratios
-        return report
+def schedule(counts: Mapping[str, int]) -> list[str]:
+    """The paths in the order in which they are measured, each spread evenly over the run.
 
-    def _cli(self, n: int) -> dict[str, Any]:
-        """What `templated clone` adds to the daemon's total_ms, as a whole process."""
-        added = []
-        for i in range(n):
-            self._progress(f"command line {i + 1} of {n}")
-            name = f"{self._tag}-cli"
-            command = [sys.executable, "-m", "templated", "clone", name]
-            command += [
-                "--template",
-                self._template,
-                "-o",
-                "json",
-                "--socket",
-                self._client.path,
-            ]
-            begin = time.perf_counter()
-            done = subprocess.run(command, capture_output=True, timeout=120, check=False)
-            wall = (time.perf_counter() - begin) * 1000
-            if done.returncode != 0:
-                raise HostError(f"templated clone failed: {done.stderr.decode().strip()}")
-            added.append(wall - json.loads(done.stdout)["total_ms"])
-            self._client.delete("clones", name)
-        return summarize(added).as_dict()
+    Which of two that fall together goes first alternates, in case one leaves something warm.
+    """
+    turns = []
+    for rank, (name, count) in enumerate(counts.items()):
+        for i in range(count):
+            turns.append(((i + 0.5) / count, rank if i % 2 else -rank, name))
+    return [name for _, _, name in sorted(turns)]
 
-    def _memory(self, memory: str, n: int) -> dict[str, Any]:
-        """`restore` of the same template with more memory, in turn with its own."""
-        name = f"{self._tag}-memory"
-        spec = self._client.get("templates", self._template)["spec"]
-        own = spec["machine"]["memory"]
-        spec = {**spec, "name": name, "machine": {**spec["machine"], "memory": memory}}
-        self._progress(f"building the same template with {memory}")
-        self._build(name, spec)
-        samples: dict[str, list[float]] = {own: [], memory: []}
+
+def _starts(
+    session: Session,
+    stack: contextlib.ExitStack,
+    counts: Mapping[str, int],
+    skipped: dict[str, str],
+) -> dict[str, Callable[[], Row]]:
+    """How each path is taken once; one that cannot be is named in `skipped`."""
+    starts: dict[str, Callable[[], Row]] = {}
+    for name in (name for name, count in counts.items() if count):
+        start: Callable[[], Row] = _Start(session, name)
+        if name == "floor":
+            start = stack.enter_context(floor(session.generation())).once
         try:
-            for i in range(n):
-                self._progress(f"memory {i + 1} of {n}")
-                samples[own].append(self.start("direct")["restore"])
-                samples[memory].append(self.start("direct", name)["restore"])
-        finally:
-            self._client.delete("templates", name)
-        summaries = {size: summarize(values).as_dict() for size, values in samples.items()}
-        ratio = round(summaries[memory]["p50"] / summaries[own]["p50"], 3)
-        return {"restore": summaries, "ratio": ratio}
+            if name in POOLED:
+                session.pools.fill(name, 1)
+            if name != "cold":
+                for _ in range(_WARM_UP):
+                    start()
+        except TemplatedError as error:
+            skipped[name] = error.message
+        else:
+            starts[name] = start
+    return starts
 
-    def _build(self, name: str, spec: dict[str, Any]) -> None:
-        # JSON is YAML.
-        body = {"spec": json.dumps(spec), "source": "the benchmark's template"}
-        operation = self._client.post("templates", name, "build", body=body)
-        with self._client.request("GET", "operations", operation["id"], "events") as answer:
-            for event in answer.objects():
-                if event["type"] == "end" and event["state"] != "done":
-                    raise BuildError(f"{name}: {event['error']['message']}")
 
-    def generation(self, template: str) -> Generation:
-        """The active generation's files, which the floor restores from by itself."""
-        active = self._client.get("templates", template)["active"]
-        info = self._client.get("info")
-        directory = Path(info["state_dir"]) / "generations" / template / str(active)
+@dataclass(frozen=True)
+class _Start:
+    session: Session
+    path: str
+
+    def __call__(self) -> Row:
+        return self.session.start(self.path)
+
+
+def _rounds(
+    session: Session, starts: Mapping[str, Callable[[], Row]], counts: Mapping[str, int]
+) -> dict[str, list[Row]]:
+    rows: dict[str, list[Row]] = {name: [] for name in starts}
+    turns = schedule({name: counts[name] for name in starts})
+    for i, name in enumerate(turns):
+        session.pools.settled()
+        session.progress(f"start {i + 1} of {len(turns)}: {name}")
+        rows[name].append(starts[name]())
+    return rows
+
+
+def _ratios(rows: Mapping[str, list[Row]]) -> dict[str, float]:
+    """p50 of each path to the floor's, and of a cold boot to each path's."""
+    totals = {name: [row["total"] for row in samples] for name, samples in rows.items() if samples}
+    p50 = {name: summarize(samples).p50 for name, samples in totals.items()}
+    ratios = {}
+    for path in ("direct", "standby", "warm"):
+        if path in p50 and "floor" in p50:
+            ratios[f"{path}_to_floor"] = round(p50[path] / p50["floor"], 3)
+    if "direct" in totals and len(totals["direct"]) == len(totals.get("floor", ())):
+        pairs = zip(totals["direct"], totals["floor"], strict=True)
+        paired = sorted(direct / bare for direct, bare in pairs)
+        ratios["direct_to_floor_paired_p50"] = round(quantile(paired, 0.5), 3)
+    for path in ("direct", "standby", "warm"):
+        if path in p50 and "cold" in p50:
+            ratios[f"cold_to_{path}"] = round(p50["cold"] / p50[path], 1)
+    return ratios
+
+
+def _sustained(session: Session, seconds: float, concurrency: int) -> dict[str, Any]:
+    """Starts per second that go on, each ended before the next, in so many threads.
+
+    In four slices, floor and direct and back again, so that a drift hits both alike.
+    """
+    generation = session.generation()
+    with contextlib.ExitStack() as stack:
+        floors = [stack.enter_context(floor(generation)) for _ in range(concurrency)]
+        workers: dict[str, list[Callable[[], object]]] = {
+            "floor": [bare.once for bare in floors],
+            "direct": [_Cycle(session, i) for i in range(concurrency)],
+        }
+        done = dict.fromkeys(workers, 0)
+        took = dict.fromkeys(workers, 0.0)
+        for name in ("floor", "direct", "direct", "floor"):
+            session.progress(f"sustained: {name}, {concurrency} at once")
+            count, wall = in_threads(workers[name], seconds / 2)
+            done[name] += count
+            took[name] += wall
+    rates = {name: done[name] / took[name] for name in workers}
+    return {
+        "seconds": seconds,
+        "concurrency": concurrency,
+        "starts": done,
+        "per_second": {name: round(rate, 2) for name, rate in rates.items()},
+        "direct_to_floor": round(rates["direct"] / rates["floor"], 3),
+    }
+
+
+@dataclass(frozen=True)
+class _Cycle:
+    session: Session
+    number: int
+
+    def __call__(self) -> None:
+        self.session.remove(self.session.make(f"sustained-{self.number}", "direct"))
+
+
+def in_threads(workers: list[Callable[[], object]], seconds: float) -> tuple[int, float]:
+    """Call each worker again and again in a thread of its own; calls that ended, and seconds.
+
+    A call under way at the end is waited for and counts, and so does its time. The first
+    failure ends all and is raised; so does Ctrl-C.
+    """
+    stop = threading.Event()
+    done: list[None] = []
+    failed: list[BaseException] = []
+    begin = time.monotonic()
+
+    def loop(work: Callable[[], object]) -> None:
         try:
-            manifest = read_manifest(directory)
-        except HostError as error:
-            raise HostError(
-                error.message,
-                hint="the bench reads the daemon's files: run it as its user",
-            ) from error
-        return Generation(manifest, directory, Path(info["shm_dir"]) / template / str(active))
+            while not stop.is_set() and time.monotonic() - begin < seconds:
+                work()
+                done.append(None)
+        except BaseException as error:  # noqa: BLE001  # raised again in the main thread
+            failed.append(error)
+            stop.set()
+
+    run_threads([partial(loop, work) for work in workers], stop.set)
+    if failed:
+        raise failed[0]
+    return len(done), time.monotonic() - begin
+
+
+def _cli(session: Session, n: int) -> dict[str, Any]:
+    """What `templated clone` adds to the daemon's total_ms, as a whole process."""
+    added = []
+    for i in range(n):
+        session.progress(f"command line {i + 1} of {n}")
+        command = [sys.executable, "-m", "templated", "clone", f"{session.tag}-cli", "-o", "json"]
+        command += ["--template", session.template, "--socket", session.client.path]
+        command += ["--path", "direct"]
+        begin = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, timeout=120, check=False)
+        wall = (time.perf_counter() - begin) * 1000
+        if done.returncode != 0:
+            raise HostError(f"templated clone failed: {done.stderr.decode().strip()}")
+        clone = json.loads(done.stdout)
+        added.append(wall - clone["total_ms"])
+        session.remove(clone)
+    return summarize(added).as_dict()
+
+
+def _memory(session: Session, memory: str, n: int) -> dict[str, Any]:
+    """`restore` of the same template with more memory, in turn with its own."""
+    name = f"{session.tag}-memory"
+    spec = session.client.get("templates", session.template)["spec"]
+    own = spec["machine"]["memory"]
+    # A pool of its own would be filled while this measures.
+    spec = {**spec, "name": name, "machine": {**spec["machine"], "memory": memory}, "pool": {}}
+    session.progress(f"building the same template with {memory}")
+    samples: dict[str, list[float]] = {own: [], memory: []}
+    try:
+        _build(session, name, spec)
+        for i in range(n):
+            session.progress(f"memory {i + 1} of {n}")
+            samples[own].append(session.start("direct")["restore"])
+            samples[memory].append(session.start("direct", name)["restore"])
+    finally:
+        with contextlib.suppress(TemplatedError):
+            session.client.delete("templates", name)
+    summaries = {size: summarize(values).as_dict() for size, values in samples.items()}
+    ratio = round(summaries[memory]["p50"] / summaries[own]["p50"], 3)
+    return {"restore": summaries, "ratio": ratio}
+
+
+def _build(session: Session, name: str, spec: dict[str, Any]) -> None:
+    # JSON is YAML.
+    body = {"spec": json.dumps(spec), "source": "the benchmark's template"}
+    operation = session.client.post("templates", name, "build", body=body)
+    with session.client.request("GET", "operations", operation["id"], "events") as answer:
+        for event in answer.objects():
+            if event["type"] == "end" and event["state"] != "done":
+                raise BuildError(f"{name}: {event['error']['message']}")

@@ -14,16 +14,28 @@ from typing import Any
 
 import click
 
-from templated.cli.options import Settings
+from templated.bench.bare import Bare, Line
+from templated.bench.floor import floor
+from templated.bench.session import Session
+from templated.bench.stats import medians
+from templated.cli.options import Command, Settings
+from templated.cli.render import dump_item
 from templated.errors import HypervisorError, InvalidRequest
+from templated.services.generations import Generation
 
+_EXAMPLES = """
+templated bench profile
+templated bench profile -n 10 -o json
+"""
 _COUNTERS = re.compile(r"gen code size\s+(\d+).*?TB count\s+(\d+)", re.DOTALL)
 _IDLE_SECONDS = 3.0
 Row = dict[str, float]
 
 
-@click.command("profile")
-@click.option("-n", "count", type=click.IntRange(1, 100), default=5, show_default=True)
+@click.command("profile", cls=Command, examples=_EXAMPLES)
+@click.option(
+    "-n", "count", type=click.IntRange(1, 100), default=5, show_default=True, help="Starts."
+)
 @click.option("--template", metavar="T", default=None, help="Default: the only one built.")
 @click.pass_obj
 def profile(settings: Settings, count: int, template: str | None) -> None:
@@ -32,67 +44,47 @@ def profile(settings: Settings, count: int, template: str | None) -> None:
     Runs the floor's loop, so it needs no clone, but the template's files: run it as the daemon's
     user. It tells nothing under KVM, which translates nothing.
     """
-    from templated.bench.cli import _only_template
-    from templated.bench.paths import Bench
-
-    client = settings.client()
-    chosen = template or _only_template(client.get("templates"))
-    generation = Bench(client, chosen, lambda text: None).generation(chosen)
+    generation = Session(settings.client(), template, lambda text: None).generation()
     if generation.manifest.accel != "tcg":
-        raise InvalidRequest(f"{chosen} runs under {generation.manifest.accel}, not TCG")
+        name, accel = generation.manifest.template, generation.manifest.accel
+        raise InvalidRequest(f"{name} runs under {accel}, not TCG", hint="nothing is translated")
     report = measure(generation, count)
     if settings.table:
         _print(report)
     else:
-        from templated.cli.render import dump_item
-
         dump_item(report, settings)
 
 
-def measure(generation: Any, count: int) -> dict[str, Any]:
+def measure(generation: Generation, count: int) -> dict[str, Any]:
     """Medians over `count` starts: blocks, megabytes of code and milliseconds that a step adds."""
-    from templated.bench.floor import floor
-    from templated.bench.stats import medians
-
     steps: dict[str, list[Row]] = {}
-
-    def note(step: str, row: Row) -> None:
-        steps.setdefault(step, []).append(row)
-
-    with floor(generation, generation.manifest.qemu.path) as bare:
+    with floor(generation) as bare:
         for _ in range(count):
-            bare.once(lambda qmp, agent, identity: _steps(qmp, agent, identity, note))
+            bare.once(lambda vm: _steps(vm, lambda s, row: steps.setdefault(s, []).append(row)))
     rows = {step: medians(samples) for step, samples in steps.items()}
     return {"template": generation.manifest.template, "n": count, "steps": rows}
 
 
-def _steps(
-    qmp: Any, agent: Any, identity: Callable[[], dict[str, Any]], note: Callable[[str, Row], None]
-) -> None:
+def _steps(vm: Bare, note: Callable[[str, Row], None]) -> None:
     """The steps of one start, from the resume on."""
-    blocks, megabytes = _counters(qmp)
+    blocks, megabytes = _counters(vm.qmp)
 
-    def step(name: str, work: Callable[[], None]) -> None:
+    def step(name: str, work: Callable[[], object]) -> None:
         nonlocal blocks, megabytes
         begin = time.perf_counter()
         work()
         milliseconds = (time.perf_counter() - begin) * 1000
-        now, size = _counters(qmp)
+        now, size = _counters(vm.qmp)
         note(name, {"blocks": now - blocks, "mb": size - megabytes, "ms": milliseconds})
         blocks, megabytes = now, size
 
-    def ask(command: str, **arguments: Any) -> None:
-        agent.send({"id": 1, "cmd": command, **arguments})
-        if not (reply := agent.read()).get("ok"):
-            raise HypervisorError(f"the guest refused to {command}: {reply.get('error')}")
-
-    step("identify", lambda: ask("identify", **identity()))
-    step("identify again", lambda: ask("identify", **identity()))
-    step("ping", lambda: ask("ping"))
+    step("identify", vm.identify)
+    step("identify again", vm.identify)
+    step("ping", lambda: vm.agent.ask({"cmd": "ping"}))
     step(f"idle {_IDLE_SECONDS:g} s", lambda: time.sleep(_IDLE_SECONDS))
 
 
-def _counters(qmp: Any) -> tuple[int, float]:
+def _counters(qmp: Line) -> tuple[int, float]:
     """Translated blocks so far, and the megabytes of their code."""
     text = qmp.command("x-query-jit")["human-readable-text"]
     found = _COUNTERS.search(text)

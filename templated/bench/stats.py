@@ -56,3 +56,13 @@ def medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return {
         key: round(quantile(sorted(row[key] for row in rows if key in row), 0.5), 2) for key in keys
     }
+
+
+def summarize_rows(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Totals, the median of each phase, and the totals as they were measured, in that order."""
+    phases = [{k: v for k, v in row.items() if k not in ("total", "wall")} for row in rows]
+    return {
+        **summarize([row["total"] for row in rows]).as_dict(),
+        "phases_p50": medians(phases),
+        "samples_ms": [round(row["total"], 3) for row in rows],
+    }

@@ -1,0 +1,281 @@
+"""One QEMU with nothing of ours around it: blocking sockets, QMP, and the agent.
+
+The floor and the contenders that restore a frozen generation without the daemon are made of this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from templated.bench.interrupts import deferred
+from templated.drivers.guest import ENTROPY_BYTES, Identity
+from templated.drivers.hypervisor.base import Launch, Places
+from templated.drivers.hypervisor.command import qemu_arguments
+from templated.drivers.network import Port, make_network
+from templated.errors import GuestError, HypervisorError, Timeout
+from templated.model.network import AddressPlan, UserNetwork
+from templated.services.generations import Generation
+
+BOUND = 30.0
+"""Seconds that any single answer may take."""
+_SLOT, _INDEX = "bench", 0
+_PLAN = AddressPlan(UserNetwork().subnet, b"bench")
+Arguments = Callable[[list[str]], list[str]]
+
+
+class Line:
+    """A socket that speaks newline JSON, read with a bound."""
+
+    def __init__(self, path: Path, timeout: float = BOUND) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(timeout)
+        try:
+            self._socket.connect(str(path))
+        except OSError:
+            self._socket.close()
+            raise
+        self._file = self._socket.makefile("rb")
+
+    def patience(self, timeout: float) -> None:
+        """Wait so many seconds for each answer from here on."""
+        self._socket.settimeout(timeout)
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send one object."""
+        try:
+            # Without spaces, as the daemon writes it: the agent has a quick way for that.
+            self._socket.sendall(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+        except OSError as error:
+            raise HypervisorError(f"the bench's QEMU ended: {error}") from error
+
+    def read(self) -> dict[str, Any]:
+        """The next object; Timeout, or HypervisorError when the other end is gone."""
+        try:
+            line = self._file.readline()
+        except TimeoutError:
+            waited = self._socket.gettimeout()
+            raise Timeout(f"the bench's QEMU did not answer within {waited:g} s") from None
+        except OSError as error:
+            raise HypervisorError(f"the bench's QEMU ended: {error}") from error
+        if not line:
+            raise HypervisorError("the bench's QEMU ended")
+        decoded: dict[str, Any] = json.loads(line)
+        return decoded
+
+    def command(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
+        """What a QMP command returns; events before its answer are passed over."""
+        self.send({"execute": name, "arguments": arguments or {}})
+        while "return" not in (answer := self.read()):
+            if "error" in answer:
+                raise HypervisorError(f"the bench's QEMU: {name}: {answer['error']['desc']}")
+        return answer["return"]
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        """What the agent answers; GuestError when it refuses."""
+        number = secrets.randbelow(1 << 30)
+        self.send({"id": number, **request})
+        while (answer := self.read()).get("id") != number:
+            pass
+        if not answer.get("ok"):
+            raise GuestError(f"the bench's guest refused {request['cmd']}: {answer.get('error')}")
+        return answer["result"]
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._file.close()
+        self._socket.close()
+
+
+class Stopwatch:
+    """Phases of one start, in milliseconds since it was made."""
+
+    def __init__(self) -> None:
+        self._begin = self._last = time.perf_counter()
+        self._phases: dict[str, float] = {}
+
+    def mark(self, phase: str) -> None:
+        """End a phase."""
+        now = time.perf_counter()
+        self._phases[phase] = (now - self._last) * 1000
+        self._last = now
+
+    def row(self) -> dict[str, float]:
+        """All phases, and `total`."""
+        return {**self._phases, "total": (self._last - self._begin) * 1000}
+
+
+class Bare:
+    """A QEMU that was just spawned. Everything blocks, at most BOUND seconds."""
+
+    def __init__(
+        self, places: Places, launch: Launch, child: subprocess.Popen[bytes], watch: Stopwatch
+    ) -> None:
+        self.places = places
+        self.launch = launch
+        self._child = child
+        self.watch = watch
+        self._lines = contextlib.ExitStack()
+
+    def connect(self) -> None:
+        """Wait until QMP has greeted."""
+        self.agent = self._line(self.places.agent)
+        self.qmp = self._line(self.places.qmp)
+        self.qmp.read()
+        self.qmp.command("qmp_capabilities")
+
+    def reconnect(self) -> None:
+        """A QMP connection of its own for what follows."""
+        self.qmp.close()
+        self.qmp = self._line(self.places.qmp)
+        self.qmp.read()
+        self.qmp.command("qmp_capabilities")
+
+    def ignore_shared(self, on: bool = True) -> None:
+        """Whether the memory stays out of the stream."""
+        capability = {"capability": "x-ignore-shared", "state": on}
+        self.qmp.command("migrate-set-capabilities", {"capabilities": [capability]})
+
+    def restore(self, state: Path) -> None:
+        """Load a device state into a QEMU that waits for it, as the daemon does."""
+        self.ignore_shared()
+        self.qmp.command("migrate-incoming", {"uri": f"exec:exec cat {state}"})
+        self.migrated()
+
+    def migrated(self) -> None:
+        """Wait for the event that a stream is complete."""
+        while (status := self.qmp.read().get("data", {}).get("status")) != "completed":
+            if status == "failed":
+                raise HypervisorError("the bench's QEMU could not load the state")
+
+    def identify(self) -> None:
+        """Give the guest an identity and wait for its answer."""
+        self.agent.ask({"cmd": "identify", **identity(self.launch.uuid, self.launch.mac)})
+
+    def link(self) -> None:
+        """Plug the guest's cable."""
+        self.qmp.command("set_link", {"name": "nic0", "up": True})
+
+    def quit(self) -> None:
+        """End QEMU in an orderly way, with all disk writes done; Timeout when it does not."""
+        self.qmp.command("quit")
+        try:
+            self._child.wait(BOUND)
+        except subprocess.TimeoutExpired:
+            raise Timeout(f"the bench's QEMU did not end within {BOUND:g} s") from None
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._lines.close()
+
+    def _line(self, path: Path) -> Line:
+        line = Line(path)
+        self._lines.callback(line.close)
+        return line
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where QEMUs for one generation are spawned, one at a time, in a directory of its own."""
+
+    generation: Generation
+    qemu: str
+    directory: Path
+
+    @property
+    def overlay(self) -> Path:
+        """Disk layer 3, made by the caller before the clock starts."""
+        return self.directory / "disk.qcow2"
+
+    @contextmanager
+    def spawned(self, memory: Path | None, edit: Arguments = list) -> Iterator[Bare]:
+        """A QEMU with a clone's command line, changed by `edit`; it is ended at the end.
+
+        `memory` is mapped privately; None gives the VM memory of its own. The watch starts
+        when the sockets listen and just before the process is made.
+        """
+        places = Places(self.directory, self.directory)
+        with _listening(places.qmp) as qmp, _listening(places.agent) as agent:
+            launch = self._launch(places, memory, qmp, agent)
+            arguments = edit(qemu_arguments(self.qemu, launch))
+            with contextlib.ExitStack() as stack:
+                with deferred():
+                    watch = Stopwatch()
+                    child = _spawn(arguments, qmp, agent)
+                    stack.callback(_end, child)
+                vm = Bare(places, launch, child, watch)
+                stack.callback(vm.close)
+                yield vm
+
+    def _launch(
+        self, places: Places, memory: Path | None, qmp: socket.socket, agent: socket.socket
+    ) -> Launch:
+        netdev, _ = make_network(UserNetwork(), _PLAN, "bench").netdev(Port(_SLOT), _INDEX)
+        return Launch(
+            slot=_SLOT,
+            uuid=str(uuid.uuid4()),
+            mac=_PLAN.mac(_INDEX),
+            hardware=self.generation.hardware,
+            places=places,
+            memory=memory,
+            memory_shared=False,
+            disk=self.overlay,
+            netdev=netdev,
+            qmp_fd=qmp.fileno(),
+            agent_fd=agent.fileno(),
+        )
+
+
+def identity(vm: str, mac: str) -> dict[str, str]:
+    """A new identity for the guest of the VM with this UUID."""
+    return Identity(
+        hostname="bench",
+        machine_id=uuid.uuid4().hex,
+        boot_id=str(uuid.uuid4()),
+        uuid=vm,
+        mac=mac,
+        ip=_PLAN.ip(_INDEX),
+        prefix=_PLAN.prefix,
+        gateway=_PLAN.gateway,
+        dns=(),
+        time=time.time(),
+        entropy=secrets.token_bytes(ENTROPY_BYTES),
+    ).fields()
+
+
+@contextmanager
+def _listening(path: Path) -> Iterator[socket.socket]:
+    path.unlink(missing_ok=True)
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        yield listener
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.kill()
+    child.wait()
+
+
+def _spawn(
+    arguments: list[str], qmp: socket.socket, agent: socket.socket
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        arguments,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=(qmp.fileno(), agent.fileno()),
+        # A terminal's Ctrl-C is for the bench, which then ends this.
+        start_new_session=True,
+    )

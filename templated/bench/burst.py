@@ -1,0 +1,85 @@
+"""`bench burst`: many clones asked for at the same moment."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from functools import partial
+from typing import Any
+
+from templated.bench.session import POOLED, Session, require_memory
+from templated.bench.stats import summarize
+from templated.bench.threads import run_threads
+from templated.errors import IdentityError
+
+DISTINCT = ("uuid", "mac", "ip", "hostname", "machine_id", "boot_id")
+"""What no two clones may share."""
+
+
+def measure_burst(session: Session, n: int, path: str | None) -> dict[str, Any]:
+    """n requests at once, one clone each; all of them are up before any is removed.
+
+    Raises what the first failed request raised, or IdentityError when two share something.
+    The clones are left to the session.
+    """
+    require_memory(n)
+    if path in POOLED:
+        session.pools.fill(str(path), n)
+    session.progress(f"{n} at once")
+    clones, walls, wall = _at_once(session, n, path)
+    check_distinct(clones)
+    return {
+        "kind": "burst",
+        "template": session.template,
+        "unit": "ms",
+        "n": n,
+        "paths": dict(Counter(clone["path"] for clone in clones)),
+        "wall_ms": round(wall * 1000, 1),
+        "per_second": round(n / wall, 2),
+        "request": summarize(walls).as_dict(),
+        "total": summarize([clone["total_ms"] for clone in clones]).as_dict(),
+        "distinct": list(DISTINCT),
+        "samples_ms": [round(value, 3) for value in walls],
+    }
+
+
+def _at_once(
+    session: Session, n: int, path: str | None
+) -> tuple[list[dict[str, Any]], list[float], float]:
+    """The clones, milliseconds of each request, and seconds until the last was answered."""
+    clones: list[dict[str, Any]] = []
+    walls: list[float] = []
+    failed: list[BaseException] = []
+    ready = threading.Barrier(n)
+
+    def one(number: int) -> None:
+        ready.wait()
+        begin = time.perf_counter()
+        try:
+            clones.append(session.make(f"burst-{number}", path))
+            walls.append((time.perf_counter() - begin) * 1000)
+        except BaseException as error:  # noqa: BLE001  # raised again in the main thread
+            failed.append(error)
+
+    begin = time.perf_counter()
+    # A clone that came up later would not be removed; the daemon bounds each start.
+    run_threads([partial(one, number) for number in range(n)], lambda: None)
+    wall = time.perf_counter() - begin
+    if failed:
+        raise failed[0]
+    return clones, walls, wall
+
+
+def check_distinct(clones: list[dict[str, Any]]) -> None:
+    """IdentityError when two clones share a part of their identity."""
+    for key in DISTINCT:
+        values = Counter(
+            clone["uuid"] if key == "uuid" else clone["identity"][key] for clone in clones
+        )
+        value, times = values.most_common(1)[0]
+        if times > 1:
+            raise IdentityError(
+                f"{times} clones have the same {key}: {value}",
+                hint="this is a defect; `templated ls` and the daemon's log show these clones",
+            )

@@ -1,0 +1,1 @@
+"""Ways to bring up the same guest, one module each, for `bench compare`."""

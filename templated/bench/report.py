@@ -1,0 +1,112 @@
+"""Prints the reports of the benchmarks for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+_WIDTH = 14
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print a report on stdout, as its kind wants it."""
+    _SHOWN[report["kind"]](report)
+    for name, reason in report.get("skipped", {}).items():
+        click.echo(f"{name:{_WIDTH}} skipped: {reason}")
+    host = report["host"]
+    click.echo(
+        f"host: QEMU {host['qemu']}, {host['accel']}, {host['cpus']} cores, "
+        f"load before {host['load']:g}"
+    )
+
+
+def _paths(report: dict[str, Any]) -> None:
+    _rows(report)
+    for name, ratio in report["ratios"].items():
+        click.echo(f"{name.replace('_', ' ')}: {ratio:g}")
+    if "sustained" in report:
+        _sustained(report["sustained"])
+    if "cli" in report:
+        cli = report["cli"]
+        click.echo(f"command line adds: p50 {cli['p50']:g}, p99 {cli['p99']:g} (n = {cli['n']})")
+    if "memory" in report:
+        for size, row in report["memory"]["restore"].items():
+            _row(size, row, "restore only")
+        click.echo(f"restore ratio: {report['memory']['ratio']:g}")
+
+
+def _compare(report: dict[str, Any]) -> None:
+    ratios = report["ratios"]
+    # In multiples of direct, the path that needs nothing to be ready.
+    notes = {name: f"x{ratios.get(f'{name}_to_direct', 0):<8g}" for name in report["paths"]}
+    _rows(report, notes)
+    for name in report["paths"]:
+        click.echo(f"{name:{_WIDTH}} {report['about'][name]}")
+
+
+def _burst(report: dict[str, Any]) -> None:
+    paths = ", ".join(f"{count} {path}" for path, count in report["paths"].items())
+    click.echo(f"template {report['template']}, {report['n']} at once ({paths}), milliseconds")
+    click.echo(f"all up after {report['wall_ms']:g}: {report['per_second']:g} per second")
+    _header()
+    _row("request", report["request"], "as the client saw it")
+    _row("total", report["total"], "as the daemon timed it")
+    click.echo(f"distinct in all: {', '.join(report['distinct'])}")
+
+
+def _density(report: dict[str, Any]) -> None:
+    click.echo(f"template {report['template']}, {report['n']} idle clones by {report['path']}")
+    _header()
+    for title, key, note in (
+        ("PSS", "pss_mib", "MiB each"),
+        ("private", "private_mib", "MiB each, which the next one costs too"),
+        ("CPU", "cpu_percent", f"% of a core each, over {report['window_s']:g} s"),
+        ("start", "start_ms", "ms, daemon's total"),
+    ):
+        _row(title, report[key], note)
+    if report["marginal_mib"] is not None:
+        click.echo(f"each after the first adds {report['marginal_mib']:g} MiB to the sum of PSS")
+    click.echo(f"available memory fell by {report['available_mib_each']:g} MiB for each")
+    click.echo(f"{'clones':>8}{'start ms':>10}{'PSS MiB':>10}{'free MiB':>10}")
+    for point in report["growth"]:
+        figures = "".join(f"{point[k]:10g}" for k in ("start_ms", "pss_mib", "available_mib"))
+        click.echo(f"{point['k']:8d}{figures}")
+    if "paused" in report:
+        _paused(report["paused"])
+
+
+def _paused(report: dict[str, Any]) -> None:
+    click.echo(f"direct beside {report['paused']} paused VMs, milliseconds")
+    _row("without", report["direct_without"], "")
+    _row("with", report["direct_with"], f"{report['available_mib_each']:g} MiB per paused VM")
+    click.echo(f"with to without: {report['ratio']:g}")
+
+
+def _sustained(report: dict[str, Any]) -> None:
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in report["per_second"].items())
+    click.echo(
+        f"sustained, {report['concurrency']} at once, {report['seconds']:g} s each: "
+        f"{rates} per second; direct to floor: {report['direct_to_floor']:g}"
+    )
+
+
+def _rows(report: dict[str, Any], notes: dict[str, str] | None = None) -> None:
+    click.echo(f"template {report['template']}, milliseconds")
+    _header("phases (p50)" if notes is None else "to direct, phases (p50)")
+    for name, row in report["paths"].items():
+        phases = "  ".join(f"{k} {v:g}" for k, v in row["phases_p50"].items())
+        _row(name, row, (notes or {}).get(name, "") + phases)
+
+
+def _header(note: str = "") -> None:
+    line = f"{'':{_WIDTH}}{'n':>5}{'p50':>10}{'p90':>10}{'p99':>10}   {note}"
+    click.echo(line.rstrip())
+
+
+def _row(name: str, row: dict[str, Any], note: str) -> None:
+    figures = "".join(f"{row[key]:10.1f}" for key in ("p50", "p90", "p99"))
+    click.echo(f"{name:{_WIDTH}}{row['n']:5d}{figures}   {note}".rstrip())
+
+
+_SHOWN = {"paths": _paths, "compare": _compare, "burst": _burst, "density": _density}

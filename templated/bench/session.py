@@ -1,0 +1,252 @@
+"""A benchmark's dealings with the daemon: clones and pools that are put back as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from templated.bench.interrupts import interruptible, uninterrupted
+from templated.cli.client import Client
+from templated.drivers.meminfo import read_memory
+from templated.errors import HostError, InvalidRequest, TemplatedError, Timeout
+from templated.services.generations import Generation, read_manifest
+
+Progress = Callable[[str], None]
+Row = dict[str, float]
+"""Milliseconds of each phase of one start, and `total`."""
+POOLED = ("standby", "warm")
+# What a clone that does nothing takes at most, by far: QEMU and the pages that its guest wrote.
+CLONE_BYTES = 64 << 20
+PATIENCE = 20.0
+"""Seconds for which a pool may have a problem before a run gives up on it."""
+_POLL, _GRACE = 0.02, 0.3
+# Longer than any start is allowed to take.
+_STARTS_WITHIN = 300.0
+
+
+class Session:
+    """One run against a running daemon. Everything it makes, `close` removes."""
+
+    def __init__(self, client: Client, template: str | None, progress: Progress) -> None:
+        self.client = client
+        self.progress = progress
+        self.tag = f"bench-{secrets.token_hex(3)}"
+        self.template = built_template(client, template)
+        self._cut_short = False
+        self.pools = Pools(client, self.template, progress)
+
+    def make(self, name: str, path: str | None = None, template: str | None = None) -> Any:
+        """Make a clone and return what the API says of it."""
+        body = {"name": f"{self.tag}-{name}", "template": template or self.template}
+        if path:
+            body["path"] = path
+        try:
+            return self.client.post("clones", body=body)
+        except KeyboardInterrupt:
+            self._cut_short = True
+            raise
+
+    def remove(self, clone: dict[str, Any]) -> None:
+        """Remove a clone of this run."""
+        self.client.delete("clones", clone["name"])
+
+    def start(self, path: str, template: str | None = None) -> Row:
+        """Start a clone on a path, remove it again, and return its phases and `total`.
+
+        `total` is the daemon's: from the arrival of the request. `wall` is what the client saw.
+        """
+        begin = time.perf_counter()
+        clone = self.make(path, path, template)
+        wall = (time.perf_counter() - begin) * 1000
+        self.remove(clone)
+        return {**clone["phases_ms"], "total": clone["total_ms"], "wall": wall}
+
+    def host(self) -> dict[str, Any]:
+        """What the figures depend on; `load` is the average of the minute before."""
+        info = self.client.get("info")
+        return {
+            "cpus": len(os.sched_getaffinity(0)),
+            "load": round(os.getloadavg()[0], 2),
+            "accel": info["accel"],
+            "qemu": info["qemu_version"],
+        }
+
+    def generation(self) -> Generation:
+        """The active generation's files; HostError when they cannot be read."""
+        active = str(self.client.get("templates", self.template)["active"])
+        info = self.client.get("info")
+        directory = Path(info["state_dir"]) / "generations" / self.template / active
+        hint = "the bench reads the daemon's files: run it as the daemon's user"
+        try:
+            manifest = read_manifest(directory)
+        except HostError as error:
+            raise HostError(error.message, hint=hint) from error
+        found = Generation(manifest, directory, Path(info["shm_dir"]) / self.template / active)
+        for path in (*found.files().values(), found.layer.empty):
+            if not os.access(path, os.R_OK):
+                raise HostError(f"cannot read {path}", hint=hint)
+        return found
+
+    def close(self) -> None:
+        """Remove every clone of this run and set the pools back. Raises what first went wrong."""
+        errors: list[TemplatedError] = []
+        for work in (self.clear, self.pools.restore):
+            try:
+                work()
+            except TemplatedError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def clear(self) -> None:
+        """Remove every clone of this run, also what is still starting; Timeout if one stays."""
+        if self._cut_short:
+            # The daemon goes on with a request whose client left: let it write the name down.
+            time.sleep(_GRACE)
+        deadline = time.monotonic() + _STARTS_WITHIN
+        while left := self._remove_some():
+            if time.monotonic() > deadline:
+                raise Timeout(
+                    f"{left[0]} does not end", hint=f"later: templated rm {' '.join(left[:3])}"
+                )
+            time.sleep(_POLL)
+
+    def _remove_some(self) -> list[str]:
+        """Names of this run's clones that are there still: one that starts cannot be removed."""
+        left = []
+        for clone in self.client.get("clones"):
+            if clone["name"].startswith(f"{self.tag}-"):
+                self.progress(f"removing {clone['name']}")
+                try:
+                    self.remove(clone)
+                except TemplatedError as error:
+                    if error.code not in ("conflict", "not_found"):
+                        raise
+                    left.append(clone["name"])
+        return left
+
+
+class Pools:
+    """The sizes of a template's pools, for as long as a run needs other ones."""
+
+    def __init__(self, client: Client, template: str, progress: Progress) -> None:
+        self._client = client
+        self._template = template
+        self._progress = progress
+        self._before: dict[str, int] | None = None
+
+    def fill(self, tier: str, size: int) -> None:
+        """Have at least `size` members ready.
+
+        Raises what `settled` raises, or Busy when the host has no room; the tier is then as it was.
+        """
+        target = self.targets()[tier]
+        if self._before is None:
+            self._before = self.targets()
+        try:
+            if target < size:
+                self._put({tier: size})
+            self.settled()
+        except TemplatedError:
+            self._put({tier: target})
+            raise
+
+    def targets(self) -> dict[str, int]:
+        """The sizes as they are now."""
+        view = self._view()
+        return {tier: view[tier]["target"] for tier in POOLED}
+
+    def settled(self) -> None:
+        """Wait until no member is being made, so that a refill disturbs no figure.
+
+        Raises Timeout, or HostError with the daemon's reason for making none.
+        """
+        if self._before is None:
+            return
+        view = self._view()
+        bound = 60.0 + 2.0 * sum(view[tier]["target"] for tier in POOLED)
+        begin = well = time.monotonic()
+        while any(view[tier]["ready"] != view[tier]["target"] for tier in POOLED):
+            now = time.monotonic()
+            # A host under pressure is a problem that passes.
+            well = well if view["problem"] else now
+            if now - well > PATIENCE:
+                raise HostError(
+                    f"the pools of {self._template} are not filled: {view['problem']}",
+                    hint="see: templated pool ls",
+                )
+            if now - begin > bound:
+                raise Timeout(f"the pools of {self._template} were not filled in {bound:g} s")
+            self._progress("filling the pools: " + _shown(view))
+            time.sleep(_POLL)
+            view = self._view()
+
+    def restore(self) -> None:
+        """Set the sizes that were found."""
+        if self._before is None:
+            return
+        spec = (self._client.get("templates", self._template)["spec"] or {}).get("pool") or {}
+        # Sizes that are the spec's go on following it.
+        same = all(spec.get(tier, 0) == size for tier, size in self._before.items())
+        self._put({"reset": True} if same else self._before)
+        self._before = None
+
+    def _put(self, body: dict[str, Any]) -> None:
+        self._client.put("pools", self._template, body=body)
+
+    def _view(self) -> dict[str, Any]:
+        views = {view["template"]: view for view in self._client.get("pools")}
+        view: dict[str, Any] = views[self._template]
+        return view
+
+
+def _shown(view: dict[str, Any]) -> str:
+    return ", ".join(f"{tier} {view[tier]['ready']} of {view[tier]['target']}" for tier in POOLED)
+
+
+def built_template(client: Client, wanted: str | None) -> str:
+    """The template to measure: the wanted one, else the only one built.
+
+    InvalidRequest when it is not built or when there is a choice.
+    """
+    if wanted is not None:
+        if not client.get("templates", wanted)["active"]:
+            raise InvalidRequest(
+                f"the template {wanted} is not built",
+                hint=f"build it: templated template build {wanted}",
+            )
+        return wanted
+    built = [t["name"] for t in client.get("templates") if t["active"]]
+    if len(built) != 1:
+        raise InvalidRequest(
+            f"{len(built)} templates are built: {', '.join(built) or 'none'}",
+            hint="choose one with --template, or build one: templated template build NAME",
+        )
+    return str(built[0])
+
+
+def require_memory(clones: int, what: str = "clones") -> None:
+    """HostError unless this host has room for so many idle clones."""
+    need, free = clones * CLONE_BYTES, read_memory().available
+    if need > free:
+        raise HostError(
+            f"{clones} {what} may need {need >> 20} MiB, and {free >> 20} MiB are available",
+            hint=f"at most {free // CLONE_BYTES} fit here",
+        )
+
+
+@contextlib.contextmanager
+def session(client: Client, template: str | None, progress: Progress) -> Iterator[Session]:
+    """A session that is closed at the end, also on Ctrl-C and SIGTERM."""
+    opened = Session(client, template, progress)
+    with interruptible():
+        try:
+            yield opened
+        finally:
+            with uninterrupted():
+                opened.close()
