@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import resource
 import signal
 import sys
 from pathlib import Path
+
+import uvloop
 
 from templated.api.server import listeners
 from templated.api.systemd import ask_for_time, notify, watchdog
@@ -34,7 +37,8 @@ def run(config_path: Path | None) -> None:
     config = load_config(config_path)
     foundation = Foundation(config)
     try:
-        asyncio.run(_serve(config, foundation))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(config, foundation))
     except BaseExceptionGroup as group:
         raise _first(group) from group
     finally:
@@ -58,6 +62,10 @@ async def _run_services(
 ) -> None:
     async with services(foundation) as running, listeners(config, running):
         await _end(starting)
+        # What is there now stays: the collector need not look at it again, least of all in the
+        # middle of a start.
+        gc.collect()
+        gc.freeze()
         beat = asyncio.create_task(watchdog())
         log.info("serving on %s", config.socket)
         notify(f"READY=1\nSTATUS=serving, {len(running.clones)} clones")

@@ -59,6 +59,8 @@ async def start(
         "TMPDIR": str(folder),
     }
     return await asyncio.create_subprocess_exec(
+        # The daemon's own umask is strict, and what is made here is for the guest.
+        *("sh", "-c", 'umask 022; exec "$@"', "sh"),
         *(namespace_prefix() if namespace else []),
         *command,
         stdin=asyncio.subprocess.DEVNULL,
@@ -66,7 +68,6 @@ async def start(
         stderr=asyncio.subprocess.STDOUT,
         env=environment,
         cwd="/",
-        umask=0o022,
         pass_fds=keep,
         start_new_session=True,
         limit=1 << 20,

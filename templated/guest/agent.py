@@ -714,8 +714,8 @@ class Agent:
         hooks, self._hooks = self._hooks, None
         if hooks is None:
             hooks = system.hooks()
-        if step == REHEARSAL:
-            hooks, self._parked = [], not self.executions
+        if step == REHEARSAL:  # what follows is a claim, with these hooks
+            hooks, self._hooks, self._parked = [], hooks, not self.executions
         if hooks:
             run_hooks(hooks, {"step": STEPS[step], **_decode(facts.decode())})
         write("identity.json", join((facts.rstrip(), b"\n")))

@@ -150,8 +150,11 @@ class Clones:
     async def _all_or_none(
         self, names: list[str], forced: StartPath | None, requested: float
     ) -> list[Clone] | TemplatedError:
-        tasks = [self._tasks.start(self._outcome(name, forced, requested)) for name in names]
-        outcomes = await asyncio.gather(*tasks)
+        if len(names) == 1:
+            outcomes = [await self._outcome(names[0], forced, requested)]
+        else:
+            tasks = [self._tasks.start(self._outcome(name, forced, requested)) for name in names]
+            outcomes = await asyncio.gather(*tasks)
         started = [outcome for outcome in outcomes if isinstance(outcome, Clone)]
         failures = [outcome for outcome in outcomes if isinstance(outcome, TemplatedError)]
         if failures:

@@ -22,6 +22,7 @@ class Host:
         self._config = config
         self.proof_cache = state_dir / "kvm-proof.json"
         self._proving = asyncio.Lock()
+        self._path: str | None = None
         self._version: tuple[tuple[int, int] | None, QemuVersion] | None = None
 
     async def qemu(self) -> QemuVersion:
@@ -39,12 +40,12 @@ class Host:
         return self._version[1].version == version
 
     def _qemu_stamp(self) -> tuple[int, int] | None:
-        path = shutil.which(self._config.qemu)
-        with contextlib.suppress(OSError):
-            if path is not None:
-                status = os.stat(path)
-                return status.st_size, status.st_mtime_ns
-        return None
+        # Asked on each start: PATH is searched only when the program is not where it was.
+        stamp = _stamp(self._path)
+        if stamp is None:
+            self._path = shutil.which(self._config.qemu)
+            stamp = _stamp(self._path)
+        return stamp
 
     async def accelerator(self, image: Image) -> str:
         """`kvm` or `tcg`, as configured; `auto` takes KVM only when a guest runs under it.
@@ -85,3 +86,11 @@ class Host:
         if accel.kvm_opens() or (proof is not None and not proof.works):
             return "tcg"
         return "kvm" if proof is not None else "auto (not proven yet)"
+
+
+def _stamp(path: str | None) -> tuple[int, int] | None:
+    if path is not None:
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            return status.st_size, status.st_mtime_ns
+    return None
