@@ -56,6 +56,7 @@ async def info(request: web.Request) -> web.Response:
             state_dir=config.state_dir,
             shm_dir=config.shm_dir,
             metrics=config.metrics.listen if config.metrics else None,
+            transport=config.restore.transport,
             clones=len(services.clones),
         )
     )

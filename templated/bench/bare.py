@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
 import socket
 import subprocess
@@ -14,18 +15,18 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from templated.bench.interrupts import deferred
-from templated.drivers.guest import ENTROPY_BYTES, Identity
+from templated.drivers.guest import ENTROPY_BYTES, Identity, Step
 from templated.drivers.hypervisor.base import Launch, Places
 from templated.drivers.hypervisor.command import qemu_arguments
 from templated.drivers.network import Port, make_network
 from templated.errors import GuestError, HypervisorError, Timeout
 from templated.model.network import AddressPlan, UserNetwork
-from templated.services.generations import Generation
+from templated.services.generations import STATE, Generation
 
 BOUND = 30.0
 """Seconds that any single answer may take."""
@@ -123,6 +124,7 @@ class Bare:
     ) -> None:
         self.places = places
         self.launch = launch
+        self._state = next(iter(launch.fds), None)
         self._child = child
         self.watch = watch
         self._lines = contextlib.ExitStack()
@@ -149,7 +151,8 @@ class Bare:
     def restore(self, state: Path) -> None:
         """Load a device state into a QEMU that waits for it, as the daemon does."""
         self.ignore_shared()
-        self.qmp.command("migrate-incoming", {"uri": f"exec:exec cat {state}"})
+        uri = f"exec:exec cat {state}" if self._state is None else f"fd:{self._state}"
+        self.qmp.command("migrate-incoming", {"uri": uri})
         self.migrated()
 
     def migrated(self) -> None:
@@ -158,9 +161,10 @@ class Bare:
             if status == "failed":
                 raise HypervisorError("the bench's QEMU could not load the state")
 
-    def identify(self) -> None:
+    def identify(self, step: Step = Step.IDENTIFY, hostname: str = "bench") -> None:
         """Give the guest an identity and wait for its answer."""
-        self.agent.ask({"cmd": "identify", **identity(self.launch.uuid, self.launch.mac)})
+        given = identity(self.launch.uuid, self.launch.mac, step, hostname)
+        self.agent.ask({"cmd": "identify", **given})
 
     def link(self) -> None:
         """Plug the guest's cable."""
@@ -191,6 +195,8 @@ class Stage:
     generation: Generation
     qemu: str
     directory: Path
+    transport: str
+    """As `restore.transport` of the daemon."""
 
     @property
     def overlay(self) -> Path:
@@ -211,11 +217,20 @@ class Stage:
             with contextlib.ExitStack() as stack:
                 with deferred():
                     watch = Stopwatch()
-                    child = _spawn(arguments, qmp, agent)
+                    launch = replace(launch, fds=self._opened(stack))
+                    child = _spawn(arguments, (launch.qmp_fd, launch.agent_fd, *launch.fds))
                     stack.callback(_end, child)
                 vm = Bare(places, launch, child, watch)
                 stack.callback(vm.close)
                 yield vm
+
+    def _opened(self, stack: contextlib.ExitStack) -> tuple[int, ...]:
+        """The saved state, for a QEMU that inherits it."""
+        if self.transport != "fd":
+            return ()
+        state = os.open(self.generation.frozen / STATE, os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, state)
+        return (state,)
 
     def _launch(
         self, places: Places, memory: Path | None, qmp: socket.socket, agent: socket.socket
@@ -236,10 +251,13 @@ class Stage:
         )
 
 
-def identity(vm: str, mac: str) -> dict[str, str]:
+def identity(
+    vm: str, mac: str, step: Step = Step.IDENTIFY, hostname: str = "bench"
+) -> dict[str, str]:
     """A new identity for the guest of the VM with this UUID."""
     return Identity(
-        hostname="bench",
+        step=step,
+        hostname=hostname,
         machine_id=uuid.uuid4().hex,
         boot_id=str(uuid.uuid4()),
         uuid=vm,
@@ -267,15 +285,13 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
-def _spawn(
-    arguments: list[str], qmp: socket.socket, agent: socket.socket
-) -> subprocess.Popen[bytes]:
+def _spawn(arguments: list[str], fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         arguments,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        pass_fds=(qmp.fileno(), agent.fileno()),
+        pass_fds=fds,
         # A terminal's Ctrl-C is for the bench, which then ends this.
         start_new_session=True,
     )

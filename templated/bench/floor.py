@@ -54,18 +54,18 @@ def wake(vm: Bare) -> None:
 
 
 @contextmanager
-def stage(generation: Generation) -> Iterator[Stage]:
+def stage(generation: Generation, transport: str = "exec") -> Iterator[Stage]:
     """A stage on temporary places, which are removed at the end."""
     use_small_pages()  # as the daemon's QEMUs do
     directory = Path(tempfile.mkdtemp(prefix="templated-bench-"))
     try:
-        yield Stage(generation, generation.manifest.qemu.path, directory)
+        yield Stage(generation, generation.manifest.qemu.path, directory, transport)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextmanager
-def floor(generation: Generation) -> Iterator[Floor]:
+def floor(generation: Generation, transport: str) -> Iterator[Floor]:
     """A floor on temporary places, which are removed at the end."""
-    with stage(generation) as places:
+    with stage(generation, transport) as places:
         yield Floor(places)

@@ -83,7 +83,7 @@ def _starts(
     for name in (name for name, count in counts.items() if count):
         start: Callable[[], Row] = _Start(session, name)
         if name == "floor":
-            start = stack.enter_context(floor(session.generation())).once
+            start = stack.enter_context(floor(session.generation(), session.transport)).once
         try:
             if name in POOLED:
                 session.pools.fill(name, 1)
@@ -143,7 +143,9 @@ def _sustained(session: Session, seconds: float, concurrency: int) -> dict[str, 
     """
     generation = session.generation()
     with contextlib.ExitStack() as stack:
-        floors = [stack.enter_context(floor(generation)) for _ in range(concurrency)]
+        floors = [
+            stack.enter_context(floor(generation, session.transport)) for _ in range(concurrency)
+        ]
         workers: dict[str, list[Callable[[], object]]] = {
             "floor": [bare.once for bare in floors],
             "direct": [_Cycle(session, i) for i in range(concurrency)],

@@ -20,15 +20,17 @@ from templated.bench.session import Session
 from templated.bench.stats import medians
 from templated.cli.options import Command, Settings
 from templated.cli.render import dump_item
+from templated.drivers.guest import Step
 from templated.errors import HypervisorError, InvalidRequest
 from templated.services.generations import Generation
+from templated.services.starter import REHEARSALS, REHEARSED, REST
 
 _EXAMPLES = """
 templated bench profile
 templated bench profile -n 10 -o json
 """
 _COUNTERS = re.compile(r"gen code size\s+(\d+).*?TB count\s+(\d+)", re.DOTALL)
-_IDLE_SECONDS = 3.0
+_IDLE_SECONDS, _PAUSE_SECONDS = 3.0, 1.0
 Row = dict[str, float]
 
 
@@ -39,49 +41,89 @@ Row = dict[str, float]
 @click.option("--template", metavar="T", default=None, help="Default: the only one built.")
 @click.pass_obj
 def profile(settings: Settings, count: int, template: str | None) -> None:
-    """Count what a clone translates: at identify, at one more, at ping, when idle.
+    """Count what a clone translates: at identify, at ping, when idle, and at a warm one's claim.
 
     Runs the floor's loop, so it needs no clone, but the template's files: run it as the daemon's
     user. It tells nothing under KVM, which translates nothing.
     """
-    generation = Session(settings.client(), template, lambda text: None).generation()
+    session = Session(settings.client(), template, lambda text: None)
+    generation = session.generation()
     if generation.manifest.accel != "tcg":
         name, accel = generation.manifest.template, generation.manifest.accel
         raise InvalidRequest(f"{name} runs under {accel}, not TCG", hint="nothing is translated")
-    report = measure(generation, count)
+    report = measure(generation, session.transport, count)
     if settings.table:
         _print(report)
     else:
         dump_item(report, settings)
 
 
-def measure(generation: Generation, count: int) -> dict[str, Any]:
+def measure(generation: Generation, transport: str, count: int) -> dict[str, Any]:
     """Medians over `count` starts: blocks, megabytes of code and milliseconds that a step adds."""
     steps: dict[str, list[Row]] = {}
-    with floor(generation) as bare:
+
+    def note(step: str, row: Row) -> None:
+        steps.setdefault(step, []).append(row)
+
+    with floor(generation, transport) as bare:
         for _ in range(count):
-            bare.once(lambda vm: _steps(vm, lambda s, row: steps.setdefault(s, []).append(row)))
+            for kind in (_direct, _claim, _claim_unrehearsed):
+                bare.once(lambda vm, kind=kind: kind(vm, _Meter(vm, note)))  # type: ignore[misc]
     rows = {step: medians(samples) for step, samples in steps.items()}
     return {"template": generation.manifest.template, "n": count, "steps": rows}
 
 
-def _steps(vm: Bare, note: Callable[[str, Row], None]) -> None:
-    """The steps of one start, from the resume on."""
-    blocks, megabytes = _counters(vm.qmp)
+class _Meter:
+    """Notes what each step of one VM adds."""
 
-    def step(name: str, work: Callable[[], object]) -> None:
-        nonlocal blocks, megabytes
+    def __init__(self, vm: Bare, note: Callable[[str, Row], None]) -> None:
+        self._qmp, self._note = vm.qmp, note
+
+    def __call__(self, name: str, work: Callable[[], object]) -> None:
+        blocks, megabytes = _counters(self._qmp)
         begin = time.perf_counter()
         work()
         milliseconds = (time.perf_counter() - begin) * 1000
-        now, size = _counters(vm.qmp)
-        note(name, {"blocks": now - blocks, "mb": size - megabytes, "ms": milliseconds})
-        blocks, megabytes = now, size
+        now, size = _counters(self._qmp)
+        self._note(name, {"blocks": now - blocks, "mb": size - megabytes, "ms": milliseconds})
 
+
+def _direct(vm: Bare, step: _Meter) -> None:
+    """What a direct clone does first, and then."""
     step("identify", vm.identify)
     step("identify again", vm.identify)
     step("ping", lambda: vm.agent.ask({"cmd": "ping"}))
     step(f"idle {_IDLE_SECONDS:g} s", lambda: time.sleep(_IDLE_SECONDS))
+
+
+def _claim(vm: Bare, step: _Meter) -> None:
+    """What a warm member has done before it is paused, and what its claim then adds."""
+    vm.identify()
+
+    def rehearse() -> None:
+        for name in REHEARSED * REHEARSALS:
+            vm.identify(Step.REHEARSAL, name)
+
+    step("rehearsal", rehearse)
+    step(f"rest {REST:g} s", lambda: time.sleep(REST))
+    _paused(vm)
+    step("claim", lambda: _wake(vm))
+
+
+def _claim_unrehearsed(vm: Bare, step: _Meter) -> None:
+    vm.identify()
+    _paused(vm)
+    step("claim, not rehearsed", lambda: _wake(vm))
+
+
+def _paused(vm: Bare) -> None:
+    vm.qmp.command("stop")
+    time.sleep(_PAUSE_SECONDS)
+
+
+def _wake(vm: Bare) -> None:
+    vm.qmp.command("cont")
+    vm.identify(Step.CLAIM, "clone")
 
 
 def _counters(qmp: Line) -> tuple[int, float]:
@@ -95,6 +137,6 @@ def _counters(qmp: Line) -> tuple[int, float]:
 
 def _print(report: dict[str, Any]) -> None:
     click.echo(f"template {report['template']}, medians of {report['n']}; what each step adds")
-    click.echo(f"{'step':16}{'blocks':>8}{'MB':>8}{'ms':>9}")
+    click.echo(f"{'step':22}{'blocks':>8}{'MB':>8}{'ms':>9}")
     for name, row in report["steps"].items():
-        click.echo(f"{name:16}{row['blocks']:8.0f}{row['mb']:8.2f}{row['ms']:9.1f}")
+        click.echo(f"{name:22}{row['blocks']:8.0f}{row['mb']:8.2f}{row['ms']:9.1f}")

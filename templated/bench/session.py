@@ -76,6 +76,11 @@ class Session:
             "qemu": info["qemu_version"],
         }
 
+    @property
+    def transport(self) -> str:
+        """How the daemon hands the saved state to QEMU."""
+        return str(self.client.get("info")["transport"])
+
     def generation(self) -> Generation:
         """The active generation's files; HostError when they cannot be read."""
         active = str(self.client.get("templates", self.template)["active"])

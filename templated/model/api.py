@@ -149,4 +149,6 @@ class Info(Struct, frozen=True, kw_only=True):
     state_dir: str
     shm_dir: str
     metrics: str | None
+    transport: str
+    """`restore.transport`."""
     clones: int

@@ -29,9 +29,9 @@ class MetricsConfig(_Section, frozen=True, kw_only=True):
 
 
 class RestoreConfig(_Section, frozen=True, kw_only=True):
-    """How device state reaches a clone: `exec:cat FILE`, or a descriptor that QEMU inherits."""
+    """How device state reaches a clone: a descriptor that QEMU inherits, or `exec:cat FILE`."""
 
-    transport: Literal["exec", "fd"] = "exec"
+    transport: Literal["exec", "fd"] = "fd"
 
 
 class SocketConfig(_Section, frozen=True, kw_only=True):

@@ -28,9 +28,9 @@ from templated.services.slots import PreparedSlot
 from templated.services.vm import PhaseClock, Vm, spawn
 
 # What a claim does, it has done before. A shorter name than the one before takes another way.
-_REHEARSED = ("a-name-that-is-longer-than-most-names-of-clones", "a")
-_REHEARSALS = 2
-_REST = 0.1
+REHEARSED = ("a-name-that-is-longer-than-most-names-of-clones", "a")
+REHEARSALS = 2
+REST = 0.1
 """Seconds that a guest has to finish what follows, so that it need not when it is woken."""
 Spawned = Callable[[Vm], Coroutine[None, None, None]]
 """Called as soon as the process exists, to write its pid down."""
@@ -146,10 +146,10 @@ class Starter:
         clock = PhaseClock()
         await self._restore(vm, generation, clock)
         await self._wake(vm, spec, hostname, generation.manifest.freeze_lag_s, clock)
-        for name in _REHEARSED * _REHEARSALS:
+        for name in REHEARSED * REHEARSALS:
             await identify(vm, self.plan, spec, name, time.time(), Step.REHEARSAL)
         marked = time.monotonic()
-        await asyncio.sleep(_REST)
+        await asyncio.sleep(REST)
         await vm.machine.pause()
         return time.monotonic() - marked
 

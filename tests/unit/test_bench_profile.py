@@ -7,6 +7,7 @@ from typing import Any, Self, cast
 import pytest
 
 from templated.bench import profile
+from templated.drivers.guest import Step
 from templated.errors import HypervisorError
 
 JIT = """Translation buffer state:
@@ -24,7 +25,9 @@ class Peer:
         self._text, self._count = text, 0
 
     def command(self, name: str) -> Any:
-        assert name == "x-query-jit"
+        if name != "x-query-jit":
+            self.asked.append({"qmp": name})
+            return {}
         self._count += 100
         text = self._text.format(size=self._count * 1000, count=self._count)
         return {"human-readable-text": text}
@@ -32,8 +35,8 @@ class Peer:
     def ask(self, message: dict[str, Any]) -> None:
         self.asked.append(message)
 
-    def identify(self) -> None:
-        self.ask({"cmd": "identify"})
+    def identify(self, step: Step = Step.IDENTIFY, hostname: str = "") -> None:
+        self.ask({"cmd": step.name})
 
     @property
     def agent(self) -> Self:
@@ -44,12 +47,18 @@ class Peer:
 
 def test_each_step_counts_what_it_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "_IDLE_SECONDS", 0.01)
+    monkeypatch.setattr(profile, "_PAUSE_SECONDS", 0.01)
     rows: dict[str, profile.Row] = {}
     peer = Peer()
-    profile._steps(cast(Any, peer), rows.__setitem__)
-    assert list(rows) == ["identify", "identify again", "ping", "idle 0.01 s"]
+    for kind in (profile._direct, profile._claim, profile._claim_unrehearsed):
+        kind(cast(Any, peer), profile._Meter(cast(Any, peer), rows.__setitem__))
+    first = ["identify", "identify again", "ping", "idle 0.01 s"]
+    assert list(rows) == [*first, "rehearsal", "rest 0.1 s", "claim", "claim, not rehearsed"]
     assert all((row["blocks"], round(row["mb"], 3)) == (100, 0.1) for row in rows.values())
-    assert [message["cmd"] for message in peer.asked] == ["identify", "identify", "ping"]
+    asked = [next(iter(message.values())) for message in peer.asked]
+    rehearsed = ["IDENTIFY", *["REHEARSAL"] * 4, "stop", "cont", "CLAIM"]
+    alone = ["IDENTIFY", "stop", "cont", "CLAIM"]
+    assert asked == ["IDENTIFY", "IDENTIFY", "ping", *rehearsed, *alone]
 
 
 def test_a_qemu_that_does_not_tell() -> None:

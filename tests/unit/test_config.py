@@ -29,7 +29,7 @@ def test_root() -> None:
     assert config.socket == "/run/templated/templated.sock"
     assert config.template_dirs == ("/etc/templated/templates",)
     assert config.metrics is not None and config.metrics.listen == "127.0.0.1:9177"
-    assert (config.accel, config.restore.transport) == ("auto", "exec")
+    assert (config.accel, config.restore.transport) == ("auto", "fd")
     assert config.network == UserNetwork()
     assert default_config_path({}, 0) == Path("/etc/templated/templated.yaml")
 
@@ -66,7 +66,7 @@ runtime_dir: /r
 accel: tcg
 metrics: null
 network: {mode: bridge, bridge: br0, nat: true}
-restore: {transport: fd}
+restore: {transport: exec}
 slots: {ready: 0}
 socket_access: {mode: "0600", group: kvm}
 """
@@ -74,7 +74,7 @@ socket_access: {mode: "0600", group: kvm}
     assert (config.runtime_dir, config.socket) == ("/r", "/r/templated.sock")
     assert config.metrics is None and config.accel == "tcg" and config.slots.ready == 0
     assert config.network == BridgeNetwork(bridge="br0", nat=True)
-    assert config.socket_access.group == "kvm" and config.restore.transport == "fd"
+    assert config.socket_access.group == "kvm" and config.restore.transport == "exec"
 
 
 def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:

@@ -55,5 +55,5 @@ class BareLoop:
 
     @contextmanager
     def opened(self) -> Iterator[Once]:
-        with floor(self.session.generation()) as bare:
+        with floor(self.session.generation(), self.session.transport) as bare:
             yield bare.once
