@@ -166,8 +166,7 @@ class Build:
         return self._manifest(image, launch, kernel, qemu, probes, lag)
 
     async def _spawned(self, vm: Vm) -> None:
-        machine = vm.machine
-        await self.context.journal.clone_spawned(vm.slot.id, machine.pid, machine.start_time)
+        await self.context.journal.clone_spawned(vm.slot.id, *await vm.process())
 
     async def _probe(
         self, vm: Vm, ports: dict[int, tuple[str, int]], *, canary: bool = False

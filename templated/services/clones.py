@@ -371,8 +371,7 @@ class Clones:
         return await starter.boot(prepared, launch, kernel, spec, clone.name, clock, self._spawned)
 
     async def _spawned(self, vm: Vm) -> None:
-        machine = vm.machine
-        await self._context.journal.clone_spawned(vm.slot.id, machine.pid, machine.start_time)
+        await self._context.journal.clone_spawned(vm.slot.id, *await vm.process())
 
     async def _give_back(self, clone: Clone, prepared: PreparedSlot) -> None:
         if clone.vm is not None:

@@ -76,6 +76,11 @@ class Vm:
         await self.agent.connect()
         await self.machine.connect(timeout)
 
+    async def process(self) -> tuple[int, int]:
+        """Pid and start time, which tell the process for good."""
+        machine = self.machine
+        return machine.pid, await asyncio.to_thread(lambda: machine.start_time)
+
     async def boot(self, timeout: float) -> None:
         """Wait until the agent of a booting guest answers."""
         deadline = time.monotonic() + timeout

@@ -339,7 +339,7 @@ def test_a_daemon_of_another_pid_space(tmp_path: Path) -> None:
 
     async def first(running: Services, fake: FakeHypervisor) -> None:
         await running.clones.create(CloneRequest(name="a"))
-        fake.running()[0].start_time += 1
+        fake.running()[0].started += 1
 
     async def second(running: Services, fake: FakeHypervisor) -> None:
         view = running.clones.view("a")

@@ -96,10 +96,15 @@ class Machine(Protocol):
     """
 
     pid: int
-    start_time: int
-    """The process's start in clock ticks since boot, so that a reused pid is told apart."""
     exited: asyncio.Future[str]
     """Done when the process has ended; its result says how, in one line."""
+
+    @property
+    def start_time(self) -> int:
+        """The process's start in clock ticks since boot, so that a reused pid is told apart.
+
+        The first call may block for some milliseconds.
+        """
 
     async def connect(self, timeout: float) -> None:
         """Wait until the control channel answers."""

@@ -57,7 +57,7 @@ class FakeHypervisor:
         machine = self.machines.get(pid)
         if machine is None or machine.exited.done():
             return None
-        same = machine.launch.uuid == uuid and machine.start_time == start_time
+        same = machine.launch.uuid == uuid and machine.started == start_time
         return machine if same else None
 
     def running(self) -> list[FakeMachine]:
@@ -72,7 +72,7 @@ class FakeMachine:
         self, pid: int, launch: Launch, fail: str, mismatch: str, holds: dict[str, asyncio.Event]
     ) -> None:
         self.pid = pid
-        self.start_time = pid
+        self.started = pid
         self.launch = launch
         self.fail = fail
         self.held_at = ""
@@ -85,6 +85,10 @@ class FakeMachine:
         self._listener = socket.socket(fileno=os.dup(launch.agent_fd))
         self._server: asyncio.Task[None] | None = None
         self._connections: set[asyncio.StreamWriter] = set()
+
+    @property
+    def start_time(self) -> int:
+        return self.started
 
     async def connect(self, timeout: float) -> None:
         await self._step("connect")

@@ -109,8 +109,15 @@ class Process:
         self._loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[str] = self._loop.create_future()
         self._pidfd = os.pidfd_open(pid)
-        self.start_time = start_time(pid) or 0
         self._loop.add_reader(self._pidfd, self._on_exit)
+
+    @functools.cached_property
+    def start_time(self) -> int:
+        """Start in clock ticks since boot; 0 when it has ended already.
+
+        The first reading waits while the process is in execve, some milliseconds: in a thread.
+        """
+        return start_time(self.pid) or 0
 
     @classmethod
     def spawn(cls, arguments: Sequence[str], *, log: Path, fds: Sequence[int]) -> Process:

@@ -69,8 +69,11 @@ class QemuMachine:
         self._qmp = _Client(places.sockets.name)
         self._expects_state = False
         self.pid = child.pid
-        self.start_time = child.start_time
         self.exited = child.exited
+
+    @property
+    def start_time(self) -> int:
+        return self._process.start_time
 
     async def connect(self, timeout: float) -> None:
         await self._guarded(self._qmp.connect(str(self._places.qmp)), timeout, "QMP greeting")
