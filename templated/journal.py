@@ -27,7 +27,7 @@ from templated.model.generation import GenerationState
 from templated.model.spec import PoolSpec
 
 T = TypeVar("T")
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _SCHEMA = """
 CREATE TABLE templates (
     name TEXT PRIMARY KEY,
@@ -47,8 +47,7 @@ CREATE TABLE slots (
     mac TEXT NOT NULL UNIQUE,
     ip TEXT NOT NULL UNIQUE,
     machine_id TEXT NOT NULL UNIQUE,
-    boot_id TEXT NOT NULL UNIQUE,
-    ready INTEGER NOT NULL DEFAULT 0
+    boot_id TEXT NOT NULL UNIQUE
 ) STRICT;
 CREATE TABLE clones (
     name TEXT PRIMARY KEY,
@@ -72,7 +71,9 @@ CREATE TABLE pools (
     warm INTEGER NOT NULL
 ) STRICT;
 """
-_MIGRATIONS = {0: _SCHEMA + _POOLS, 1: _POOLS}
+# Whether a slot was complete: nothing asks for it, as a restart gives back all that nobody has.
+_NO_READY = "ALTER TABLE slots DROP COLUMN ready;"
+_MIGRATIONS = {0: _SCHEMA + _POOLS, 1: _POOLS + _NO_READY, 2: _NO_READY}
 """By the version that is found: what brings it to the present one."""
 
 
@@ -130,15 +131,11 @@ class Journal:
     # --- slots and clones -------------------------------------------------------------------
 
     async def new_slot(self, generation: str, make: Callable[[int], Slot], capacity: int) -> Slot:
-        """Take the next free index, and write the slot that `make` builds for it, not yet ready.
+        """Take the next free index, and write the slot that `make` builds for it.
 
         Indexes go round, so that an address that was given back is the last to be used again.
         """
         return await self._run(lambda db: _new_slot(db, generation, make, capacity))
-
-    async def slot_ready(self, slot_id: str) -> None:
-        """The slot's overlay, sockets and tap are there: it may be taken."""
-        await self._run(_executor("UPDATE slots SET ready = 1 WHERE id = ?", slot_id))
 
     async def drop_slot(self, slot_id: str) -> None:
         """Forget a slot whose things have been given back, with the clone that was on it."""
@@ -202,10 +199,10 @@ class Journal:
         """All clones, oldest first."""
         return await self._run(lambda db: [_clone_row(r) for r in db.execute(_CLONES)])
 
-    async def free_slots(self) -> list[tuple[Slot, bool]]:
-        """Slots without a clone, each with whether it is ready."""
+    async def free_slots(self) -> list[Slot]:
+        """Slots without a clone."""
         sql = "SELECT * FROM slots WHERE id NOT IN (SELECT slot FROM clones) ORDER BY idx"
-        return await self._run(lambda db: [(_slot(r), bool(r["ready"])) for r in db.execute(sql)])
+        return await self._run(lambda db: [_slot(r) for r in db.execute(sql)])
 
     # --- pools ----------------------------------------------------------------------------------
 
@@ -344,7 +341,7 @@ def _new_slot(
     index = _next_index(db, capacity)
     slot = make(index)
     values = (slot.id, index, generation, slot.uuid, slot.mac, slot.ip, slot.machine_id)
-    db.execute("INSERT INTO slots VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0)", (*values, slot.boot_id))
+    db.execute("INSERT INTO slots VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*values, slot.boot_id))
     return slot
 
 

@@ -30,7 +30,7 @@ async def recover(context: Context, clones: Clones) -> None:
     kept = set(slots) - set(orphans)
     await context.network.open()
     await context.network.sweep(kept)
-    free = {slot.id: slot for slot, _ in await context.journal.free_slots()}
+    free = {slot.id: slot for slot in await context.journal.free_slots()}
     unwanted = [*(slots[i] for i in orphans), *free.values()]
     pids = await asyncio.to_thread(_pids_by_uuid, {slot.uuid for slot in unwanted})
     for slot in unwanted:

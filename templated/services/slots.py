@@ -102,16 +102,11 @@ class Slots:
         slot = await self._journal.new_slot(
             layer.generation, lambda index: self._numbers(index, layer), self._plan.capacity
         )
-        prepared = None
         try:
-            prepared = await self._equip(slot, layer)
-            await self._journal.slot_ready(slot.id)
+            return await self._equip(slot, layer)
         except BaseException:
-            if prepared is not None:
-                prepared.close()
             await self.drop(slot.id)
             raise
-        return prepared
 
     async def drop(self, slot_id: str) -> None:
         """Give back everything that a slot holds, its journal rows last. Idempotent."""

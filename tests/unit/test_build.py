@@ -67,7 +67,7 @@ async def slots_in_use(running: Services) -> int:
     """Slot directories beside those that are kept ready, once these are complete."""
     slots, layout = running.context.slots, running.context.layout
     await until(lambda: all(len(slots._ready[g]) >= slots._target for g in slots._layers))
-    free = {slot.id for slot, _ in await running.context.journal.free_slots()}
+    free = {slot.id for slot in await running.context.journal.free_slots()}
     return len({path.name for path in layout.slots.iterdir()} - free)
 
 

@@ -28,7 +28,7 @@ async def held(running: Services) -> tuple[int, int, set[str]]:
     journal, layout = running.context.journal, running.context.layout
     slots = running.context.slots  # a slot that is just being made is neither free nor in use
     await until(lambda: all(len(slots._ready[g]) >= slots._target for g in slots._layers))
-    free = {slot.id for slot, _ in await journal.free_slots()}
+    free = {slot.id for slot in await journal.free_slots()}
     rows = await journal.clones()
     directories = {p.name for p in (*layout.slots.iterdir(), *layout.sockets.iterdir())}
     return len(rows), len(running.clones), directories - free

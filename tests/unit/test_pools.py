@@ -126,7 +126,7 @@ def test_a_claim_that_fails_takes_the_next_member(
         view = await clone(running, "a")
         assert (view.path, view.pid) == ("warm", good.pid)
         await until(bad.exited.done)
-        slots = {slot.uuid for slot, _ in await running.context.journal.free_slots()}
+        slots = {slot.uuid for slot in await running.context.journal.free_slots()}
         assert bad.launch.uuid not in slots
         lost = {"template": "t", "tier": "warm", "reason": "claim"}
         assert counted(running, "templated_pool_refill_failures_total", **lost) == 1
@@ -333,7 +333,10 @@ def test_a_journal_of_the_first_version(tmp_path: Path) -> None:
         await journal.new_generation("g", "t")
         await journal.close()
         db = sqlite3.connect(path)
-        db.executescript("DROP TABLE pools; PRAGMA user_version = 1;")
+        db.executescript(
+            "DROP TABLE pools; ALTER TABLE slots ADD COLUMN ready INTEGER NOT NULL DEFAULT 0;"
+            "PRAGMA user_version = 1;"
+        )
         db.close()
         journal = Journal(path)
         await journal.open()
