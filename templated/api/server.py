@@ -23,6 +23,8 @@ from templated.services.daemon import Services
 log = logging.getLogger("templated.api")
 _MAX_BODY = 64 << 20
 _SHUTDOWN = 1.0
+# Requests that wait to be accepted; more are refused. The kernel's bound is net.core.somaxconn.
+_BACKLOG = 4096
 _CREDENTIALS = 12
 
 
@@ -68,7 +70,7 @@ async def listeners(config: Config, services: Services) -> AsyncIterator[None]:
         api = web.AppRunner(make_app(services), access_log=None, shutdown_timeout=_SHUTDOWN)
         await api.setup()
         stack.push_async_callback(api.cleanup)
-        await web.SockSite(api, listener).start()
+        await web.SockSite(api, listener, backlog=_BACKLOG).start()
         if config.metrics is not None:
             await _serve_metrics(config.metrics, services, stack)
         yield
@@ -90,7 +92,7 @@ def _unix_listener(config: Config) -> socket.socket:
         finally:
             os.umask(before)
         _give_access(path, config.socket_access)
-        listener.listen(128)
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise HostError(

@@ -51,6 +51,21 @@ def talk(tmp_path: Path, talking: Talk) -> None:
     play(tmp_path, scenario)
 
 
+def test_many_connect_at_once(tmp_path: Path) -> None:
+    """Before the daemon comes to accept the first of them."""
+
+    async def talking(
+        session: aiohttp.ClientSession, running: Services, fake: FakeHypervisor
+    ) -> None:
+        with contextlib.ExitStack() as stack:
+            for _ in range(400):
+                one = stack.enter_context(socket.socket(socket.AF_UNIX))
+                one.setblocking(False)
+                one.connect(running.context.config.socket)
+
+    talk(tmp_path, talking)
+
+
 async def error_of(answer: aiohttp.ClientResponse) -> dict[str, str]:
     """The error in an answer, whose shape is always the same."""
     assert answer.content_type == "application/json", await answer.text()
