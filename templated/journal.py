@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from templated.errors import Busy, Conflict, HostError
 from templated.model.clone import CloneState, Slot
@@ -146,14 +147,16 @@ class Journal:
 
         await self._run(work)
 
-    async def new_clone(self, name: str, slot_id: str, template: str, path: StartPath) -> CloneRow:
+    async def new_clone(self, name: str, slot: Slot, template: str, path: StartPath) -> CloneRow:
         """Give a slot to a name; Conflict when the name is taken."""
-        return await self._run(lambda db: _new_clone(db, name, slot_id, template, path))
+        row = _starting(name, slot, template, path)
+        await self._run(lambda db: _insert_clone(db, row))
+        return row
 
     async def claim(
         self,
         name: str,
-        slot_id: str,
+        slot: Slot,
         template: str,
         path: StartPath,
         process: tuple[int, int],
@@ -162,33 +165,32 @@ class Journal:
     ) -> CloneRow:
         """Give a pool's member, which has a VM already, to a name: in one step a running clone.
 
-        `process` is its pid and start time. Until then a restart takes the VM for one without an
-        owner and ends it. Conflict when the name, or the slot, has been given away.
+        `process` as for clone_running. Conflict when the name, or the slot, has been given away.
         """
-
-        def work(db: sqlite3.Connection) -> CloneRow:
-            _new_clone(db, name, slot_id, template, path)
-            db.execute(
-                "UPDATE clones SET state = ?, pid = ?, pid_start = ?, phases = ?, total_ms = ?"
-                " WHERE slot = ?",
-                (CloneState.RUNNING.value, *process, json.dumps(phases_ms), total_ms, slot_id),
-            )
-            return _clone_row(db.execute(_CLONES + " WHERE clones.name = ?", (name,)).fetchone())
-
-        return await self._run(work)
-
-    async def clone_spawned(self, slot_id: str, pid: int, pid_start: int) -> None:
-        """Record the process as soon as it is known."""
-        sql = "UPDATE clones SET pid = ?, pid_start = ? WHERE slot = ?"
-        await self._run(_executor(sql, pid, pid_start, slot_id))
+        row = _running(_starting(name, slot, template, path), process, phases_ms, total_ms)
+        await self._run(lambda db: _insert_clone(db, row))
+        return row
 
     async def clone_running(
-        self, slot_id: str, phases_ms: dict[str, float], total_ms: float
-    ) -> None:
-        """The guest has confirmed its identity."""
-        sql = "UPDATE clones SET state = ?, phases = ?, total_ms = ? WHERE slot = ?"
-        values = (CloneState.RUNNING.value, json.dumps(phases_ms), total_ms, slot_id)
+        self,
+        row: CloneRow,
+        process: tuple[int, int],
+        phases_ms: dict[str, float],
+        total_ms: float,
+    ) -> CloneRow:
+        """The guest has confirmed its identity.
+
+        `process` is the VM's pid and start time. Until then a restart ends the VM, which it finds
+        by the slot's UUID.
+        """
+        sql = (
+            "UPDATE clones SET state = ?, pid = ?, pid_start = ?, phases = ?, total_ms = ?"
+            " WHERE slot = ?"
+        )
+        row = _running(row, process, phases_ms, total_ms)
+        values = (row.state.value, *process, json.dumps(phases_ms), total_ms, row.slot.id)
         await self._run(_executor(sql, *values))
+        return row
 
     async def clone_state(self, slot_id: str, state: CloneState, reason: str = "") -> None:
         """Write a state, and why. By slot: a name may have been given away meanwhile."""
@@ -327,6 +329,8 @@ SELECT clones.*, slots.idx, slots.generation, slots.uuid, slots.mac, slots.ip, s
 FROM clones JOIN slots ON slots.id = clones.slot
 """
 
+_INSERT_CLONE = "INSERT INTO clones VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+
 
 def _executor(sql: str, *values: object) -> Callable[[sqlite3.Connection], None]:
     def work(db: sqlite3.Connection) -> None:
@@ -360,21 +364,46 @@ def _next_index(db: sqlite3.Connection, capacity: int) -> int:
     )
 
 
-def _new_clone(
-    db: sqlite3.Connection, name: str, slot_id: str, template: str, path: StartPath
+def _starting(name: str, slot: Slot, template: str, path: StartPath) -> CloneRow:
+    return CloneRow(
+        name=name,
+        slot=slot,
+        template=template,
+        state=CloneState.STARTING,
+        path=path,
+        created=now(),
+        pid=None,
+        pid_start=None,
+        phases={},
+        total_ms=None,
+        reason="",
+    )
+
+
+def _running(
+    row: CloneRow, process: tuple[int, int], phases_ms: dict[str, float], total_ms: float
 ) -> CloneRow:
+    pid, began = process
+    return replace(
+        row,
+        state=CloneState.RUNNING,
+        pid=pid,
+        pid_start=began,
+        phases=dict(phases_ms),
+        total_ms=total_ms,
+    )
+
+
+def _insert_clone(db: sqlite3.Connection, row: CloneRow) -> None:
+    values = (row.name, row.slot.id, row.template, row.state.value, row.path.value, row.created)
+    measured = (row.pid, row.pid_start, json.dumps(row.phases), row.total_ms, row.reason)
     try:
-        db.execute(
-            "INSERT INTO clones (name, slot, template, state, path, created)"
-            " VALUES (?, ?, ?, ?, ?, ?)",
-            (name, slot_id, template, CloneState.STARTING.value, path.value, now()),
-        )
+        db.execute(_INSERT_CLONE, values + measured)
     except sqlite3.IntegrityError:
         raise Conflict(
-            f"a clone named {name} exists already",
-            hint=f"take another name, or: rm {name}",
+            f"a clone named {row.name} exists already",
+            hint=f"take another name, or: rm {row.name}",
         ) from None
-    return _clone_row(db.execute(_CLONES + " WHERE clones.name = ?", (name,)).fetchone())
 
 
 def _slot(row: sqlite3.Row) -> Slot:

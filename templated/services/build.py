@@ -153,7 +153,6 @@ class Build:
                         self.spec,
                         self.spec.name,
                         PhaseClock(),
-                        self._spawned,
                     )
                 try:
                     with self._phase("probes"):
@@ -164,9 +163,6 @@ class Build:
                     await vm.destroy()
             prepared.overlay.rename(self.directory / generations.DISK)
         return self._manifest(image, launch, kernel, qemu, probes, lag)
-
-    async def _spawned(self, vm: Vm) -> None:
-        await self.context.journal.clone_spawned(vm.slot.id, *await vm.process())
 
     async def _probe(
         self, vm: Vm, ports: dict[int, tuple[str, int]], *, canary: bool = False
@@ -228,7 +224,6 @@ class Build:
                         generation,
                         hostname,
                         clock,
-                        self._spawned,
                         forwards=forwards,
                     )
                 except (TemplatedError, TimeoutError) as error:
@@ -257,7 +252,7 @@ class Build:
         try:
             name = f"{INTERNAL}{role}-{self.id}"
             path = StartPath.COLD if role == "base" else StartPath.DIRECT
-            await journal.new_clone(name, prepared.slot.id, self.spec.name, path)
+            await journal.new_clone(name, prepared.slot, self.spec.name, path)
             yield prepared
         finally:
             prepared.close()

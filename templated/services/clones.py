@@ -291,8 +291,8 @@ class Clones:
                 else:
                     await starter.finish(vm, generation, clone.name, clock)
                 clone.row = await self._context.journal.claim(
-                    *(clone.name, vm.slot.id, clone.template, clone.path),
-                    process=(vm.machine.pid, vm.machine.start_time),
+                    *(clone.name, vm.slot, clone.template, clone.path),
+                    process=vm.process,
                     phases_ms=clock.phases_ms,
                     total_ms=clock.total_ms(),
                 )
@@ -311,15 +311,15 @@ class Clones:
         prepared = await slots.take(layer)
         try:
             clone.row = await self._context.journal.new_clone(
-                clone.name, prepared.slot.id, clone.template, clone.path
+                clone.name, prepared.slot, clone.template, clone.path
             )
             clone.created = clone.row.created
             clock.phases_ms["allocate"] = round(clock.total_ms() - begin, 3)
             clone.vm = await self._start_vm(clone, generation, image, prepared, clock)
             clone.phases_ms = clock.phases_ms
             clone.total_ms = clock.total_ms()
-            await self._context.journal.clone_running(
-                prepared.slot.id, clone.phases_ms, clone.total_ms
+            clone.row = await self._context.journal.clone_running(
+                clone.row, clone.vm.process, clone.phases_ms, clone.total_ms
             )
             clone.move(CloneState.RUNNING)
         except BaseException:
@@ -364,14 +364,11 @@ class Clones:
     ) -> Vm:
         starter = self._context.starter
         if image is None:
-            return await starter.direct(prepared, generation, clone.name, clock, self._spawned)
+            return await starter.direct(prepared, generation, clone.name, clock)
         spec = generation.manifest.spec
         launch = starter.launch(prepared, generation.hardware)
         kernel = boot_kernel(image, spec, generation.manifest.accel)
-        return await starter.boot(prepared, launch, kernel, spec, clone.name, clock, self._spawned)
-
-    async def _spawned(self, vm: Vm) -> None:
-        await self._context.journal.clone_spawned(vm.slot.id, *await vm.process())
+        return await starter.boot(prepared, launch, kernel, spec, clone.name, clock)
 
     async def _give_back(self, clone: Clone, prepared: PreparedSlot) -> None:
         if clone.vm is not None:

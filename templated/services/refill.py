@@ -158,7 +158,6 @@ class Refill:
                 if tier is StartPath.WARM:
                     lag = await starter.warm(vm, generation, f"warm-{prepared.slot.id}")
                 vm.machine.background(False)
-                await vm.process()  # known from here on, so that a claim need not read it
                 size = await asyncio.to_thread(vm.machine.private_bytes)
         except BaseException:
             await asyncio.shield(give_back(self._context, vm, prepared))

@@ -11,7 +11,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -32,8 +32,6 @@ REHEARSED = ("a-name-that-is-longer-than-most-names-of-clones", "a")
 REHEARSALS = 2
 REST = 0.1
 """Seconds that a guest has to finish what follows, so that it need not when it is woken."""
-Spawned = Callable[[Vm], Coroutine[None, None, None]]
-"""Called as soon as the process exists, to write its pid down."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,6 @@ class Starter:
         generation: Generation,
         hostname: str,
         clock: PhaseClock,
-        spawned: Spawned,
         *,
         forwards: tuple[Forward, ...] = (),
     ) -> Vm:
@@ -84,7 +81,7 @@ class Starter:
         spec = generation.manifest.spec
         async with asyncio.timeout(start_bound(spec)), contextlib.AsyncExitStack() as undo:
             with clock(Phase.SPAWN):
-                vm = await self.spawn(prepared, generation, spawned, forwards=forwards)
+                vm = await self.spawn(prepared, generation, forwards=forwards)
                 undo.push_async_callback(vm.destroy)
             await self.finish(vm, generation, hostname, clock)
             undo.pop_all()
@@ -94,7 +91,6 @@ class Starter:
         self,
         prepared: PreparedSlot,
         generation: Generation,
-        spawned: Spawned | None = None,
         *,
         forwards: tuple[Forward, ...] = (),
         background: bool = False,
@@ -114,7 +110,7 @@ class Starter:
             vm.machine.background(True)
         vm.state = state
         try:
-            await _connected(vm, generation.manifest.spec, spawned)
+            await vm.connect(seconds(generation.manifest.spec.start_timeout))
             await vm.machine.expect_state()
         except BaseException:
             await asyncio.shield(vm.destroy())
@@ -172,7 +168,6 @@ class Starter:
         spec: TemplateSpec,
         hostname: str,
         clock: PhaseClock,
-        spawned: Spawned,
     ) -> Vm:
         """The path `cold`, also of the base VM. On failure no process is left."""
         bound = start_bound(spec) + seconds(spec.boot_timeout)
@@ -180,7 +175,7 @@ class Starter:
             with clock(Phase.SPAWN):
                 vm = self._spawn(prepared, replace(launch, boot=kernel))
                 undo.push_async_callback(vm.destroy)
-                await _connected(vm, spec, spawned)
+                await vm.connect(seconds(spec.start_timeout))
             await vm.machine.set_link(False)
             with clock(Phase.BOOT):
                 await vm.boot(seconds(spec.boot_timeout))
@@ -227,14 +222,6 @@ class Starter:
         if took > seconds(spec.identity.clock_tolerance):
             # The guest was told the time of before it ran: it may be late by as much.
             await _correct_clock(vm, spec)
-
-
-async def _connected(vm: Vm, spec: TemplateSpec, spawned: Spawned | None) -> None:
-    """Write the process down while its control channel comes up."""
-    async with _one_failure(), asyncio.TaskGroup() as group:
-        if spawned is not None:
-            group.create_task(spawned(vm))
-        await vm.connect(seconds(spec.start_timeout))
 
 
 @asynccontextmanager

@@ -65,6 +65,8 @@ class Vm:
         self.places = places
         self.machine = machine
         self.agent = Agent(places.agent)
+        self.process = (machine.pid, 0)
+        """Pid and, once connected, start time: together they tell the process for good."""
         self.state: State | None = None
         """What it is to restore, for a VM that waits for that."""
 
@@ -75,11 +77,7 @@ class Vm:
         """
         await self.agent.connect()
         await self.machine.connect(timeout)
-
-    async def process(self) -> tuple[int, int]:
-        """Pid and start time, which tell the process for good."""
-        machine = self.machine
-        return machine.pid, await asyncio.to_thread(lambda: machine.start_time)
+        self.process = (self.machine.pid, self.machine.start_time)
 
     async def boot(self, timeout: float) -> None:
         """Wait until the agent of a booting guest answers."""

@@ -301,7 +301,7 @@ def test_an_interrupted_start_is_taken_down(tmp_path: Path) -> None:
         layer = running.templates.serving("t").layer
         for name in ("half", "~base-x"):
             prepared = await slots.make(layer)
-            await journal.new_clone(name, prepared.slot.id, "t", StartPath.DIRECT)
+            await journal.new_clone(name, prepared.slot, "t", StartPath.DIRECT)
             prepared.close()
         free = await slots.make(layer)
         free.close()
@@ -471,7 +471,7 @@ def test_an_orphaned_process_is_ended(tmp_path: Path) -> None:
         prepared = await running.context.slots.make(running.templates.serving("t").layer)
         prepared.close()
         uuids.append(prepared.slot.uuid)
-        await running.context.journal.new_clone("a", prepared.slot.id, "t", StartPath.DIRECT)
+        await running.context.journal.new_clone("a", prepared.slot, "t", StartPath.DIRECT)
 
     async def restart() -> None:
         async with daemon(config, Qemu(config.qemu)) as running:

@@ -79,17 +79,17 @@ def test_a_clones_life(tmp_path: Path) -> None:
         async with opened(tmp_path) as journal:
             slot = await journal.new_slot("g", make, 9)
             assert await journal.free_slots() == [slot]
-            row = await journal.new_clone("a", slot.id, "t", StartPath.DIRECT)
+            row = await journal.new_clone("a", slot, "t", StartPath.DIRECT)
             assert (row.state, row.pid, row.slot) == (CloneState.STARTING, None, slot)
-            await journal.clone_spawned(slot.id, 12, 34)
-            await journal.clone_running(slot.id, {"spawn": 1.5}, 2.5)
+            known = await journal.clone_running(row, (12, 34), {"spawn": 1.5}, 2.5)
         async with opened(tmp_path) as journal:
             (row,) = await journal.clones()
+            assert row == known
             assert (row.pid, row.pid_start, row.state) == (12, 34, CloneState.RUNNING)
             assert (row.phases, row.total_ms) == ({"spawn": 1.5}, 2.5)
             other = await journal.new_slot("g", make, 9)
             with pytest.raises(Conflict, match="a exists already"):
-                await journal.new_clone("a", other.id, "t", StartPath.DIRECT)
+                await journal.new_clone("a", other, "t", StartPath.DIRECT)
             await journal.drop_slot(slot.id)
             assert await journal.clones() == []
 
@@ -185,10 +185,10 @@ def test_one_slot_for_one_clone(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as journal:
             slot = await journal.new_slot("g", make, 9)
-            await journal.new_clone("a", slot.id, "t", StartPath.DIRECT)
-            for slot_id in (slot.id, "none"):
+            await journal.new_clone("a", slot, "t", StartPath.DIRECT)
+            for other in (slot, make(1)):
                 with pytest.raises((Conflict, HostError, sqlite3.IntegrityError)):
-                    await journal.new_clone("b", slot_id, "t", StartPath.DIRECT)
+                    await journal.new_clone("b", other, "t", StartPath.DIRECT)
             assert [row.name for row in await journal.clones()] == ["a"]
 
     asyncio.run(main())

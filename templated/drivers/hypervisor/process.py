@@ -115,7 +115,7 @@ class Process:
     def start_time(self) -> int:
         """Start in clock ticks since boot; 0 when it has ended already.
 
-        The first reading waits while the process is in execve, some milliseconds: in a thread.
+        The first reading waits while the process is in execve, some milliseconds.
         """
         return start_time(self.pid) or 0
 

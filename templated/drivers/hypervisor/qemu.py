@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shlex
-from asyncio import FIRST_COMPLETED
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -177,22 +177,32 @@ class QemuMachine:
 
     async def _guarded(self, work: Coroutine[Any, Any, T], timeout: float, what: str) -> T:
         """Run `work` until it is done, the process ends, or `timeout` seconds have passed."""
-        task = asyncio.ensure_future(work)
         try:
-            await asyncio.wait((task, self.exited), timeout=timeout, return_when=FIRST_COMPLETED)
-            if task.done():
-                return task.result()
+            async with asyncio.timeout(timeout) as bound:
+                with self._exit_expires(bound):
+                    return await work
+        except TimeoutError:
+            if not self.exited.done():
+                raise Timeout(f"no {what} within {timeout:g} s") from None
         except (QMPError, OSError, EOFError) as error:
             # A connection breaks a moment before the process is seen to end.
             if isinstance(error, ExecuteError) or not await self._ends_soon():
                 raise HypervisorError(f"QEMU refused the {what}: {error}") from error
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
-        if not self.exited.done():
-            raise Timeout(f"no {what} within {timeout:g} s")
         raise HypervisorError(f"QEMU {self.exited.result()}{self._log_tail()}")
+
+    @contextmanager
+    def _exit_expires(self, bound: asyncio.Timeout) -> Iterator[None]:
+        """The end of the process is the end of the time. Without a task: this is on the path."""
+
+        def expire(_: asyncio.Future[str]) -> None:
+            with contextlib.suppress(RuntimeError):  # it has been left meanwhile
+                bound.reschedule(0.0)
+
+        self.exited.add_done_callback(expire)
+        try:
+            yield
+        finally:
+            self.exited.remove_done_callback(expire)
 
     async def _ends_soon(self) -> bool:
         await asyncio.wait({self.exited}, timeout=0.5)
