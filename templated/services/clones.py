@@ -424,6 +424,10 @@ class Clones:
         if clone.state is not CloneState.REMOVING:
             clone.move(CloneState.REMOVING)
         assert clone.row is not None
+        if clone.vm is not None:
+            # Its end takes longer than the row. Should the daemon end in between, a dead clone is
+            # left, for `rm` to be tried again.
+            clone.vm.machine.kill()
         await self._context.journal.clone_state(clone.row.slot.id, CloneState.REMOVING)
         if clone.vm is not None:
             await clone.vm.destroy()

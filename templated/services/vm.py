@@ -111,8 +111,10 @@ class Vm:
 
     async def destroy(self) -> None:
         """End the VM at once and let go of everything of it. Idempotent."""
-        await self.agent.close()
-        await self.machine.destroy()
+        try:
+            await self.machine.destroy()
+        finally:
+            await self.agent.close()
 
     async def release(self) -> None:
         """Let go of a VM that outlives the daemon."""

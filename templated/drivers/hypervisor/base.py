@@ -139,6 +139,9 @@ class Machine(Protocol):
     async def quit(self, timeout: float) -> None:
         """End the process in an orderly way, with all disk writes done."""
 
+    def kill(self) -> None:
+        """Tell the process to end at once; `destroy` waits for it. Idempotent."""
+
     async def destroy(self) -> None:
         """End the process at once and wait for its end. Idempotent."""
 

@@ -133,8 +133,11 @@ class FakeMachine:
         await self._step("quit")
         await self.destroy()
 
-    async def destroy(self) -> None:
+    def kill(self) -> None:
         self.end("was killed by the test")
+
+    async def destroy(self) -> None:
+        self.kill()
         await self._step("destroy")
         for writer in self._connections:
             writer.close()

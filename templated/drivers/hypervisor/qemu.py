@@ -125,8 +125,11 @@ class QemuMachine:
             raise Timeout(f"QEMU did not end within {timeout:g} s") from None
         await self._disconnect()
 
-    async def destroy(self) -> None:
+    def kill(self) -> None:
         self._process.kill()
+
+    async def destroy(self) -> None:
+        self.kill()
         if not self.exited.done():
             async with asyncio.timeout(_REPLY_TIMEOUT):
                 await asyncio.shield(self.exited)
