@@ -1,4 +1,4 @@
-"""The daemon's only memory: SQLite in WAL mode, on one thread of its own.
+"""The daemon's only memory: SQLite in WAL mode, never on the event loop's thread.
 
 Rule: write the intent, act, write the result. A daemon that is killed at any instruction leaves
 rows from which the next one finds every QEMU, tap, overlay and file again.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from templated.errors import Busy, Conflict, HostError
 from templated.model.clone import CloneState, Slot
@@ -100,7 +100,7 @@ class CloneRow(Struct, frozen=True, kw_only=True):
     pid_start: int | None
     phases: dict[str, float]
     total_ms: float | None
-    reason: str
+    reason: str = ""
 
 
 def now() -> str:
@@ -109,7 +109,7 @@ def now() -> str:
 
 
 class Journal:
-    """All methods are safe to call side by side; each is one transaction or one read.
+    """All methods are safe to call side by side, from any thread; each is one transaction or read.
 
     Raises HostError when the file cannot be written (a full disk); nothing of the transaction
     is then kept.
@@ -118,7 +118,9 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._lock = threading.Lock()
         self._db: sqlite3.Connection | None = None
+        self._closed = False
 
     async def open(self) -> None:
         """Open or create the file; HostError when it is not a journal that this version reads."""
@@ -131,66 +133,30 @@ class Journal:
 
     # --- slots and clones -------------------------------------------------------------------
 
-    async def new_slot(self, generation: str, make: Callable[[int], Slot], capacity: int) -> Slot:
+    def new_slot(self, generation: str, make: Callable[[int], Slot], capacity: int) -> Slot:
         """Take the next free index, and write the slot that `make` builds for it.
 
         Indexes go round, so that an address that was given back is the last to be used again.
+        Blocks: for a thread, which has a slot's files to make too.
         """
-        return await self._run(lambda db: _new_slot(db, generation, make, capacity))
+        return self._transaction(lambda db: _new_slot(db, generation, make, capacity))
 
-    async def drop_slot(self, slot_id: str) -> None:
-        """Forget a slot whose things have been given back, with the clone that was on it."""
+    def drop_slot(self, slot_id: str) -> None:
+        """Forget a slot whose things have been given back, with its clone. Blocks."""
 
         def work(db: sqlite3.Connection) -> None:
             db.execute("DELETE FROM clones WHERE slot = ?", (slot_id,))
             db.execute("DELETE FROM slots WHERE id = ?", (slot_id,))
 
-        await self._run(work)
+        self._transaction(work)
 
-    async def new_clone(self, name: str, slot: Slot, template: str, path: StartPath) -> CloneRow:
-        """Give a slot to a name; Conflict when the name is taken."""
-        row = _starting(name, slot, template, path)
-        await self._run(lambda db: _insert_clone(db, row))
-        return row
+    async def new_clone(self, row: CloneRow) -> None:
+        """Give a slot, which has a VM already, to a name: in one step a running clone.
 
-    async def claim(
-        self,
-        name: str,
-        slot: Slot,
-        template: str,
-        path: StartPath,
-        process: tuple[int, int],
-        phases_ms: dict[str, float],
-        total_ms: float,
-    ) -> CloneRow:
-        """Give a pool's member, which has a VM already, to a name: in one step a running clone.
-
-        `process` as for clone_running. Conflict when the name, or the slot, has been given away.
+        Until then a restart ends the VM, which it finds by the slot's UUID. Conflict when the
+        name, or the slot, has been given away.
         """
-        row = _running(_starting(name, slot, template, path), process, phases_ms, total_ms)
         await self._run(lambda db: _insert_clone(db, row))
-        return row
-
-    async def clone_running(
-        self,
-        row: CloneRow,
-        process: tuple[int, int],
-        phases_ms: dict[str, float],
-        total_ms: float,
-    ) -> CloneRow:
-        """The guest has confirmed its identity.
-
-        `process` is the VM's pid and start time. Until then a restart ends the VM, which it finds
-        by the slot's UUID.
-        """
-        sql = (
-            "UPDATE clones SET state = ?, pid = ?, pid_start = ?, phases = ?, total_ms = ?"
-            " WHERE slot = ?"
-        )
-        row = _running(row, process, phases_ms, total_ms)
-        values = (row.state.value, *process, json.dumps(phases_ms), total_ms, row.slot.id)
-        await self._run(_executor(sql, *values))
-        return row
 
     async def clone_state(self, slot_id: str, state: CloneState, reason: str = "") -> None:
         """Write a state, and why. By slot: a name may have been given away meanwhile."""
@@ -285,10 +251,13 @@ class Journal:
 
     def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
-            if self._db is None:
-                self._db = self._connect()
-            with self._db:
-                return work(self._db)
+            with self._lock:
+                if self._closed:
+                    raise RuntimeError("the journal is closed")
+                if self._db is None:
+                    self._db = self._connect()
+                with self._db:
+                    return work(self._db)
         except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
             if isinstance(error, sqlite3.IntegrityError):
                 raise
@@ -298,9 +267,11 @@ class Journal:
             ) from error
 
     def _close(self) -> None:
-        if self._db is not None:
-            self._db.close()
-            self._db = None
+        with self._lock:
+            self._closed = True
+            if self._db is not None:
+                self._db.close()
+                self._db = None
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._path, timeout=5.0, check_same_thread=False)
@@ -361,36 +332,6 @@ def _next_index(db: sqlite3.Connection, capacity: int) -> int:
     raise Busy(
         f"all {capacity} addresses of the subnet are in use",
         hint="remove clones, or configure a larger network.subnet",
-    )
-
-
-def _starting(name: str, slot: Slot, template: str, path: StartPath) -> CloneRow:
-    return CloneRow(
-        name=name,
-        slot=slot,
-        template=template,
-        state=CloneState.STARTING,
-        path=path,
-        created=now(),
-        pid=None,
-        pid_start=None,
-        phases={},
-        total_ms=None,
-        reason="",
-    )
-
-
-def _running(
-    row: CloneRow, process: tuple[int, int], phases_ms: dict[str, float], total_ms: float
-) -> CloneRow:
-    pid, began = process
-    return replace(
-        row,
-        state=CloneState.RUNNING,
-        pid=pid,
-        pid_start=began,
-        phases=dict(phases_ms),
-        total_ms=total_ms,
     )
 
 

@@ -11,7 +11,7 @@ class CloneState(enum.StrEnum):
     """Where a clone is in its life. `TRANSITIONS` says what may follow what."""
 
     STARTING = "starting"
-    """Written to the journal, on its way up."""
+    """On its way up; not in the journal yet, which has its slot."""
     RUNNING = "running"
     """The guest has confirmed its identity and its link is up."""
     DEAD = "dead"

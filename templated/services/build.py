@@ -29,7 +29,6 @@ from templated.drivers.image import Image, image_digest, lacks_rights
 from templated.drivers.network import Forward
 from templated.errors import BuildError, HostError, TemplatedError
 from templated.journal import now
-from templated.model.clone import Path as StartPath
 from templated.model.generation import Manifest, ProbeResult, QemuVersion
 from templated.model.network import BridgeNetwork
 from templated.model.spec import SerialProbe, TemplateSpec
@@ -52,8 +51,6 @@ _SETTLE = 0.5
 _HINT = "the console lines show how far the guest got; see boot_timeout and the hooks of the image"
 # What QEMU and the state need beside the guest's memory.
 _SHM_SLACK = 16 << 20
-INTERNAL = "~"
-"""First character of the journal's names for VMs of a build; no clone can have it."""
 
 
 def new_generation_id() -> str:
@@ -140,7 +137,7 @@ class Build:
         """Boot, probe and freeze the base VM."""
         kernel = boot_kernel(image, self.spec, hardware.accel)
         empty = await image_overlay(self.context, image)
-        async with self._slot(empty, "base") as prepared:
+        async with self._slot(empty) as prepared:
             forwards, ports = self._forwards()
             launch = self.context.starter.launch(prepared, hardware, forwards=forwards)
             launch = replace(launch, memory=self.frozen / generations.MEMORY, memory_shared=True)
@@ -213,7 +210,7 @@ class Build:
 
     async def _canary(self, generation: Generation) -> tuple[ProbeResult, ...]:
         """Start one clone of the new generation and run the probes on it."""
-        async with self._slot(generation.layer.empty, "canary") as prepared:
+        async with self._slot(generation.layer.empty) as prepared:
             forwards, ports = self._forwards()
             async with self._tail_on_failure(prepared):
                 clock = PhaseClock()
@@ -245,14 +242,11 @@ class Build:
         return tuple(Forward(guest, host) for guest, (_, host) in ports.items()), ports
 
     @asynccontextmanager
-    async def _slot(self, empty: Path, role: str) -> AsyncIterator[PreparedSlot]:
+    async def _slot(self, empty: Path) -> AsyncIterator[PreparedSlot]:
         """A slot for a VM of this build, given back at the end."""
-        slots, journal = self.context.slots, self.context.journal
+        slots = self.context.slots
         prepared = await slots.make(Layer(self.id, empty))
         try:
-            name = f"{INTERNAL}{role}-{self.id}"
-            path = StartPath.COLD if role == "base" else StartPath.DIRECT
-            await journal.new_clone(name, prepared.slot, self.spec.name, path)
             yield prepared
         finally:
             prepared.close()

@@ -21,11 +21,11 @@ from templated.errors import (
 )
 from templated.journal import CloneRow, now
 from templated.model.api import CloneRequest
-from templated.model.clone import TRANSITIONS, CloneState, CloneView, Identity
+from templated.model.clone import TRANSITIONS, CloneState, CloneView, Identity, Slot
 from templated.model.clone import Path as StartPath
 from templated.model.names import check_clone_name, numbered
 from templated.model.units import seconds
-from templated.services.build import INTERNAL, boot_kernel, image_overlay
+from templated.services.build import boot_kernel, image_overlay
 from templated.services.context import Context
 from templated.services.generations import Generation
 from templated.services.pools import TIERS, Member, Pools
@@ -46,7 +46,7 @@ LOG_BYTES = 256 << 10
 
 @dataclass
 class Clone:
-    """A clone that exists or is about to: its journal row, its VM, and what it waits for."""
+    """A clone that exists or is about to."""
 
     name: str
     template: str
@@ -54,7 +54,7 @@ class Clone:
     path: StartPath
     created: str
     state: CloneState = CloneState.STARTING
-    row: CloneRow | None = None
+    slot: Slot | None = None
     vm: Vm | None = None
     phases_ms: dict[str, float] = field(default_factory=dict)
     total_ms: float | None = None
@@ -67,9 +67,15 @@ class Clone:
         self.state = state
         self.reason = reason or self.reason
 
+    def runs(self, vm: Vm, row: CloneRow) -> None:
+        """The VM is up, and the journal says so."""
+        self.vm, self.slot = vm, row.slot
+        self.phases_ms, self.total_ms = row.phases, row.total_ms
+        self.move(CloneState.RUNNING)
+
     def view(self) -> CloneView:
         """The clone as users see it; the slot's numbers once it has one."""
-        slot = self.row.slot if self.row else None
+        slot = self.slot
         return CloneView(
             name=self.name,
             template=self.template,
@@ -290,19 +296,11 @@ class Clones:
                     await starter.claim(vm, spec, clone.name, member.lag, clock)
                 else:
                     await starter.finish(vm, generation, clone.name, clock)
-                clone.row = await self._context.journal.claim(
-                    *(clone.name, vm.slot, clone.template, clone.path),
-                    process=vm.process,
-                    phases_ms=clock.phases_ms,
-                    total_ms=clock.total_ms(),
-                )
+                row = await self._write_down(clone, vm, clock)
         except BaseException:
             await asyncio.shield(self.pools.discard(member))
             raise
-        assert clone.row.total_ms is not None
-        clone.vm, clone.created = vm, clone.row.created
-        clone.phases_ms, clone.total_ms = clone.row.phases, clone.row.total_ms
-        clone.move(CloneState.RUNNING)
+        clone.runs(vm, row)
 
     async def _bring_up(self, clone: Clone, generation: Generation, clock: PhaseClock) -> None:
         slots = self._context.slots
@@ -310,21 +308,32 @@ class Clones:
         layer, image = await self._layer(clone, generation)
         prepared = await slots.take(layer)
         try:
-            clone.row = await self._context.journal.new_clone(
-                clone.name, prepared.slot, clone.template, clone.path
-            )
-            clone.created = clone.row.created
+            clone.slot = prepared.slot
             clock.phases_ms["allocate"] = round(clock.total_ms() - begin, 3)
             clone.vm = await self._start_vm(clone, generation, image, prepared, clock)
-            clone.phases_ms = clock.phases_ms
-            clone.total_ms = clock.total_ms()
-            clone.row = await self._context.journal.clone_running(
-                clone.row, clone.vm.process, clone.phases_ms, clone.total_ms
-            )
-            clone.move(CloneState.RUNNING)
+            row = await self._write_down(clone, clone.vm, clock)
         except BaseException:
             await asyncio.shield(self._give_back(clone, prepared))
             raise
+        clone.runs(clone.vm, row)
+
+    async def _write_down(self, clone: Clone, vm: Vm, clock: PhaseClock) -> CloneRow:
+        """The guest has confirmed its identity: from here on a restart keeps its VM."""
+        pid, pid_start = vm.process
+        row = CloneRow(
+            name=clone.name,
+            slot=vm.slot,
+            template=clone.template,
+            state=CloneState.RUNNING,
+            path=clone.path,
+            created=clone.created,
+            pid=pid,
+            pid_start=pid_start,
+            phases=dict(clock.phases_ms),
+            total_ms=clock.total_ms(),
+        )
+        await self._context.journal.new_clone(row)
+        return row
 
     def _started(self, clone: Clone) -> None:
         """A clone runs: watch it and tell."""
@@ -400,9 +409,9 @@ class Clones:
     def serial_log(self, name: str, lines: int) -> list[str]:
         """The last lines of a clone's console."""
         clone = self._get(name)
-        if clone.row is None:
+        if clone.slot is None:
             return []
-        return tail(self._context.layout.vm(clone.row.slot.id).serial_log, lines, LOG_BYTES)
+        return tail(self._context.layout.vm(clone.slot.id).serial_log, lines, LOG_BYTES)
 
     def _get(self, name: str) -> Clone:
         check_clone_name(name)
@@ -423,15 +432,15 @@ class Clones:
             raise Conflict(f"clone {name} is still starting", hint="try again in a moment")
         if clone.state is not CloneState.REMOVING:
             clone.move(CloneState.REMOVING)
-        assert clone.row is not None
+        assert clone.slot is not None
         if clone.vm is not None:
             # Its end takes longer than the row. Should the daemon end in between, a dead clone is
             # left, for `rm` to be tried again.
             clone.vm.machine.kill()
-        await self._context.journal.clone_state(clone.row.slot.id, CloneState.REMOVING)
+        await self._context.journal.clone_state(clone.slot.id, CloneState.REMOVING)
         if clone.vm is not None:
             await clone.vm.destroy()
-        await self._context.slots.drop(clone.row.slot.id)
+        await self._context.slots.drop(clone.slot.id)
         if self._clones.get(name) is clone:
             del self._clones[name]
             self._context.events.emit("clone.removed", name, template=clone.template)
@@ -464,8 +473,8 @@ class Clones:
             return
         clone.move(CloneState.DEAD, f"its VM {how}")
         self._context.events.emit("clone.dead", clone.name, reason=clone.reason)
-        assert clone.vm is not None and clone.row is not None
-        slot_id = clone.row.slot.id
+        assert clone.vm is not None and clone.slot is not None
+        slot_id = clone.slot.id
         await clone.vm.destroy()
         clone.vm = None
         with contextlib.suppress(TemplatedError):
@@ -486,20 +495,20 @@ class Clones:
     async def adopt(self, rows: list[CloneRow]) -> list[str]:
         """Take over the clones that an earlier daemon left running.
 
-        Returns the ids of slots whose VM is not to be kept: starts that were interrupted, VMs of
-        builds, and removals under way. The caller destroys those.
+        Returns the ids of slots whose VM is not to be kept: removals under way. The caller
+        destroys those.
         """
-        orphans, kept = [], []
+        orphans: list[str] = []
+        kept: list[tuple[Clone, CloneRow]] = []
         for row in rows:
-            keep = row.state in (CloneState.RUNNING, CloneState.DEAD)
-            if row.name.startswith(INTERNAL) or not keep:
-                orphans.append(row.slot.id)
+            if row.state in (CloneState.RUNNING, CloneState.DEAD):
+                kept.append((self._known(row), row))
             else:
-                kept.append(self._known(row))
+                orphans.append(row.slot.id)
         # Side by side: one that does not answer must not hold up all others.
-        running = [clone for clone in kept if clone.state is CloneState.RUNNING]
+        running = [found for found in kept if found[0].state is CloneState.RUNNING]
         at_once = asyncio.Semaphore(_ADOPTIONS)
-        await asyncio.gather(*(self._adopt_one(clone, at_once) for clone in running))
+        await asyncio.gather(*(self._adopt_one(*found, at_once) for found in running))
         return orphans
 
     def _known(self, row: CloneRow) -> Clone:
@@ -510,16 +519,14 @@ class Clones:
             row.path,
             row.created,
             state=row.state,
-            row=row,
+            slot=row.slot,
             phases_ms=row.phases,
             total_ms=row.total_ms,
             reason=row.reason,
         )
         return clone
 
-    async def _adopt_one(self, clone: Clone, at_once: asyncio.Semaphore) -> None:
-        row = clone.row
-        assert row is not None
+    async def _adopt_one(self, clone: Clone, row: CloneRow, at_once: asyncio.Semaphore) -> None:
         places = self._context.layout.vm(row.slot.id)
         machine = None
         if row.pid is not None and row.pid_start is not None:

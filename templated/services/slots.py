@@ -99,21 +99,24 @@ class Slots:
             raise
 
     async def _make(self, layer: Layer) -> PreparedSlot:
-        slot = await self._journal.new_slot(
-            layer.generation, lambda index: self._numbers(index, layer), self._plan.capacity
-        )
-        try:
-            return await self._equip(slot, layer)
-        except BaseException:
-            await self.drop(slot.id)
-            raise
+        # One thread for row and files: handing over from thread to thread costs more than either.
+        slot, qmp, agent = await asyncio.to_thread(self._numbered, layer)
+        with contextlib.ExitStack() as undo:
+            undo.callback(qmp.close)
+            undo.callback(agent.close)
+            try:
+                port = await self._network.make_port(slot.id, slot.index)
+            except BaseException:
+                await self.drop(slot.id)
+                raise
+            undo.pop_all()
+        places, overlay = self._layout.vm(slot.id), self._layout.overlay(slot.id)
+        return PreparedSlot(slot, places, overlay, port, qmp, agent)
 
     async def drop(self, slot_id: str) -> None:
         """Give back everything that a slot holds, its journal rows last. Idempotent."""
-        places = self._layout.vm(slot_id)
         await self._network.drop_port(slot_id)
-        await asyncio.to_thread(_remove, places)
-        await self._journal.drop_slot(slot_id)
+        await asyncio.to_thread(self._forget, slot_id)
 
     def serve(self, layer: Layer) -> None:
         """Keep slots of this generation ready from now on."""
@@ -167,16 +170,21 @@ class Slots:
             boot_id=str(uuid.uuid4()),
         )
 
-    async def _equip(self, slot: Slot, layer: Layer) -> PreparedSlot:
-        places = self._layout.vm(slot.id)
-        overlay = self._layout.overlay(slot.id)
-        with contextlib.ExitStack() as undo:
-            qmp, agent = await asyncio.to_thread(_files, places, layer.empty, overlay)
-            undo.callback(qmp.close)
-            undo.callback(agent.close)
-            port = await self._network.make_port(slot.id, slot.index)
-            undo.pop_all()
-        return PreparedSlot(slot, places, overlay, port, qmp, agent)
+    def _numbered(self, layer: Layer) -> tuple[Slot, socket.socket, socket.socket]:
+        """A slot's row, and its files; nothing of either is left on failure."""
+        slot = self._journal.new_slot(
+            layer.generation, lambda index: self._numbers(index, layer), self._plan.capacity
+        )
+        try:
+            places, overlay = self._layout.vm(slot.id), self._layout.overlay(slot.id)
+            return slot, *_files(places, layer.empty, overlay)
+        except BaseException:
+            self._forget(slot.id)
+            raise
+
+    def _forget(self, slot_id: str) -> None:
+        _remove(self._layout.vm(slot_id))
+        self._journal.drop_slot(slot_id)
 
 
 def _files(places: Places, empty: Path, overlay: Path) -> tuple[socket.socket, socket.socket]:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.drivers.hypervisor.qemu import Qemu
 from templated.errors import Busy, Conflict, HostError, InvalidRequest, NotFound, StartError
 from templated.model.api import CloneRequest
 from templated.model.clone import CloneState
-from templated.model.clone import Path as StartPath
 from templated.services.daemon import Services
 from tests.unit.fake_daemon import GENERATION, configured, daemon, play, run, until
 
@@ -299,9 +299,11 @@ def test_an_interrupted_start_is_taken_down(tmp_path: Path) -> None:
         (kept,) = await running.clones.create(CloneRequest(name="kept"))
         journal, slots = running.context.journal, running.context.slots
         layer = running.templates.serving("t").layer
-        for name in ("half", "~base-x"):
+        (row,) = await journal.clones()
+        # An older daemon wrote a start down before it was one.
+        for name, state in (("half", CloneState.STARTING), ("gone", CloneState.REMOVING)):
             prepared = await slots.make(layer)
-            await journal.new_clone(name, prepared.slot, "t", StartPath.DIRECT)
+            await journal.new_clone(replace(row, name=name, state=state, slot=prepared.slot))
             prepared.close()
         free = await slots.make(layer)
         free.close()
@@ -471,7 +473,6 @@ def test_an_orphaned_process_is_ended(tmp_path: Path) -> None:
         prepared = await running.context.slots.make(running.templates.serving("t").layer)
         prepared.close()
         uuids.append(prepared.slot.uuid)
-        await running.context.journal.new_clone("a", prepared.slot, "t", StartPath.DIRECT)
 
     async def restart() -> None:
         async with daemon(config, Qemu(config.qemu)) as running:

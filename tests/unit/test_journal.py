@@ -13,7 +13,7 @@ import pytest
 
 from templated import journal as journal_module
 from templated.errors import Busy, Conflict, HostError
-from templated.journal import _SCHEMA, Journal
+from templated.journal import _SCHEMA, CloneRow, Journal, now
 from templated.model.clone import CloneState, Slot
 from templated.model.clone import Path as StartPath
 from templated.model.generation import GenerationState
@@ -44,12 +44,29 @@ def make(index: int) -> Slot:
     )
 
 
+def clone(name: str, slot: Slot) -> CloneRow:
+    """A clone that runs."""
+    return CloneRow(
+        name=name,
+        slot=slot,
+        template="t",
+        state=CloneState.RUNNING,
+        path=StartPath.DIRECT,
+        created=now(),
+        pid=12,
+        pid_start=34,
+        phases={"spawn": 1.5},
+        total_ms=2.5,
+    )
+
+
 def test_slots_are_never_given_twice(tmp_path: Path) -> None:
     """A hundred requests at once get a hundred indexes."""
 
     async def main() -> None:
         async with opened(tmp_path) as journal:
-            slots = await asyncio.gather(*(journal.new_slot("g", make, 200) for _ in range(100)))
+            made = (asyncio.to_thread(journal.new_slot, "g", make, 200) for _ in range(100))
+            slots = await asyncio.gather(*made)
             assert len({s.index for s in slots}) == len({s.mac for s in slots}) == 100
 
     asyncio.run(main())
@@ -60,37 +77,38 @@ def test_indexes_go_round(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with opened(tmp_path) as journal:
-            first = await journal.new_slot("g", make, 3)
-            await journal.drop_slot(first.id)
-            assert (await journal.new_slot("g", make, 3)).index == 1
+            first = journal.new_slot("g", make, 3)
+            journal.drop_slot(first.id)
+            assert journal.new_slot("g", make, 3).index == 1
         async with opened(tmp_path) as journal:
-            assert (await journal.new_slot("g", make, 3)).index == 2
-            assert (await journal.new_slot("g", make, 3)).index == 0
+            assert journal.new_slot("g", make, 3).index == 2
+            assert journal.new_slot("g", make, 3).index == 0
             with pytest.raises(Busy, match="all 3 addresses"):
-                await journal.new_slot("g", make, 3)
+                journal.new_slot("g", make, 3)
 
     asyncio.run(main())
 
 
 def test_a_clones_life(tmp_path: Path) -> None:
-    """Intent, pid, result; all of it is there after a restart, and gone after the end."""
+    """Its slot, then itself; all of it is there after a restart, and gone after the end."""
 
     async def main() -> None:
         async with opened(tmp_path) as journal:
-            slot = await journal.new_slot("g", make, 9)
+            slot = journal.new_slot("g", make, 9)
             assert await journal.free_slots() == [slot]
-            row = await journal.new_clone("a", slot, "t", StartPath.DIRECT)
-            assert (row.state, row.pid, row.slot) == (CloneState.STARTING, None, slot)
-            known = await journal.clone_running(row, (12, 34), {"spawn": 1.5}, 2.5)
+            known = clone("a", slot)
+            await journal.new_clone(known)
+            assert await journal.free_slots() == []
         async with opened(tmp_path) as journal:
             (row,) = await journal.clones()
             assert row == known
-            assert (row.pid, row.pid_start, row.state) == (12, 34, CloneState.RUNNING)
-            assert (row.phases, row.total_ms) == ({"spawn": 1.5}, 2.5)
-            other = await journal.new_slot("g", make, 9)
+            await journal.clone_state(slot.id, CloneState.DEAD, "it was killed")
+            (row,) = await journal.clones()
+            assert (row.state, row.reason) == (CloneState.DEAD, "it was killed")
+            other = journal.new_slot("g", make, 9)
             with pytest.raises(Conflict, match="a exists already"):
-                await journal.new_clone("a", other, "t", StartPath.DIRECT)
-            await journal.drop_slot(slot.id)
+                await journal.new_clone(clone("a", other))
+            journal.drop_slot(slot.id)
             assert await journal.clones() == []
 
     asyncio.run(main())
@@ -117,12 +135,13 @@ def test_cancelled_request_waits_for_its_transaction(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with opened(tmp_path) as journal:
-            task = asyncio.create_task(journal.new_slot("g", make, 9))
+            slot = journal.new_slot("g", make, 9)
+            task = asyncio.create_task(journal.new_clone(clone("a", slot)))
             await asyncio.sleep(0)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            assert len(await journal.free_slots()) == 1
+            assert len(await journal.clones()) == 1
 
     asyncio.run(main())
 
@@ -168,13 +187,13 @@ def test_a_failed_transaction_leaves_nothing(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with opened(tmp_path) as journal:
-            first = await journal.new_slot("g", make, 9)
+            first = journal.new_slot("g", make, 9)
             with pytest.raises(RuntimeError):
-                await journal.new_slot("g", broken, 9)
+                journal.new_slot("g", broken, 9)
             with pytest.raises(sqlite3.IntegrityError):
-                await journal.new_slot("g", lambda _: first, 9)
+                journal.new_slot("g", lambda _: first, 9)
             assert await journal.free_slots() == [first]
-            assert (await journal.new_slot("g", make, 9)).index == 1
+            assert journal.new_slot("g", make, 9).index == 1
 
     asyncio.run(main())
 
@@ -184,11 +203,11 @@ def test_one_slot_for_one_clone(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with opened(tmp_path) as journal:
-            slot = await journal.new_slot("g", make, 9)
-            await journal.new_clone("a", slot, "t", StartPath.DIRECT)
+            slot = journal.new_slot("g", make, 9)
+            await journal.new_clone(clone("a", slot))
             for other in (slot, make(1)):
                 with pytest.raises((Conflict, HostError, sqlite3.IntegrityError)):
-                    await journal.new_clone("b", other, "t", StartPath.DIRECT)
+                    await journal.new_clone(clone("b", other))
             assert [row.name for row in await journal.clones()] == ["a"]
 
     asyncio.run(main())
@@ -200,12 +219,12 @@ def test_a_freed_address_is_the_last_to_come_back(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as journal:
             for _ in range(3):
-                slot = await journal.new_slot("g", make, 5)
-                await journal.drop_slot(slot.id)
-            indexes = [(await journal.new_slot("g", make, 5)).index for _ in range(5)]
+                slot = journal.new_slot("g", make, 5)
+                journal.drop_slot(slot.id)
+            indexes = [journal.new_slot("g", make, 5).index for _ in range(5)]
             assert indexes == [3, 4, 0, 1, 2]
             with pytest.raises(Busy) as caught:
-                await journal.new_slot("g", make, 5)
+                journal.new_slot("g", make, 5)
             assert "network.subnet" in caught.value.hint
 
     asyncio.run(main())
@@ -216,9 +235,9 @@ def test_dropping_is_idempotent(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with opened(tmp_path) as journal:
-            slot = await journal.new_slot("g", make, 9)
+            slot = journal.new_slot("g", make, 9)
             for _ in range(2):
-                await journal.drop_slot(slot.id)
+                journal.drop_slot(slot.id)
                 await journal.drop_generation("none")
                 await journal.deactivate("none")
             assert await journal.free_slots() == [] and await journal.active() == {}
@@ -232,14 +251,17 @@ def test_closing(tmp_path: Path) -> None:
     async def main() -> None:
         journal = Journal(tmp_path / "journal.sqlite")
         await journal.open()
-        asked = [asyncio.ensure_future(journal.new_slot("g", make, 99)) for _ in range(20)]
+        rows = [clone(f"a-{i}", journal.new_slot("g", make, 99)) for i in range(20)]
+        asked = [asyncio.ensure_future(journal.new_clone(row)) for row in rows]
         await asyncio.sleep(0)
         await journal.close()
-        assert len(await asyncio.gather(*asked)) == 20
+        await asyncio.gather(*asked)
         with pytest.raises(RuntimeError):
             await journal.clones()
+        with pytest.raises(RuntimeError, match="closed"):
+            journal.new_slot("g", make, 99)
         async with opened(tmp_path) as again:
-            assert len(await again.free_slots()) == 20
+            assert await again.clones() == rows
 
     asyncio.run(main())
 
@@ -270,6 +292,6 @@ def test_interrupted_while_the_file_is_made(
                 await journal.open()
             await journal.close()
         async with opened(tmp_path) as journal:
-            await journal.new_slot("g", make, 9)
+            journal.new_slot("g", make, 9)
 
     asyncio.run(main())

@@ -162,7 +162,7 @@ def test_a_claim_that_cannot_be_written_down(tmp_path: Path) -> None:
             raise HostError("the journal cannot be used: disk full")
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(running.context.journal, "claim", full)
+            patched.setattr(running.context.journal, "new_clone", full)
             with pytest.raises(StartError, match="disk full"):
                 await clone(running, "a")
         assert running.clones.views() == []

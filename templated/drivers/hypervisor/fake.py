@@ -83,7 +83,7 @@ class FakeMachine:
         self.state = "inmigrate" if launch.boot is None else "running"
         # The parent closes its own copy, as it does with a real QEMU.
         self._listener = socket.socket(fileno=os.dup(launch.agent_fd))
-        self._server: asyncio.Task[None] | None = None
+        self._server: asyncio.Server | None = None
         self._connections: set[asyncio.StreamWriter] = set()
 
     @property
@@ -96,8 +96,7 @@ class FakeMachine:
             return  # adopted by another daemon: the guest's end is still there
         if self.launch.memory is not None and self.launch.memory_shared:
             await asyncio.to_thread(self.launch.memory.write_bytes, b"fake memory")
-        server = await asyncio.start_unix_server(self._serve, sock=self._listener)
-        self._server = asyncio.create_task(server.serve_forever())
+        self._server = await asyncio.start_unix_server(self._serve, sock=self._listener)
 
     async def expect_state(self) -> None:
         await self._step("expect_state")
@@ -142,8 +141,7 @@ class FakeMachine:
         for writer in self._connections:
             writer.close()
         if self._server is not None:
-            self._server.cancel()
-            await asyncio.wait({self._server})
+            self._server.close()
             self._server = None
         elif self._listener.fileno() >= 0:
             self._listener.close()
