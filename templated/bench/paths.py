@@ -22,6 +22,9 @@ from templated.errors import BuildError, HostError, TemplatedError
 PATHS = ("floor", "direct", "standby", "warm", "cold")
 # Every path leaves something warm behind; each is taken once before anything counts.
 _WARM_UP = 1
+# Seconds of each way in a round of the sustained rates: other load on the host drifts faster than
+# a run, and slower than this.
+_ROUND = 5.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def _ratios(rows: Mapping[str, list[Row]]) -> dict[str, float]:
 def _sustained(session: Session, seconds: float, concurrency: int) -> dict[str, Any]:
     """Starts per second that go on, each ended before the next, in so many threads.
 
-    In four slices, floor and direct and back again, so that a drift hits both alike.
+    In slices, floor and direct and back again, so that a drift hits both alike.
     """
     generation = session.generation()
     with contextlib.ExitStack() as stack:
@@ -152,9 +155,10 @@ def _sustained(session: Session, seconds: float, concurrency: int) -> dict[str, 
         }
         done = dict.fromkeys(workers, 0)
         took = dict.fromkeys(workers, 0.0)
-        for name in ("floor", "direct", "direct", "floor"):
+        rounds = max(1, round(seconds / _ROUND))
+        for name in ("floor", "direct", "direct", "floor") * rounds:
             session.progress(f"sustained: {name}, {concurrency} at once")
-            count, wall = in_threads(workers[name], seconds / 2)
+            count, wall = in_threads(workers[name], seconds / rounds / 2)
             done[name] += count
             took[name] += wall
     rates = {name: done[name] / took[name] for name in workers}
