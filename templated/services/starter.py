@@ -95,7 +95,11 @@ class Starter:
         forwards: tuple[Forward, ...] = (),
         background: bool = False,
     ) -> Vm:
-        """A hypervisor that waits for the generation's state. On failure no process is left."""
+        """A hypervisor that waits for the generation's state. On failure no process is left.
+
+        `background` is for one that nobody waits for yet: it yields to all else, and is asked
+        now what `restore` would else ask.
+        """
         launch = self.launch(prepared, generation.hardware, forwards=forwards)
         launch = replace(launch, memory=generation.memory)
         state = generation.state(self.transport)
@@ -111,7 +115,8 @@ class Starter:
         vm.state = state
         try:
             await vm.connect(seconds(generation.manifest.spec.start_timeout))
-            await vm.machine.expect_state()
+            if background:
+                await vm.machine.expect_state()
         except BaseException:
             await asyncio.shield(vm.destroy())
             raise

@@ -88,10 +88,11 @@ class QemuMachine:
             uri = f"fd:{state.fd}"
         else:
             uri = f"exec:exec cat {shlex.quote(str(state.path))}"
-        if not self._expects_state:
-            await self.expect_state()
         async with self._migration_events() as events:
-            await self._execute("migrate-incoming", {"uri": uri})
+            commands = [] if self._expects_state else [self._ignore_shared_memory()]
+            commands.append(self._migrate_incoming(uri))
+            # QEMU takes them one by one: no need to wait for the answers in between.
+            await asyncio.gather(*commands)
             await self._guarded(self._completed(events), timeout, "restore")
 
     async def resume(self) -> None:
@@ -160,6 +161,9 @@ class QemuMachine:
         """The template's memory is a shared file and stays out of the stream; both ends say so."""
         capability = {"capability": "x-ignore-shared", "state": True}
         await self._execute("migrate-set-capabilities", {"capabilities": [capability]})
+
+    async def _migrate_incoming(self, uri: str) -> None:
+        await self._execute("migrate-incoming", {"uri": uri})
 
     @asynccontextmanager
     async def _migration_events(self) -> AsyncIterator[EventListener]:
