@@ -23,7 +23,7 @@ from templated.model.units import size_bytes
 from templated.services.places import Layout
 from templated.services.slots import Layer
 
-MANIFEST_FORMAT = 2
+MANIFEST_FORMAT = 3
 """2: the frozen agent takes its identity in one packed field."""
 DISK, EMPTY, MANIFEST, MEMORY, STATE = (
     "disk.qcow2",

@@ -33,7 +33,6 @@ print(json.dumps({
     "machine_id": read("/etc/machine-id"),
     "boot_id": read("/proc/sys/kernel/random/boot_id"),
     "mac": read("/sys/class/net/eth0/address"),
-    "carrier": read("/sys/class/net/eth0/carrier"),
     "ip": address(),
     "uuid": read("/run/templated/uuid"),
     "random": os.getrandom(32).hex(),
@@ -75,7 +74,6 @@ def test_a_clone_is_what_the_design_says(host: Daemon) -> None:
     for key in ("mac", "ip", "hostname", "machine_id"):
         assert guest[key] == clone["identity"][key]
     assert guest["uuid"] == clone["uuid"]
-    assert guest["carrier"] == "1"
     assert f"{guest['ip']} fn-123" in " ".join(guest["hosts"].split())
     assert host.json("ls") == [host.json("show", "fn-123")]
 

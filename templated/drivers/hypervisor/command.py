@@ -86,6 +86,9 @@ def _migration() -> list[str]:
 def _devices(launch: Launch) -> list[str]:
     bus = "device" if launch.hardware.type == "microvm" else "pci"
     rom = "" if bus == "device" else ",romfile="
+    # status=off: QEMU drops packets while the link is down, and the guest has nothing to do when
+    # it comes up.
+    nic = f"id=nic0,netdev=net0,mac={launch.mac},status=off"
     return [
         *("-chardev", f"socket,id=qmp,fd={launch.qmp_fd},server=on,wait=off"),
         *("-mon", "chardev=qmp,mode=control"),
@@ -97,7 +100,7 @@ def _devices(launch: Launch) -> list[str]:
         *("-blockdev", _blockdev(launch)),
         *("-device", f"virtio-blk-{bus},drive=disk"),
         *("-netdev", launch.netdev),
-        *("-device", f"virtio-net-{bus},id=nic0,netdev=net0,mac={launch.mac}{rom}"),
+        *("-device", f"virtio-net-{bus},{nic}{rom}"),
         *("-device", f"virtio-serial-{bus},max_ports=2"),
         *("-chardev", f"socket,id=agent,fd={launch.agent_fd},server=on,wait=off"),
         *("-device", f"virtserialport,chardev=agent,name={AGENT_PORT}"),
