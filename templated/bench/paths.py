@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from templated.bench.floor import floor
 from templated.bench.session import POOLED, Row, Session
 from templated.bench.stats import quantile, summarize, summarize_rows
 from templated.bench.threads import run_threads
+from templated.cli.client import Client
 from templated.errors import BuildError, HostError, TemplatedError
 
 PATHS = ("floor", "direct", "standby", "warm", "cold")
@@ -151,7 +152,7 @@ def _sustained(session: Session, seconds: float, concurrency: int) -> dict[str, 
         ]
         workers: dict[str, list[Callable[[], object]]] = {
             "floor": [bare.once for bare in floors],
-            "direct": [_Cycle(session, i) for i in range(concurrency)],
+            "direct": [stack.enter_context(_cycle(session, i)) for i in range(concurrency)],
         }
         done = dict.fromkeys(workers, 0)
         took = dict.fromkeys(workers, 0.0)
@@ -171,13 +172,19 @@ def _sustained(session: Session, seconds: float, concurrency: int) -> dict[str, 
     }
 
 
-@dataclass(frozen=True)
-class _Cycle:
-    session: Session
-    number: int
+@contextlib.contextmanager
+def _cycle(session: Session, number: int) -> Iterator[Callable[[], None]]:
+    """Make a direct clone and remove it, on a connection that is kept, as who does so for long."""
+    client = Client(session.client.path, keep_alive=True)
 
-    def __call__(self) -> None:
-        self.session.remove(self.session.make(f"sustained-{self.number}", "direct"))
+    def once() -> None:
+        clone = session.make(f"sustained-{number}", "direct", client=client)
+        session.remove(clone, client)
+
+    try:
+        yield once
+    finally:
+        client.close()
 
 
 def in_threads(workers: list[Callable[[], object]], seconds: float) -> tuple[int, float]:

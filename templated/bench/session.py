@@ -40,20 +40,26 @@ class Session:
         self._cut_short = False
         self.pools = Pools(client, self.template, progress)
 
-    def make(self, name: str, path: str | None = None, template: str | None = None) -> Any:
+    def make(
+        self,
+        name: str,
+        path: str | None = None,
+        template: str | None = None,
+        client: Client | None = None,
+    ) -> Any:
         """Make a clone and return what the API says of it."""
         body = {"name": f"{self.tag}-{name}", "template": template or self.template}
         if path:
             body["path"] = path
         try:
-            return self.client.post("clones", body=body)
+            return (client or self.client).post("clones", body=body)
         except KeyboardInterrupt:
             self._cut_short = True
             raise
 
-    def remove(self, clone: dict[str, Any]) -> None:
+    def remove(self, clone: dict[str, Any], client: Client | None = None) -> None:
         """Remove a clone of this run."""
-        self.client.delete("clones", clone["name"])
+        (client or self.client).delete("clones", clone["name"])
 
     def start(self, path: str, template: str | None = None) -> Row:
         """Start a clone on a path, remove it again, and return its phases and `total`.

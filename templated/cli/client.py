@@ -1,4 +1,4 @@
-"""A client of the API: HTTP over the daemon's unix socket, one connection per request.
+"""A client of the API: HTTP over the daemon's unix socket, by default a connection per request.
 
 It is built on http.client, whose import costs 15 to 20 ms of `templated ls`. That leaves
 the start-up far within its bound, so there is no reason for HTTP code of our own; aiohttp or
@@ -51,8 +51,15 @@ class Client:
     a start, itself, and a second bound on this side would only hide which step was slow.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, keep_alive: bool = False) -> None:
         self.path = path
+        self._keep_alive = keep_alive
+        self._kept: list[_Connection] = []
+
+    def close(self) -> None:
+        """Disconnect what `keep_alive` kept."""
+        while self._kept:
+            self._kept.pop().close()
 
     def get(self, *parts: str, timeout: float = 30.0) -> Any:
         """The JSON at /v1/PART/PART..."""
@@ -106,7 +113,8 @@ class Client:
         headers: Mapping[str, str] = {},
         timeout: float | None = None,
     ) -> Answer:
-        connection = _Connection(self.path, timeout)
+        connection = self._kept.pop() if self._kept else _Connection(self.path)
+        connection.bound(timeout)
         try:
             with self._explained(timeout):
                 response = connection.exchange(method, target, body, headers)
@@ -187,17 +195,27 @@ class Answer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        whole = self._response.isclosed() or self._response.length == 0
         self._response.close()
-        self._connection.close()
+        if whole and self._client._keep_alive and not self._response.will_close:
+            self._client._kept.append(self._connection)
+        else:
+            self._connection.close()
 
 
 class _Connection(http.client.HTTPConnection):
     """HTTP over a unix socket."""
 
-    def __init__(self, path: str, timeout: float | None) -> None:
+    def __init__(self, path: str) -> None:
         super().__init__("localhost")
         self._path = path
+        self._bound: float | None = None
+
+    def bound(self, timeout: float | None) -> None:
+        """Wait so many seconds for each part of the next answer."""
         self._bound = timeout
+        if self.sock is not None:
+            self.sock.settimeout(timeout)
 
     def connect(self) -> None:
         """Connect; raises what `unreachable` makes of a failure."""

@@ -66,6 +66,7 @@ class Daemon:
     def __init__(self, socket: str) -> None:
         self.socket = socket
         self.requests: list[tuple[str, str, bytes]] = []
+        self.connections: set[object] = set()
         self.release = threading.Event()
         """Lets an answer of `lines` go on after its first line."""
         self._replies: dict[tuple[str, str], Reply] = {}
@@ -135,6 +136,7 @@ class Daemon:
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.requests.append((request.method, request.path_qs, await request.read()))
+        self.connections.add(request.protocol)
         reply = self._replies.get((request.method, request.path))
         if reply is None:
             error = {"code": "not_found", "message": f"nothing at {request.path}", "hint": ""}

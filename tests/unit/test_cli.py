@@ -476,3 +476,17 @@ def test_closed_streams(daemon: Daemon) -> None:
         ["sh", "-c", '"$@" >&- 2>&-', "sh", *command("ls")], cwd=ROOT, timeout=30, check=False
     )
     assert done.returncode == 0
+
+
+def test_a_connection_for_each_request_or_one_for_all(daemon: Daemon) -> None:
+    """One that brought an error is not kept; the error is raised either way."""
+    for keep, expected in ((False, 4), (True, 2)):
+        daemon.connections.clear()
+        one = client.Client(daemon.socket, keep_alive=keep)
+        assert one.get("clones", "fn-123")["name"] == "fn-123"
+        with pytest.raises(TemplatedError):
+            one.get("clones", "none")
+        assert one.get("clones")
+        assert one.get("clones")
+        assert len(daemon.connections) == expected
+        one.close()
