@@ -17,7 +17,7 @@ from templated.model.generation import FileDigest, GenerationState
 from templated.services import generations, templates
 from templated.services.build import Build
 from templated.services.daemon import Services
-from templated.services.generations import Generation
+from templated.services.generations import MANIFEST_FORMAT, Generation
 from templated.services.operations import Progress
 from tests.unit.fake_daemon import GENERATION, SPEC, play
 
@@ -146,7 +146,7 @@ def test_what_served_before_is_kept(tmp_path: Path) -> None:
         ("manifest.json", b"{", "manifest.json is damaged"),
         ("manifest.json", b'{"format": 1}', "manifest.json is damaged: .*required field"),
         ("manifest.json", None, "cannot read .*manifest.json: No such file"),
-        ("manifest.json", "other format", "has format 1, not 2"),
+        ("manifest.json", "other format", f"has format 1, not {MANIFEST_FORMAT}"),
     ],
 )
 def test_a_damaged_generation(
@@ -160,7 +160,7 @@ def test_a_damaged_generation(
         path = (frozen if name in ("memory", "state") else directory) / name
         text = path.read_bytes()
         if content == "other format":
-            text = text.replace(b'"format": 2', b'"format": 1')
+            text = text.replace(b'"format": %d' % MANIFEST_FORMAT, b'"format": 1')
         path.chmod(0o600)
         if content is None:
             path.unlink()
