@@ -8,16 +8,19 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from templated.bench.floor import floor
+from templated.bench.procfs import host_cpu_seconds
 from templated.bench.session import POOLED, Row, Session
 from templated.bench.stats import quantile, summarize, summarize_rows
 from templated.bench.threads import run_threads
 from templated.cli.client import Client
+from templated.drivers.hypervisor.process import cpu_seconds
 from templated.errors import BuildError, HostError, TemplatedError
 
 PATHS = ("floor", "direct", "standby", "warm", "cold")
@@ -156,10 +159,15 @@ def _sustained(session: Session, seconds: float, concurrency: int) -> dict[str, 
         }
         done = dict.fromkeys(workers, 0)
         took = dict.fromkeys(workers, 0.0)
+        used = {name: Counter[str]() for name in workers}
+        daemon = int(session.client.get("info")["pid"])
         rounds = max(1, round(seconds / _ROUND))
         for name in ("floor", "direct", "direct", "floor") * rounds:
             session.progress(f"sustained: {name}, {concurrency} at once")
+            before = _cpu_seconds(daemon)
             count, wall = in_threads(workers[name], seconds / rounds / 2)
+            used[name].update(_cpu_seconds(daemon))
+            used[name].subtract(before)
             done[name] += count
             took[name] += wall
     rates = {name: done[name] / took[name] for name in workers}
@@ -169,7 +177,15 @@ def _sustained(session: Session, seconds: float, concurrency: int) -> dict[str, 
         "starts": done,
         "per_second": {name: round(rate, 2) for name, rate in rates.items()},
         "direct_to_floor": round(rates["direct"] / rates["floor"], 3),
+        "cpu_ms_per_start": {
+            name: {part: round(used[name][part] / done[name] * 1000, 1) for part in used[name]}
+            for name in workers
+        },
     }
+
+
+def _cpu_seconds(daemon: int) -> dict[str, float]:
+    return {**host_cpu_seconds(), "daemon": cpu_seconds(daemon)}
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
-"""What the kernel says of a process's memory. See proc(5), smaps_rollup."""
+"""What the kernel says of memory and CPU time. See proc(5), smaps_rollup and /proc/stat."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -24,3 +25,15 @@ def pss_kib(pid: int) -> dict[str, int]:
     found = {name: int(size) for name, size in lines}
     private = found.get("Private_Clean", 0) + found.get("Private_Dirty", 0)
     return {"pss": found.get("Pss", 0), "private": private}
+
+
+def host_cpu_seconds() -> dict[str, float]:
+    """CPU time of the whole host since its boot, in seconds: `busy`, and `idle` with waits for I/O.
+
+    Time that a hypervisor below took away (steal) is neither.
+    """
+    ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    user, nice, system, idle, wait, irq, softirq = ticks[:7]
+    per_second = os.sysconf("SC_CLK_TCK")
+    busy = user + nice + system + irq + softirq
+    return {"busy": busy / per_second, "idle": (idle + wait) / per_second}

@@ -89,6 +89,11 @@ def _sustained(report: dict[str, Any]) -> None:
         f"sustained, {report['concurrency']} at once, {report['seconds']:g} s each: "
         f"{rates} per second; direct to floor: {report['direct_to_floor']:g}"
     )
+    each = ", ".join(
+        f"{name} {cpu['busy']:g} (the daemon {cpu['daemon']:g}), idle {cpu['idle']:g}"
+        for name, cpu in report["cpu_ms_per_start"].items()
+    )
+    click.echo(f"CPU of the whole host per start, ms: {each}")
 
 
 def _rows(report: dict[str, Any], notes: dict[str, str] | None = None) -> None:

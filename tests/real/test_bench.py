@@ -64,6 +64,8 @@ def test_paths(bench: Daemon, tmp_path: Path) -> None:
     assert "boot" in report["paths"]["cold"]["phases_p50"]
     assert report["ratios"].keys() >= {"direct_to_floor", "standby_to_floor", "warm_to_floor"}
     assert report["sustained"]["starts"]["direct"] >= 2
+    used = report["sustained"]["cpu_ms_per_start"]
+    assert used["direct"]["busy"] > used["direct"]["daemon"] > used["floor"]["daemon"] >= 0
     assert report["cli"]["n"] == 1
     assert (tmp_path / "x.svg").stat().st_size > 0
     assert bench.json("pool", "ls") == pools
