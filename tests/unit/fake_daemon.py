@@ -33,6 +33,7 @@ def configured(tmp_path: Path) -> Config:
     places = {
         "state_dir": str(tmp_path / "s"),
         "runtime_dir": str(tmp_path / "r"),
+        "socket": str(tmp_path / "r/templated.sock"),
         "shm_dir": str(tmp_path / "m"),
         "template_dirs": [str(tmp_path)],
         "accel": "tcg",
