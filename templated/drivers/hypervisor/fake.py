@@ -96,7 +96,11 @@ class FakeMachine:
             return  # adopted by another daemon: the guest's end is still there
         if self.launch.memory is not None and self.launch.memory_shared:
             await asyncio.to_thread(self.launch.memory.write_bytes, b"fake memory")
-        self._server = await asyncio.start_unix_server(self._serve, sock=self._listener)
+        # Known before it is waited for: who is cancelled then can still close it.
+        self._server = await asyncio.start_unix_server(
+            self._serve, sock=self._listener, start_serving=False
+        )
+        await self._server.start_serving()
 
     async def expect_state(self) -> None:
         await self._step("expect_state")
