@@ -22,8 +22,7 @@ from typing import TypeVar
 from msgspec import Struct
 
 from templated.errors import Busy, Conflict, HostError
-from templated.model.clone import CloneState, Slot
-from templated.model.clone import Path as StartPath
+from templated.model.clone import CloneState, Slot, StartPath
 from templated.model.generation import GenerationState
 from templated.model.spec import PoolSpec
 

@@ -26,10 +26,10 @@ from templated.model.api import (
     PoolRequest,
 )
 from templated.model.names import check_clone_name
-from templated.services.clones import LOG_BYTES
+from templated.services.clones.registry import LOG_BYTES
 from templated.services.daemon import Services
-from templated.services.events import Event
-from templated.services.vm import tail
+from templated.services.machines.vm import tail
+from templated.services.reports.events import Event
 
 SERVICES = web.AppKey("services", Services)
 _FOLLOW_INTERVAL = 0.2

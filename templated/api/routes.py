@@ -20,7 +20,7 @@ from templated.model.api import (
 )
 from templated.model.clone import CloneView
 from templated.model.generation import TemplateView
-from templated.services.events import Event
+from templated.services.reports.events import Event
 
 
 @dataclass(frozen=True)

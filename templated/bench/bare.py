@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from templated.bench.interrupts import deferred
-from templated.drivers.guest import ENTROPY_BYTES, Identity, Step
+from templated.drivers.guest import ENTROPY_BYTES, IdentityOrder, Step
 from templated.drivers.hypervisor.base import Launch, Places
-from templated.drivers.hypervisor.command import qemu_arguments
+from templated.drivers.hypervisor.qemu.command import qemu_arguments
 from templated.drivers.network import Port, make_network
 from templated.errors import GuestError, HypervisorError, Timeout
 from templated.model.network import AddressPlan, UserNetwork
-from templated.services.generations import STATE, Generation
+from templated.services.machines.generation import STATE, Generation
 
 BOUND = 30.0
 """Seconds that any single answer may take."""
@@ -255,7 +255,7 @@ def identity(
     vm: str, mac: str, step: Step = Step.IDENTIFY, hostname: str = "bench"
 ) -> dict[str, str]:
     """A new identity for the guest of the VM with this UUID."""
-    return Identity(
+    return IdentityOrder(
         step=step,
         hostname=hostname,
         machine_id=uuid.uuid4().hex,

@@ -8,8 +8,8 @@ from typing import Any
 from templated.bench.procfs import pss_kib
 from templated.bench.session import POOLED, Session, require_memory
 from templated.bench.stats import summarize
+from templated.drivers.host.meminfo import read_memory
 from templated.drivers.hypervisor.process import cpu_seconds
-from templated.drivers.meminfo import read_memory
 from templated.errors import InvalidRequest
 
 _STEPS = 8

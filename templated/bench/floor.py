@@ -17,7 +17,7 @@ from pathlib import Path
 from templated.bench.bare import Bare, Stage
 from templated.drivers.disk import copy_overlay
 from templated.drivers.hypervisor.process import use_small_pages
-from templated.services.generations import STATE, Generation
+from templated.services.machines.generation import STATE, Generation
 
 
 @dataclass(frozen=True)

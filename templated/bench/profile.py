@@ -22,8 +22,8 @@ from templated.cli.options import Command, Settings
 from templated.cli.render import dump_item
 from templated.drivers.guest import Step
 from templated.errors import HypervisorError, InvalidRequest
-from templated.services.generations import Generation
-from templated.services.starter import REHEARSALS, REHEARSED, REST
+from templated.services.machines.generation import Generation
+from templated.services.machines.starter import REHEARSALS, REHEARSED, REST
 
 _EXAMPLES = """
 templated bench profile

@@ -12,9 +12,9 @@ from typing import Any
 
 from templated.bench.interrupts import interruptible, uninterrupted
 from templated.cli.client import Client
-from templated.drivers.meminfo import read_memory
+from templated.drivers.host.meminfo import read_memory
 from templated.errors import HostError, InvalidRequest, TemplatedError, Timeout
-from templated.services.generations import Generation, read_manifest
+from templated.services.machines.generation import Generation, read_manifest
 
 Progress = Callable[[str], None]
 Row = dict[str, float]

@@ -18,8 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from templated.cli.client import Client
 from templated.cli.failures import RemoteError
+from templated.drivers.host.usage import anonymous_bytes
 from templated.drivers.hypervisor.process import cpu_seconds, start_time
-from templated.drivers.usage import anonymous_bytes
 
 _SHOWN = 8
 """Clones and events that a frame has at most."""

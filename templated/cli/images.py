@@ -53,7 +53,7 @@ def build(settings: Settings, name: str, config: Path | None) -> None:
     import asyncio
 
     from templated.drivers.configfile import load_template
-    from templated.drivers.image import ImageStore
+    from templated.drivers.image.store import ImageStore
 
     loaded = _load(config)
     spec = load_template(loaded.template_dirs, name)
@@ -67,7 +67,7 @@ def build(settings: Settings, name: str, config: Path | None) -> None:
 @click.pass_obj
 def ls(settings: Settings, config: Path | None) -> None:
     """List the images on this host."""
-    from templated.drivers.image import ImageStore
+    from templated.drivers.image.store import ImageStore
 
     images = [
         {

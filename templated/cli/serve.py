@@ -27,6 +27,6 @@ def serve(config: Path | None) -> None:
 
     The VMs outlive it: after a restart it finds them again. SIGTERM and Ctrl-C end it.
     """
-    from templated.api.daemon import run
+    from templated.api.process import run
 
     run(config)

@@ -95,7 +95,7 @@ class Step(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Identity:
+class IdentityOrder:
     """What makes a guest this one machine; `time` is the clock at its last mark, in seconds."""
 
     step: Step = Step.IDENTIFY
@@ -251,7 +251,7 @@ class Agent:
     async def ping(self, timeout: float) -> None:
         await self.request("ping", timeout)
 
-    async def identify(self, timeout: float, identity: Identity) -> Confirmation:
+    async def identify(self, timeout: float, identity: IdentityOrder) -> Confirmation:
         """Give the guest its identity and get back what it then reads of itself."""
         return Confirmation.of(await self.request("identify", timeout, identity.fields()))
 

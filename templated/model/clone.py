@@ -28,7 +28,7 @@ TRANSITIONS: dict[CloneState, frozenset[CloneState]] = {
 }
 
 
-class Path(enum.StrEnum):
+class StartPath(enum.StrEnum):
     """How a clone came up."""
 
     COLD = "cold"
@@ -86,7 +86,7 @@ class CloneView(Struct, frozen=True, kw_only=True, omit_defaults=False):
     template: str
     generation: str
     state: CloneState
-    path: Path
+    path: StartPath
     pid: int | None
     uuid: str
     identity: Identity

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from templated.drivers.hypervisor.base import Hypervisor
-from templated.drivers.image import ImageStore
+from templated.drivers.image.store import ImageStore
 from templated.drivers.network import Network
 from templated.journal import Journal
 from templated.model.config import Config
 from templated.model.network import AddressPlan
-from templated.services.events import EventBus
 from templated.services.host import Host
-from templated.services.metrics import Metrics
+from templated.services.machines.slots import Slots
+from templated.services.machines.starter import Starter
 from templated.services.places import Layout
-from templated.services.slots import Slots
-from templated.services.starter import Starter
+from templated.services.reports.events import EventBus
+from templated.services.reports.metrics import Metrics
 
 
 @dataclass(frozen=True)

@@ -12,28 +12,28 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from templated.drivers.hypervisor.base import Hypervisor
-from templated.drivers.hypervisor.qemu import Qemu
-from templated.drivers.hypervisor.tsc import tsc_khz
-from templated.drivers.image import ImageStore
+from templated.drivers.hypervisor.qemu.machine import Qemu
+from templated.drivers.hypervisor.qemu.tsc import tsc_khz
+from templated.drivers.image.store import ImageStore
 from templated.drivers.network import Network, make_network
 from templated.errors import Conflict
 from templated.journal import Journal
 from templated.model.config import Config
 from templated.model.network import AddressPlan
-from templated.services.clones import Clones
+from templated.services.clones.recovery import recover
+from templated.services.clones.registry import Clones
 from templated.services.context import Context
-from templated.services.events import EventBus
 from templated.services.host import Host
-from templated.services.host_metrics import watch
-from templated.services.janitor import keep_logs_short
-from templated.services.metrics import Metrics
-from templated.services.operations import Operations
+from templated.services.machines.slots import Slots
+from templated.services.machines.starter import Starter
 from templated.services.places import Layout
-from templated.services.recovery import recover
-from templated.services.refill import Refill
-from templated.services.slots import Slots
-from templated.services.starter import Starter
+from templated.services.pools.refill import Refill
+from templated.services.reports.events import EventBus
+from templated.services.reports.metrics import Metrics
+from templated.services.reports.operations import Operations
 from templated.services.tasks import Tasks
+from templated.services.upkeep.host_metrics import watch
+from templated.services.upkeep.janitor import keep_logs_short
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from templated.drivers.configfile import load_template, template_files
-from templated.drivers.hypervisor import accel
 from templated.drivers.hypervisor.process import may_raise_priority
-from templated.drivers.hypervisor.tsc import tsc_khz
-from templated.drivers.image import ImageStore
+from templated.drivers.hypervisor.qemu import accel
+from templated.drivers.hypervisor.qemu.tsc import tsc_khz
+from templated.drivers.image.store import ImageStore
 from templated.errors import HostError, TemplatedError
 from templated.model.config import Config
 from templated.model.network import BridgeNetwork

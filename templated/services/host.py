@@ -8,8 +8,8 @@ import os
 import shutil
 from pathlib import Path
 
-from templated.drivers.hypervisor import accel
-from templated.drivers.image import Image
+from templated.drivers.hypervisor.qemu import accel
+from templated.drivers.image.store import Image
 from templated.errors import HostError
 from templated.model.config import Config
 from templated.model.generation import QemuVersion

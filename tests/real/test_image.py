@@ -18,8 +18,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from templated.drivers.guest import Confirmation, Identity
-from templated.drivers.image import Image, ImageStore, image_digest
+from templated.drivers.guest import Confirmation, IdentityOrder
+from templated.drivers.image.store import Image, ImageStore, image_digest
 from templated.errors import BuildError
 from templated.model.spec import ImageSpec
 
@@ -120,7 +120,7 @@ def test_guest_boots_and_takes_an_identity(image: Image, tmp_path: Path, kind: s
         assert b" / type ext4 (rw,noatime)" in output and b"Python 3" in output
         assert output.startswith(b"0\n")  # no machine-id is baked in
         host.request("quiesce")
-        wanted = Identity(
+        wanted = IdentityOrder(
             hostname="clone-1",
             machine_id="0123456789abcdef" * 2,
             boot_id=str(uuid.uuid4()),

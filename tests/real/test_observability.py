@@ -26,7 +26,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from templated.drivers.usage import proportional_bytes
+from templated.drivers.host.usage import proportional_bytes
 from tests.real.conftest import prepare
 from tests.real.harness import Daemon
 from tests.unit.observability import ALERTS, OBSERVABILITY, expressions, metrics_of, rules

@@ -17,8 +17,8 @@ from templated.journal import Journal
 from templated.model.config import Config, defaults
 from templated.model.generation import FileDigest, Manifest, QemuVersion
 from templated.model.spec import IdentitySpec, TemplateSpec
-from templated.services import generations
 from templated.services.daemon import Foundation, Services, services
+from templated.services.machines import generation as generations
 from templated.services.places import Layout
 
 GENERATION = "20260101t000000-abcdef"

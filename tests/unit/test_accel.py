@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from templated.drivers.hypervisor import accel
-from templated.drivers.hypervisor.accel import Proof, prove_kvm, qemu_version, recall
-from templated.drivers.image import Image
+from templated.drivers.hypervisor.qemu import accel
+from templated.drivers.hypervisor.qemu.accel import Proof, prove_kvm, qemu_version, recall
+from templated.drivers.image.store import Image
 from templated.errors import HostError
 from templated.model.spec import ImageSpec
 from templated.services.host import Host

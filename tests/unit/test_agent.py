@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from templated.drivers.guest import Confirmation, Identity, Step
+from templated.drivers.guest import Confirmation, IdentityOrder, Step
 from templated.guest.agent import (
     PAGE,
     QUICK,
@@ -248,7 +248,7 @@ def test_put_and_get(host: Host, tmp_path: Path) -> None:
     assert (chunk["size"], chunk["mode"]) == (150000, 0o750)
 
 
-def identity(**changes: Any) -> Identity:
+def identity(**changes: Any) -> IdentityOrder:
     values: dict[str, Any] = {
         "hostname": "clone-1",
         "machine_id": "ab" * 16,
@@ -262,7 +262,7 @@ def identity(**changes: Any) -> Identity:
         "time": 1000.0,
         "entropy": bytes(range(64)),
     }
-    return Identity(**{**values, **changes})
+    return IdentityOrder(**{**values, **changes})
 
 
 def confirmed(reply: dict[str, Any]) -> Confirmation:

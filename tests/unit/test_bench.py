@@ -31,8 +31,8 @@ from templated.bench.session import Session
 from templated.bench.stats import quantile, summarize_rows
 from templated.cli import exit_codes
 from templated.cli.main import main
+from templated.drivers.host.meminfo import Memory
 from templated.drivers.hypervisor.base import Hardware
-from templated.drivers.meminfo import Memory
 from templated.errors import HostError, InvalidRequest
 from tests.unit.bench_daemon import Fleet, fleet
 from tests.unit.cli_daemon import ROOT

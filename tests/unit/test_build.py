@@ -12,14 +12,13 @@ import pytest
 
 from templated.drivers import disk
 from templated.drivers.hypervisor.fake import FakeHypervisor
-from templated.drivers.image import Image
+from templated.drivers.image.store import Image
 from templated.errors import BuildError, HostError, ProbeError, TemplatedError
 from templated.model.api import CloneRequest
-from templated.model.clone import CloneState
-from templated.model.clone import Path as StartPath
+from templated.model.clone import CloneState, StartPath
 from templated.model.spec import AgentProbe, ExecProbe, ImageSpec, MachineSpec, SerialProbe
 from templated.services.daemon import Services
-from templated.services.operations import Progress
+from templated.services.reports.operations import Progress
 from tests.unit.fake_daemon import GENERATION, SPEC, play, until
 
 pytestmark = pytest.mark.usefixtures("no_qemu_img")

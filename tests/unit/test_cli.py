@@ -427,7 +427,7 @@ def test_serve_passes_the_config_and_reports_errors(
     def serve(path: Path | None) -> None:
         raise ConfigError(f"{path}: wrong", hint="fix it")
 
-    monkeypatch.setitem(sys.modules, "templated.api.daemon", SimpleNamespace(run=serve))
+    monkeypatch.setitem(sys.modules, "templated.api.process", SimpleNamespace(run=serve))
     assert main(["serve", "--config", "/x.yaml"]) == exit_codes.USAGE
     assert capsys.readouterr().err == "templated: error: /x.yaml: wrong\nhint: fix it\n"
 

@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from templated.drivers.hypervisor.fake import FakeHypervisor
-from templated.drivers.hypervisor.qemu import Qemu
+from templated.drivers.hypervisor.qemu.machine import Qemu
 from templated.errors import Busy, Conflict, HostError, InvalidRequest, NotFound, StartError
 from templated.model.api import CloneRequest
 from templated.model.clone import CloneState

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from templated.drivers.hypervisor.base import Hardware, Kernel, Launch, Places
-from templated.drivers.hypervisor.command import qemu_arguments
+from templated.drivers.hypervisor.qemu.command import qemu_arguments
 
 GOLDEN = Path(__file__).parent / "golden"
 LAUNCH = Launch(

@@ -16,7 +16,7 @@ from templated.cli import exit_codes
 from templated.model.clone import TRANSITIONS, CloneState
 from templated.model.generation import TRANSITIONS as GENERATION_TRANSITIONS
 from templated.model.generation import GenerationState
-from templated.services.metrics import START_BUCKETS, Metrics
+from templated.services.reports.metrics import START_BUCKETS, Metrics
 
 
 def test_openapi_is_valid_and_agrees_with_the_routes() -> None:

@@ -13,8 +13,8 @@ import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
 from templated.cli.main import root
-from templated.services.host_metrics import HostMetrics
-from templated.services.metrics import Metrics
+from templated.services.reports.metrics import Metrics
+from templated.services.upkeep.host_metrics import HostMetrics
 from tests.unit.observability import (
     ALERTS_TEST,
     OBSERVABILITY,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from templated.services.events import _BACKLOG, _KEPT, EventBus
+from templated.services.reports.events import _BACKLOG, _KEPT, EventBus
 from tests.unit.fake_daemon import run, until
 
 

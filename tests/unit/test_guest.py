@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from templated.drivers import guest
-from templated.drivers.guest import CHUNK, MAX_LINE, Agent, Identity
+from templated.drivers.guest import CHUNK, MAX_LINE, Agent, IdentityOrder
 from templated.errors import GuestError, TemplatedError, Timeout
 from templated.guest.agent import SEEN
 
@@ -306,7 +306,7 @@ def test_closing_fails_what_is_under_way(tmp_path: Path) -> None:
 
 def test_identity(tmp_path: Path) -> None:
     """All of it goes out in one request, and what comes back is complete or an error."""
-    identity = Identity(
+    identity = IdentityOrder(
         hostname="a",
         machine_id="m" * 32,
         boot_id="b" * 36,

@@ -14,15 +14,21 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
-from templated.drivers import usage
+from templated.drivers.host import usage
+from templated.drivers.host.pressure import Pressure
 from templated.drivers.hypervisor.fake import FakeHypervisor
-from templated.drivers.pressure import Pressure
 from templated.model.api import CloneRequest
-from templated.services import host_metrics
 from templated.services.daemon import Services
-from templated.services.events import EventBus
-from templated.services.host_metrics import HostMetrics, HostReading, Vm, VmMeter, read_host
-from templated.services.metrics import Metrics
+from templated.services.reports.events import EventBus
+from templated.services.reports.metrics import Metrics
+from templated.services.upkeep import host_metrics
+from templated.services.upkeep.host_metrics import (
+    HostMetrics,
+    HostReading,
+    Sampled,
+    VmMeter,
+    read_host,
+)
 from tests.unit.fake_daemon import configured, play, until
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +102,7 @@ def processes() -> Iterator[list[int]]:
 
 def test_rounds_are_bounded_and_reach_all(processes: list[int]) -> None:
     """Those who waited longest come first; what was measured before still counts."""
-    vms = [Vm("t", "running", pid) for pid in processes]
+    vms = [Sampled("t", "running", pid) for pid in processes]
     meter = VmMeter(per_round=2)
     meter.round(vms)
     assert len(meter.memory(vms)["t", "running"]) == 2
@@ -107,8 +113,8 @@ def test_rounds_are_bounded_and_reach_all(processes: list[int]) -> None:
 def test_memory_goes_by_what_a_vm_is_now(processes: list[int]) -> None:
     """A pool's member that became a clone counts as that; what is gone counts no more."""
     meter = VmMeter()
-    meter.round([Vm("t", "warm", pid) for pid in processes])
-    now = [Vm("t", "running", processes[0]), Vm("u", "warm", processes[1])]
+    meter.round([Sampled("t", "warm", pid) for pid in processes])
+    now = [Sampled("t", "running", processes[0]), Sampled("u", "warm", processes[1])]
     meter.round(now)
     assert {group: len(sizes) for group, sizes in meter.memory(now).items()} == {
         ("t", "running"): 1,
@@ -125,7 +131,7 @@ def test_cpu_time_is_counted_once(processes: list[int], monkeypatch: pytest.Monk
     monkeypatch.setattr(host_metrics, "cpu_seconds", lambda pid: spent[pid])
     starts = {young: 20, old: 5}
     monkeypatch.setattr(host_metrics, "start_time", lambda pid: starts.get(pid, 10))
-    vms = [Vm("t", "running", young), Vm("u", "running", old)]
+    vms = [Sampled("t", "running", young), Sampled("u", "running", old)]
     meter = VmMeter()
     assert meter.round(vms) == {"t": 2.0, "u": 0.0}
     spent.update({young: 2.5, old: 51.0})
@@ -215,7 +221,7 @@ def test_the_guide_lists_every_metric_and_no_other() -> None:
 
 def test_the_guide_lists_every_event() -> None:
     """All types that are emitted, and no other."""
-    sources = (ROOT / "templated/services").glob("*.py")
+    sources = (ROOT / "templated/services").rglob("*.py")
     emitted = {
         kind
         for path in sources

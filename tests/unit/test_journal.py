@@ -14,8 +14,7 @@ import pytest
 from templated import journal as journal_module
 from templated.errors import Busy, Conflict, HostError
 from templated.journal import _SCHEMA, CloneRow, Journal, now
-from templated.model.clone import CloneState, Slot
-from templated.model.clone import Path as StartPath
+from templated.model.clone import CloneState, Slot, StartPath
 from templated.model.generation import GenerationState
 
 

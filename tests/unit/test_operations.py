@@ -11,7 +11,7 @@ import pytest
 
 from templated.errors import BuildError, NotFound
 from templated.model.api import OperationEvent, OperationState
-from templated.services.operations import _KEPT, Operations, Progress
+from templated.services.reports.operations import _KEPT, Operations, Progress
 from templated.services.tasks import Tasks
 from tests.unit.fake_daemon import run, until
 

@@ -8,19 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from templated.drivers.host.meminfo import Memory
+from templated.drivers.host.pressure import Pressure
 from templated.drivers.hypervisor.fake import FakeHypervisor, FakeMachine
-from templated.drivers.meminfo import Memory
-from templated.drivers.pressure import Pressure
 from templated.errors import Busy, HostError, InvalidRequest, NotFound, StartError
 from templated.journal import Journal
 from templated.model.api import CloneRequest, PoolRequest
-from templated.model.clone import CloneView
-from templated.model.clone import Path as StartPath
+from templated.model.clone import CloneView, StartPath
 from templated.model.spec import PoolSpec
-from templated.services import capacity, refill
-from templated.services.capacity import Demand, require_room
 from templated.services.daemon import Services
-from templated.services.pools import Pool
+from templated.services.pools import capacity, refill
+from templated.services.pools.capacity import Demand, require_room
+from templated.services.pools.members import Pool
 from tests.unit.fake_daemon import play, run, until
 
 WARM: Pool = ("t", StartPath.WARM)

@@ -23,9 +23,9 @@ from templated.model.spec import (
     SettleProbe,
     TcpProbe,
 )
-from templated.services import probes
-from templated.services.probes import Target, run_probes
-from templated.services.vm import Vm
+from templated.services.machines.vm import Vm
+from templated.services.templates import probes
+from templated.services.templates.probes import Target, run_probes
 from tests.unit.fake_daemon import run
 
 pytestmark = pytest.mark.usefixtures("no_blocking_calls")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from templated.drivers.hypervisor import accel
 from templated.drivers.hypervisor.process import Process, command_line, cpu_seconds, start_time
-from templated.drivers.hypervisor.tsc import tsc_khz
+from templated.drivers.hypervisor.qemu import accel
+from templated.drivers.hypervisor.qemu.tsc import tsc_khz
 from templated.errors import HostError
 
 MARKER = "31.4159"

@@ -10,7 +10,7 @@ from templated.drivers.configfile import load_template, parse_template, template
 from templated.errors import ConfigError, InvalidRequest, NotFound
 from templated.model.spec import ExecProbe, HttpProbe, SettleProbe, TcpProbe
 from templated.model.units import size_bytes
-from templated.services.probes import check_patterns, forwarded_ports, type_of
+from templated.services.templates.probes import check_patterns, forwarded_ports, type_of
 
 SHIPPED = sorted((Path(__file__).parents[2] / "templates").glob("*.yaml"))
 

@@ -14,11 +14,12 @@ from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.errors import BuildError, Conflict, HostError, InvalidRequest, NotFound
 from templated.model.api import BuildRequest, CloneRequest
 from templated.model.generation import FileDigest, GenerationState
-from templated.services import generations, templates
-from templated.services.build import Build
 from templated.services.daemon import Services
-from templated.services.generations import MANIFEST_FORMAT, Generation
-from templated.services.operations import Progress
+from templated.services.machines import generation as generations
+from templated.services.machines.generation import MANIFEST_FORMAT, Generation
+from templated.services.reports.operations import Progress
+from templated.services.templates import catalog as templates
+from templated.services.templates.build import Build
 from tests.unit.fake_daemon import GENERATION, SPEC, play
 
 pytestmark = pytest.mark.usefixtures("no_blocking_calls")

@@ -30,11 +30,11 @@ from templated.cli.client import Client
 from templated.cli.figures import Frame, Scrape, Watcher, quantile
 from templated.cli.main import main
 from templated.cli.top_view import draw
-from templated.drivers.meminfo import Memory
-from templated.drivers.pressure import Pressure
-from templated.drivers.usage import Space
-from templated.services.host_metrics import HostMetrics, HostReading
-from templated.services.metrics import Metrics
+from templated.drivers.host.meminfo import Memory
+from templated.drivers.host.pressure import Pressure
+from templated.drivers.host.usage import Space
+from templated.services.reports.metrics import Metrics
+from templated.services.upkeep.host_metrics import HostMetrics, HostReading
 from tests.unit.cli_daemon import CLONE, ROOT, Daemon, popen, serving
 
 INF = float("inf")

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from templated.bench.bare import Bare, Stage
 from templated.drivers.disk import copy_overlay
-from templated.services.generations import STATE, Generation
+from templated.services.machines.generation import STATE, Generation
 
 Once = Callable[[], dict[str, float]]
 """One start: milliseconds of each phase, and `total`. The VM is gone when it returns."""

@@ -17,7 +17,7 @@ from templated.bench.contenders.base import Once, fresh_overlay
 from templated.bench.floor import stage, wake
 from templated.bench.session import Session
 from templated.errors import Timeout
-from templated.services.generations import STATE
+from templated.services.machines.generation import STATE
 
 _PAUSE = 0.1
 

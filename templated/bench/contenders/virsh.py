@@ -18,10 +18,10 @@ from templated.bench.bare import BOUND, Line, Stopwatch, identity
 from templated.bench.contenders.base import Once, shared_memory
 from templated.bench.libvirtd import Libvirtd, private_libvirtd
 from templated.bench.session import Session
-from templated.drivers.hypervisor.command import AGENT_PORT
+from templated.drivers.hypervisor.qemu.command import AGENT_PORT
 from templated.errors import HostError, HypervisorError, TemplatedError, Timeout
 from templated.model.units import seconds
-from templated.services.generations import Generation
+from templated.services.machines.generation import Generation
 
 _DOMAIN = "templated-bench"
 _MAC = "02:00:00:00:00:01"

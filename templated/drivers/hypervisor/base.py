@@ -79,7 +79,7 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class State:
+class SavedState:
     """A saved device state, opened ahead of time."""
 
     path: Path
@@ -112,7 +112,7 @@ class Machine(Protocol):
     async def expect_state(self) -> None:
         """Agree ahead of time on how `restore` will load its state."""
 
-    async def restore(self, state: State, timeout: float) -> None:
+    async def restore(self, state: SavedState, timeout: float) -> None:
         """Load a saved state; the vCPUs stay stopped. On failure the VM is of no more use."""
 
     async def resume(self) -> None:

@@ -16,7 +16,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
-from templated.drivers.hypervisor.base import Launch, Places, State
+from templated.drivers.hypervisor.base import Launch, Places, SavedState
 from templated.errors import HostError, HypervisorError
 from templated.guest.agent import IDENTIFY, PACKED, SEEN
 
@@ -105,7 +105,7 @@ class FakeMachine:
     async def expect_state(self) -> None:
         await self._step("expect_state")
 
-    async def restore(self, state: State, timeout: float) -> None:
+    async def restore(self, state: SavedState, timeout: float) -> None:
         await self._step("restore")
         self.state = "paused"
 

@@ -17,15 +17,15 @@ from dataclasses import dataclass, field
 
 from templated.errors import InvalidRequest, TemplatedError
 from templated.model.api import PoolRequest, PoolView, TierView
-from templated.model.clone import Path as StartPath
+from templated.model.clone import StartPath
 from templated.model.spec import PoolSpec
-from templated.services.capacity import Demand, require_room
 from templated.services.context import Context
-from templated.services.generations import Generation
-from templated.services.slots import PreparedSlot
+from templated.services.machines.generation import Generation
+from templated.services.machines.slots import PreparedSlot
+from templated.services.machines.vm import Vm
+from templated.services.pools.capacity import Demand, require_room
 from templated.services.tasks import Tasks
-from templated.services.templates import Templates
-from templated.services.vm import Vm
+from templated.services.templates.catalog import Templates
 
 log = logging.getLogger(__name__)
 TIERS = (StartPath.WARM, StartPath.STANDBY)

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import msgspec
 
-from templated.drivers.image_build import GUEST_FILES, Build, Progress
-from templated.drivers.image_process import remove_tree
+from templated.drivers.image.build import GUEST_FILES, ImageBuild, Progress
+from templated.drivers.image.namespaces import remove_tree
 from templated.errors import BuildError, HostError
 from templated.model.spec import ImageSpec
 
@@ -181,7 +181,7 @@ class ImageStore:
         work = Path(tempfile.mkdtemp(prefix=f".build-{digest}-", dir=self._folder))
         log = self._log(digest)
         try:
-            build = Build(spec, digest, work, log, lock, on_progress)
+            build = ImageBuild(spec, digest, work, log, lock, on_progress)
             await build.run()
             on_progress("finish")
             record = _Record(digest, time.time(), spec)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from templated.drivers.image import Image
+from templated.drivers.image.store import Image
 from templated.errors import (
     Busy,
     Conflict,
@@ -21,19 +21,18 @@ from templated.errors import (
 )
 from templated.journal import CloneRow, now
 from templated.model.api import CloneRequest
-from templated.model.clone import TRANSITIONS, CloneState, CloneView, Identity, Slot
-from templated.model.clone import Path as StartPath
+from templated.model.clone import TRANSITIONS, CloneState, CloneView, Identity, Slot, StartPath
 from templated.model.names import check_clone_name, numbered
 from templated.model.units import seconds
-from templated.services.build import boot_kernel, image_overlay
 from templated.services.context import Context
-from templated.services.generations import Generation
-from templated.services.pools import TIERS, Member, Pools
-from templated.services.slots import Layer, PreparedSlot
-from templated.services.starter import start_bound
+from templated.services.machines.generation import Generation
+from templated.services.machines.slots import Layer, PreparedSlot
+from templated.services.machines.starter import start_bound
+from templated.services.machines.vm import PhaseClock, Vm, tail
+from templated.services.pools.members import TIERS, Member, Pools
 from templated.services.tasks import Tasks
-from templated.services.templates import Templates
-from templated.services.vm import PhaseClock, Vm, tail
+from templated.services.templates.build import boot_kernel, image_overlay
+from templated.services.templates.catalog import Templates
 
 log = logging.getLogger(__name__)
 _CLAIMS_PER_CPU = 2

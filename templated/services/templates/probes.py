@@ -24,7 +24,7 @@ from templated.model.spec import (
     TcpProbe,
 )
 from templated.model.units import seconds
-from templated.services.vm import Vm
+from templated.services.machines.vm import Vm
 
 _SAW = 200
 _ATTEMPT = 5.0

@@ -15,19 +15,19 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from templated.drivers.meminfo import read_memory
-from templated.drivers.pressure import RESOURCES, read_pressure
+from templated.drivers.host.meminfo import read_memory
+from templated.drivers.host.pressure import RESOURCES, read_pressure
 from templated.errors import TemplatedError
-from templated.model.clone import Path as StartPath
+from templated.model.clone import StartPath
 from templated.model.units import seconds
-from templated.services.capacity import kept_free
 from templated.services.context import Context
-from templated.services.generations import Generation
-from templated.services.pools import Member, Pool, Pools, give_back
-from templated.services.starter import start_bound
+from templated.services.machines.generation import Generation
+from templated.services.machines.starter import start_bound
+from templated.services.machines.vm import PhaseClock
+from templated.services.pools.capacity import kept_free
+from templated.services.pools.members import Member, Pool, Pools, give_back
 from templated.services.tasks import Tasks
-from templated.services.templates import Templates
-from templated.services.vm import PhaseClock
+from templated.services.templates.catalog import Templates
 
 log = logging.getLogger(__name__)
 _SOON = 1.0

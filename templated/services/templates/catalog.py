@@ -26,12 +26,12 @@ from templated.model.generation import (
     TemplateView,
 )
 from templated.model.spec import TemplateSpec
-from templated.services import generations
-from templated.services.build import Build
 from templated.services.context import Context
-from templated.services.generations import Generation
-from templated.services.operations import Progress
-from templated.services.probes import check_patterns
+from templated.services.machines import generation as generations
+from templated.services.machines.generation import Generation
+from templated.services.reports.operations import Progress
+from templated.services.templates.build import Build
+from templated.services.templates.probes import check_patterns
 
 log = logging.getLogger(__name__)
 _BUILD_TIMEOUT = 3600.0

@@ -16,7 +16,7 @@ from pathlib import Path
 from templated.drivers.hypervisor import process
 from templated.drivers.hypervisor.base import Hypervisor
 from templated.model.clone import Slot
-from templated.services.clones import Clones
+from templated.services.clones.registry import Clones
 from templated.services.context import Context
 
 log = logging.getLogger(__name__)

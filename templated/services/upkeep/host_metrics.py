@@ -17,14 +17,14 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from templated.drivers.host.meminfo import Memory, read_memory
+from templated.drivers.host.pressure import RESOURCES, Pressure, read_pressure
+from templated.drivers.host.usage import Space, file_system, proportional_bytes
 from templated.drivers.hypervisor.process import cpu_seconds, start_time
-from templated.drivers.meminfo import Memory, read_memory
-from templated.drivers.pressure import RESOURCES, Pressure, read_pressure
-from templated.drivers.usage import Space, file_system, proportional_bytes
 from templated.model.config import Config, LimitConfig
-from templated.services.clones import Clones
+from templated.services.clones.registry import Clones
 from templated.services.context import Context
-from templated.services.templates import Templates
+from templated.services.templates.catalog import Templates
 
 log = logging.getLogger(__name__)
 INTERVAL = 5.0
@@ -35,7 +35,7 @@ _VMS_PER_ROUND = 64
 
 
 @dataclass(frozen=True)
-class Vm:
+class Sampled:
     """A VM to measure. `state` is the clone's, or the tier of the pool that it waits in."""
 
     template: str
@@ -200,7 +200,7 @@ class VmMeter:
         # By pid, in the order in which they were measured.
         self._known: dict[int, _Reading] = {}
 
-    def round(self, vms: Sequence[Vm]) -> dict[str, float]:
+    def round(self, vms: Sequence[Sampled]) -> dict[str, float]:
         """Measure; returns the CPU seconds by template that came to light. Not on the loop."""
         templates = {vm.pid: vm.template for vm in vms}
         self._known = {pid: seen for pid, seen in self._known.items() if pid in templates}
@@ -218,7 +218,7 @@ class VmMeter:
         """CPU seconds of a new VM that are not to be counted: all, when an earlier daemon did."""
         return 0.0 if (start_time(pid) or 0) >= self._began else now.cpu
 
-    def memory(self, vms: Iterable[Vm]) -> dict[tuple[str, str], list[int]]:
+    def memory(self, vms: Iterable[Sampled]) -> dict[tuple[str, str], list[int]]:
         """Bytes of each VM that was measured, by template and state."""
         sizes: dict[tuple[str, str], list[int]] = defaultdict(list)
         for vm in vms:
@@ -228,11 +228,11 @@ class VmMeter:
         return dict(sizes)
 
 
-def running_vms(clones: Clones) -> list[Vm]:
+def running_vms(clones: Clones) -> list[Sampled]:
     """The clones that have a process, and the members of pools."""
-    found = [Vm(*process) for process in clones.processes()]
+    found = [Sampled(*process) for process in clones.processes()]
     waiting = ((member.pool, member.vm.machine.pid) for member in clones.pools.members())
-    return found + [Vm(template, tier.value, pid) for (template, tier), pid in waiting]
+    return found + [Sampled(template, tier.value, pid) for (template, tier), pid in waiting]
 
 
 async def watch(context: Context, clones: Clones) -> None:

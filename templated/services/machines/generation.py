@@ -16,12 +16,12 @@ from pathlib import Path
 
 import msgspec
 
-from templated.drivers.hypervisor.base import Hardware, State
+from templated.drivers.hypervisor.base import Hardware, SavedState
 from templated.errors import HostError
 from templated.model.generation import FileDigest, Manifest
 from templated.model.units import size_bytes
+from templated.services.machines.slots import Layer
 from templated.services.places import Layout
-from templated.services.slots import Layer
 
 MANIFEST_FORMAT = 3
 """2: the frozen agent takes its identity in one packed field."""
@@ -67,9 +67,9 @@ class Generation:
             cpu=self.manifest.cpu,
         )
 
-    def state(self, transport: str) -> State:
+    def state(self, transport: str) -> SavedState:
         """The saved device state; for the transport `fd` its file is opened by the caller."""
-        return State(self.frozen / STATE, transport)
+        return SavedState(self.frozen / STATE, transport)
 
     def files(self) -> dict[str, Path]:
         """The frozen files, by their names in the manifest."""

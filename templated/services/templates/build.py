@@ -21,11 +21,11 @@ from pathlib import Path
 import msgspec
 
 from templated.drivers import disk
-from templated.drivers.hypervisor.accel import CPUS
 from templated.drivers.hypervisor.base import Hardware, Kernel, Launch
-from templated.drivers.hypervisor.command import qemu_arguments
-from templated.drivers.hypervisor.tsc import tsc_khz
-from templated.drivers.image import Image, image_digest, lacks_rights
+from templated.drivers.hypervisor.qemu.accel import CPUS
+from templated.drivers.hypervisor.qemu.command import qemu_arguments
+from templated.drivers.hypervisor.qemu.tsc import tsc_khz
+from templated.drivers.image.store import Image, image_digest, lacks_rights
 from templated.drivers.network import Forward
 from templated.errors import BuildError, HostError, TemplatedError
 from templated.journal import now
@@ -33,13 +33,13 @@ from templated.model.generation import Manifest, ProbeResult, QemuVersion
 from templated.model.network import BridgeNetwork
 from templated.model.spec import SerialProbe, TemplateSpec
 from templated.model.units import size_bytes
-from templated.services import generations
 from templated.services.context import Context
-from templated.services.generations import Generation, digest_file, freeze_file
-from templated.services.operations import Progress
-from templated.services.probes import Target, forwarded_ports, run_probes
-from templated.services.slots import Layer, PreparedSlot
-from templated.services.vm import PhaseClock, Vm, require_space, tail
+from templated.services.machines import generation as generations
+from templated.services.machines.generation import Generation, digest_file, freeze_file
+from templated.services.machines.slots import Layer, PreparedSlot
+from templated.services.machines.vm import PhaseClock, Vm, require_space, tail
+from templated.services.reports.operations import Progress
+from templated.services.templates.probes import Target, forwarded_ports, run_probes
 
 # tsc=reliable: with nothing to check the TSC against, the kernel would otherwise never leave the
 # periodic tick (250 Hz), which is most of what an idle guest costs.

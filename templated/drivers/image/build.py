@@ -16,13 +16,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import IO
 
-from templated.drivers.image_process import check_tools, kill_group, start
-from templated.drivers.initramfs import build_initramfs, driver_order
+from templated.drivers.image.initramfs import build_initramfs, driver_order
+from templated.drivers.image.namespaces import check_tools, kill_group, start
 from templated.errors import BuildError
 from templated.model.spec import ImageSpec
 from templated.model.units import size_bytes
 
-GUEST_FILES = Path(__file__).parent.parent / "guest"
+GUEST_FILES = Path(__file__).parents[2] / "guest"
 PACKAGES = ("busybox-static", "python3")
 # What people type and a small Debian root lacks: links to busybox, unless a package has the name.
 APPLETS = (
@@ -46,7 +46,7 @@ _GENERIC = re.compile(
 )
 
 
-class Build:
+class ImageBuild:
     """One build in `work`, a directory of its own. `run` leaves the files in `work/out`.
 
     Nothing outside `work` and `log` is written; removing `work` is the caller's part.

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 
 from templated.drivers.hypervisor import process
-from templated.drivers.hypervisor.base import Launch, Places, State
-from templated.drivers.hypervisor.command import qemu_arguments
+from templated.drivers.hypervisor.base import Launch, Places, SavedState
 from templated.drivers.hypervisor.process import Process
+from templated.drivers.hypervisor.qemu.command import qemu_arguments
 from templated.errors import HostError, HypervisorError, Timeout
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ class QemuMachine:
         await self._ignore_shared_memory()
         self._expects_state = True
 
-    async def restore(self, state: State, timeout: float) -> None:
+    async def restore(self, state: SavedState, timeout: float) -> None:
         _check_state_file(state.path)
         if state.transport == "fd":
             uri = f"fd:{state.fd}"

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from templated.drivers.guest import Agent
-from templated.drivers.hypervisor.base import Hypervisor, Launch, Machine, Places, State
-from templated.drivers.hypervisor.qemu import log_tail
+from templated.drivers.hypervisor.base import Hypervisor, Launch, Machine, Places, SavedState
+from templated.drivers.hypervisor.qemu.machine import log_tail
 from templated.errors import GuestError, HostError, StartError, TemplatedError
 from templated.model.clone import Phase, Slot
 
@@ -67,7 +67,7 @@ class Vm:
         self.agent = Agent(places.agent)
         self.process = (machine.pid, 0)
         """Pid and, once connected, start time: together they tell the process for good."""
-        self.state: State | None = None
+        self.state: SavedState | None = None
         """What it is to restore, for a VM that waits for that."""
 
     async def connect(self, timeout: float) -> None:

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
-from templated.drivers.guest import ENTROPY_BYTES, Confirmation, Identity, Step
+from templated.drivers.guest import ENTROPY_BYTES, Confirmation, IdentityOrder, Step
 from templated.drivers.hypervisor.base import Hardware, Hypervisor, Kernel, Launch
 from templated.drivers.network import Forward, Network
 from templated.errors import IdentityError
@@ -23,9 +23,9 @@ from templated.model.clone import Phase
 from templated.model.network import AddressPlan
 from templated.model.spec import TemplateSpec
 from templated.model.units import seconds
-from templated.services.generations import Generation
-from templated.services.slots import PreparedSlot
-from templated.services.vm import PhaseClock, Vm, spawn
+from templated.services.machines.generation import Generation
+from templated.services.machines.slots import PreparedSlot
+from templated.services.machines.vm import PhaseClock, Vm, spawn
 
 # What a claim does, it has done before. A shorter name than the one before takes another way.
 REHEARSED = ("a-name-that-is-longer-than-most-names-of-clones", "a")
@@ -258,7 +258,7 @@ async def identify(
     takes. Raises IdentityError, GuestError or Timeout; the VM must then be destroyed.
     """
     slot = vm.slot
-    identity = Identity(
+    identity = IdentityOrder(
         hostname=hostname,
         machine_id=slot.machine_id,
         boot_id=slot.boot_id,

@@ -1,0 +1,1 @@
+"""QEMU: its command line, its control channel, its accelerators."""

@@ -1,0 +1,1 @@
+"""Disk layer 1: Debian images."""

@@ -1,0 +1,1 @@
+"""Clones: their registry, their start, and what one can do in them."""

@@ -1,0 +1,1 @@
+"""One VM: its slot, its generation, and the way it comes up."""

@@ -1,0 +1,1 @@
+"""VMs that are ready before anyone asks."""

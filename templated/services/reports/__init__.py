@@ -1,0 +1,1 @@
+"""What is reported: events, metrics, the progress of long work."""

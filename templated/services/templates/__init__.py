@@ -1,0 +1,1 @@
+"""Templates: which generation serves, and how the next one is built."""

@@ -1,0 +1,1 @@
+"""What is looked after in intervals, beside requests."""
