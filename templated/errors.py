@@ -14,7 +14,8 @@
     ├── StartError              a clone did not come up: which phase failed, and why
     ├── BuildError              an image or a template build failed
     │   └── ProbeError          a QA probe did not pass
-    └── DaemonUnavailable       nothing answers on the socket
+    ├── DaemonUnavailable       nothing answers on the socket
+    └── Defect                  templated itself did what it must never do
 
 `message` is one line that says what is wrong, `hint` one line that says what to do next.
 The API maps `code` to an HTTP status (`templated.api.errors`), the CLI maps it to an exit code.
@@ -125,3 +126,15 @@ class DaemonUnavailable(TemplatedError):
     """Nothing answers on the socket."""
 
     code = "daemon_unavailable"
+
+
+class Defect(TemplatedError):
+    """templated itself did what it must never do, such as a move between states that is forbidden.
+
+    What it was about to do has not been done.
+    """
+
+    code = "internal"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, hint="this is a defect of templated; the daemon's log has more")
