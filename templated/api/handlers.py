@@ -82,8 +82,7 @@ async def list_clones(request: web.Request) -> web.Response:
 async def create_clones(request: web.Request) -> web.Response:
     wanted = await body_of(request, CloneRequest)
     services = request.app[SERVICES]
-    with services.context.metrics.starting(wanted.count or 1):
-        views = await services.clones.create(wanted)
+    views = await services.clones.create(wanted)
     return _json(views if wanted.count is not None else views[0], 201)
 
 
@@ -215,7 +214,7 @@ async def show_template(request: web.Request) -> web.Response:
 
 
 async def remove_template(request: web.Request) -> web.Response:
-    await asyncio.shield(request.app[SERVICES].clones.remove_template(request.match_info["name"]))
+    await asyncio.shield(request.app[SERVICES].templates.remove(request.match_info["name"]))
     return web.Response(status=204)
 
 
@@ -236,16 +235,16 @@ async def rollback(request: web.Request) -> web.Response:
 
 
 async def list_pools(request: web.Request) -> web.Response:
-    return _json(request.app[SERVICES].clones.pools.views())
+    return _json(request.app[SERVICES].pools.views())
 
 
 async def show_pool(request: web.Request) -> web.Response:
-    return _json(request.app[SERVICES].clones.pools.view(request.match_info["template"]))
+    return _json(request.app[SERVICES].pools.view(request.match_info["template"]))
 
 
 async def set_pool(request: web.Request) -> web.Response:
     wanted = await body_of(request, PoolRequest)
-    pools = request.app[SERVICES].clones.pools
+    pools = request.app[SERVICES].pools
     return _json(await asyncio.shield(pools.set(request.match_info["template"], wanted)))
 
 

@@ -20,7 +20,7 @@ from templated.drivers.configfile import load_config
 from templated.drivers.hypervisor.process import use_small_pages
 from templated.errors import TemplatedError
 from templated.model.config import Config
-from templated.services.daemon import Foundation, services
+from templated.services.daemon import Installation, services
 
 log = logging.getLogger("templated")
 
@@ -35,32 +35,32 @@ def run(config_path: Path | None) -> None:
     _allow_many_files()
     use_small_pages()
     config = load_config(config_path)
-    foundation = Foundation(config)
+    installation = Installation(config)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(config, foundation))
+            runner.run(_serve(config, installation))
     except BaseExceptionGroup as group:
         raise _first(group) from group
     finally:
-        foundation.close()
+        installation.close()
 
 
-async def _serve(config: Config, foundation: Foundation) -> None:
+async def _serve(config: Config, installation: Installation) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     starting = asyncio.create_task(ask_for_time())
     try:
-        await _run_services(stop, starting, config, foundation)
+        await _run_services(stop, starting, config, installation)
     finally:
         await _end(starting)
 
 
 async def _run_services(
-    stop: asyncio.Event, starting: asyncio.Task[None], config: Config, foundation: Foundation
+    stop: asyncio.Event, starting: asyncio.Task[None], config: Config, installation: Installation
 ) -> None:
-    async with services(foundation) as running, listeners(config, running):
+    async with services(installation) as running, listeners(config, running):
         await _end(starting)
         # What is there now stays: the collector need not look at it again, least of all in the
         # middle of a start.

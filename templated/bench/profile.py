@@ -23,7 +23,7 @@ from templated.cli.render import dump_item
 from templated.drivers.guest import Step
 from templated.errors import HypervisorError, InvalidRequest
 from templated.services.machines.generation import Generation
-from templated.services.machines.starter import REHEARSALS, REHEARSED, REST
+from templated.services.machines.start import REHEARSALS, REHEARSED, REST
 
 _EXAMPLES = """
 templated bench profile

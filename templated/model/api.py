@@ -90,7 +90,16 @@ class OperationState(enum.StrEnum):
 
     RUNNING = "running"
     DONE = "done"
+    """It ended well; `result` says with what."""
     FAILED = "failed"
+    """It ended with `error`, also when the daemon was stopped meanwhile."""
+
+
+OPERATION_TRANSITIONS: dict[OperationState, frozenset[OperationState]] = {
+    OperationState.RUNNING: frozenset({OperationState.DONE, OperationState.FAILED}),
+    OperationState.DONE: frozenset(),
+    OperationState.FAILED: frozenset(),
+}
 
 
 class ErrorInfo(Struct, frozen=True, kw_only=True):

@@ -21,6 +21,7 @@ class CloneState(enum.StrEnum):
 
 
 TRANSITIONS: dict[CloneState, frozenset[CloneState]] = {
+    # A start that fails leaves no record.
     CloneState.STARTING: frozenset({CloneState.RUNNING}),
     CloneState.RUNNING: frozenset({CloneState.DEAD, CloneState.REMOVING}),
     CloneState.DEAD: frozenset({CloneState.REMOVING}),

@@ -26,7 +26,32 @@ class GenerationState(enum.StrEnum):
 TRANSITIONS: dict[GenerationState, frozenset[GenerationState]] = {
     GenerationState.BUILDING: frozenset({GenerationState.READY}),
     GenerationState.READY: frozenset({GenerationState.RETIRED}),
-    GenerationState.RETIRED: frozenset({GenerationState.READY}),
+    GenerationState.RETIRED: frozenset(),
+}
+
+
+class TemplateState(enum.StrEnum):
+    """Where a template is in its life. That a build is under way is told apart from it."""
+
+    UNBUILT = "unbuilt"
+    """No generation is active."""
+    SERVING = "serving"
+    """Clones start from the active generation."""
+    BROKEN = "broken"
+    """The active generation cannot be used: its files or the host's QEMU are not what was frozen.
+    Warm members that have loaded it already still can be claimed."""
+    REMOVING = "removing"
+    """Its generations are being removed: nothing starts from it and no build begins."""
+
+
+TEMPLATE_TRANSITIONS: dict[TemplateState, frozenset[TemplateState]] = {
+    TemplateState.UNBUILT: frozenset(
+        {TemplateState.SERVING, TemplateState.BROKEN, TemplateState.REMOVING}
+    ),
+    TemplateState.SERVING: frozenset({TemplateState.BROKEN, TemplateState.REMOVING}),
+    TemplateState.BROKEN: frozenset({TemplateState.SERVING, TemplateState.REMOVING}),
+    # A removal that fails half-way: what is left serves nobody, and can be removed again.
+    TemplateState.REMOVING: frozenset({TemplateState.BROKEN}),
 }
 
 

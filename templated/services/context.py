@@ -12,7 +12,7 @@ from templated.model.config import Config
 from templated.model.network import AddressPlan
 from templated.services.host import Host
 from templated.services.machines.slots import Slots
-from templated.services.machines.starter import Starter
+from templated.services.machines.start import Starter
 from templated.services.places import Layout
 from templated.services.reports.events import EventBus
 from templated.services.reports.metrics import Metrics

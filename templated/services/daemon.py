@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import hashlib
 import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from templated.drivers.hypervisor.base import Hypervisor
@@ -25,33 +25,34 @@ from templated.services.clones.registry import Clones
 from templated.services.context import Context
 from templated.services.host import Host
 from templated.services.machines.slots import Slots
-from templated.services.machines.starter import Starter
+from templated.services.machines.start import Starter
 from templated.services.places import Layout
+from templated.services.pools.members import Pools
 from templated.services.pools.refill import Refill
 from templated.services.reports.events import EventBus
 from templated.services.reports.metrics import Metrics
 from templated.services.reports.operations import Operations
 from templated.services.tasks import Tasks
+from templated.services.templates.catalog import Templates
 from templated.services.upkeep.host_metrics import watch
 from templated.services.upkeep.janitor import keep_logs_short
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class Services:
     """What the API calls."""
 
-    def __init__(
-        self, context: Context, clones: Clones, operations: Operations, refill: Refill
-    ) -> None:
-        self.context = context
-        self.clones = clones
-        self.templates = clones.templates
-        self.operations = operations
-        self.refill = refill
+    context: Context
+    templates: Templates
+    pools: Pools
+    clones: Clones
+    operations: Operations
+    refill: Refill
 
 
-class Foundation:
+class Installation:
     """What must be made before the event loop runs (the bridge driver's import blocks)."""
 
     def __init__(self, config: Config, hypervisor: Hypervisor | None = None) -> None:
@@ -74,45 +75,55 @@ class Foundation:
 
 
 @asynccontextmanager
-async def services(foundation: Foundation) -> AsyncIterator[Services]:
+async def services(installation: Installation) -> AsyncIterator[Services]:
     """All services, recovered and running. VMs go on when this ends."""
-    journal = Journal(foundation.layout.journal)
+    journal = Journal(installation.layout.journal)
     await journal.open()
-    context = _context(foundation, journal)
+    context, tasks = _context(installation, journal), Tasks()
+    templates = Templates(context)
+    pools = Pools(context, tasks, templates)
+    clones = Clones(context, tasks, templates, pools)
+    refill = Refill(context, tasks, pools, templates)
+    _subscribe(context.slots, templates, pools)
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = Tasks(group)
-            clones = Clones(context, tasks)
-            await recover(context, clones)
-            await clones.pools.open()
-            await clones.templates.open()
-            refill = Refill(context, tasks, clones.pools, clones.templates)
-            tasks.start(context.slots.refill(), "slots")
-            tasks.start(refill.run(), "pools")
-            tasks.start(refill.watch(), "health of the pools")
-            tasks.start(keep_logs_short(foundation.layout.slots), "janitor")
-            tasks.start(watch(context, clones), "host metrics")
-            try:
-                yield Services(context, clones, Operations(tasks), refill)
-            finally:
-                context.events.close()
-                await tasks.end()
-                await clones.pools.close()
-                await context.slots.close()
-                await clones.release()
+        await templates.open()
+        await pools.open()
+        await recover(context, clones)
+        await templates.load()
+        tasks.spawn(context.slots.refill(), "keeping slots ready")
+        tasks.spawn(refill.run(), "keeping the pools filled")
+        tasks.spawn(refill.watch(), "checking the pools")
+        tasks.spawn(keep_logs_short(installation.layout.slots), "keeping logs short")
+        tasks.spawn(watch(context, templates, pools, clones), "measuring the host")
+        yield Services(context, templates, pools, clones, Operations(tasks), refill)
     finally:
+        context.events.close()
+        await tasks.end()
+        await pools.close()
+        await context.slots.close()
+        await clones.release()
         await context.network.close(remove=False)
         await journal.close()
 
 
-def _context(foundation: Foundation, journal: Journal) -> Context:
-    config, layout = foundation.config, foundation.layout
+def _subscribe(slots: Slots, templates: Templates, pools: Pools) -> None:
+    """Who wants to know that a generation serves, or serves no more."""
+    templates.on_serving.append(lambda generation: slots.serve(generation.layer))
+    templates.on_serving.append(lambda _: pools.refresh())
+    templates.on_retired += [pools.retire, slots.retire]
+    templates.on_removed.append(pools.forget)
+
+
+def _context(installation: Installation, journal: Journal) -> Context:
+    config, layout = installation.config, installation.layout
     metrics = Metrics()
-    slots = Slots(journal, layout, foundation.network, foundation.plan, ready=config.slots.ready)
+    slots = Slots(
+        journal, layout, installation.network, installation.plan, ready=config.slots.ready
+    )
     starter = Starter(
-        foundation.hypervisor,
-        foundation.network,
-        foundation.plan,
+        installation.hypervisor,
+        installation.network,
+        installation.plan,
         config.restore.transport,
     )
     return Context(
@@ -121,9 +132,9 @@ def _context(foundation: Foundation, journal: Journal) -> Context:
         journal=journal,
         images=ImageStore(layout.state),
         host=Host(config, layout.state),
-        hypervisor=foundation.hypervisor,
-        network=foundation.network,
-        plan=foundation.plan,
+        hypervisor=installation.hypervisor,
+        network=installation.network,
+        plan=installation.plan,
         slots=slots,
         starter=starter,
         events=EventBus(metrics.events),

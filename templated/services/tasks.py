@@ -1,28 +1,37 @@
-"""The daemon's background work: tasks that end with it, and that never take it down."""
+"""The daemon's background work: the one place that guards tasks.
+
+What fails in a task never ends the daemon: it is logged here, or raised to whoever waits for it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from templated.errors import TemplatedError
+
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class Tasks:
-    """Starts tasks in one task group, and can end all of them.
+    """Starts tasks, and can end all of them."""
 
-    A task of a group that raises ends the whole group, so what is started here must handle its
-    own errors.
-    """
-
-    def __init__(self, group: asyncio.TaskGroup) -> None:
-        self._group = group
+    def __init__(self) -> None:
         self._running: set[asyncio.Task[Any]] = set()
 
-    def start(self, work: Coroutine[Any, Any, T], name: str | None = None) -> asyncio.Task[T]:
-        """Run `work` beside everything else."""
-        task = self._group.create_task(work, name=name)
+    def spawn(self, work: Coroutine[Any, Any, object], name: str) -> None:
+        """Run `work` beside everything else; what it raises is logged under `name`."""
+        self._begin(_logged(work, name), name)
+
+    async def run(self, work: Coroutine[Any, Any, T], name: str | None = None) -> T:
+        """Run `work` to its end, also when the caller is cancelled; raises what it raises."""
+        return await asyncio.shield(self._begin(work, name))
+
+    def _begin(self, work: Coroutine[Any, Any, T], name: str | None) -> asyncio.Task[T]:
+        task = asyncio.create_task(work, name=name)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return task
@@ -34,3 +43,12 @@ class Tasks:
             task.cancel()
         if running:
             await asyncio.wait(running)
+
+
+async def _logged(work: Coroutine[Any, Any, object], name: str) -> None:
+    try:
+        await work
+    except TemplatedError as error:
+        log.warning("%s failed: %s", name, error.message)
+    except Exception:  # whatever it is, the rest of the daemon goes on
+        log.exception("%s failed", name)

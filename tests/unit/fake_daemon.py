@@ -17,7 +17,7 @@ from templated.journal import Journal
 from templated.model.config import Config, defaults
 from templated.model.generation import FileDigest, Manifest, QemuVersion
 from templated.model.spec import IdentitySpec, TemplateSpec
-from templated.services.daemon import Foundation, Services, services
+from templated.services.daemon import Installation, Services, services
 from templated.services.machines import generation as generations
 from templated.services.places import Layout
 
@@ -91,12 +91,12 @@ async def activate(config: Config) -> None:
 @asynccontextmanager
 async def daemon(config: Config, fake: Hypervisor) -> AsyncIterator[Services]:
     """All services over the fake."""
-    foundation = await asyncio.to_thread(Foundation, config, fake)
+    installation = await asyncio.to_thread(Installation, config, fake)
     try:
-        async with services(foundation) as running:
+        async with services(installation) as running:
             yield running
     finally:
-        foundation.close()
+        installation.close()
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -115,7 +115,7 @@ def play(tmp_path: Path, *scenarios: Scenario) -> None:
     async def main() -> None:
         fake = FakeHypervisor()
         async with asyncio.timeout(60):
-            (await asyncio.to_thread(Foundation, config, fake)).close()
+            (await asyncio.to_thread(Installation, config, fake)).close()
             await asyncio.to_thread(freeze, config)
             await activate(config)
             for scenario in scenarios:

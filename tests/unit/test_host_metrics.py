@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
@@ -17,6 +18,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from templated.drivers.host import usage
 from templated.drivers.host.pressure import Pressure
 from templated.drivers.hypervisor.fake import FakeHypervisor
+from templated.errors import HostError
 from templated.model.api import CloneRequest
 from templated.services.daemon import Services
 from templated.services.reports.events import EventBus
@@ -166,7 +168,10 @@ def test_what_the_daemon_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         # Before anything was made for the pools.
         assert 'templated_pool_target{template="t",tier="warm"} 0.0' in text
         assert 'templated_pool_size{template="t",tier="standby"} 0.0' in text
-        running.clones.templates.problems["t"] = "damaged"
+        generation = running.templates.serving("t")
+        await asyncio.to_thread((generation.frozen / "state").unlink)
+        with pytest.raises(HostError):
+            await running.templates.check(generation, loads_state=True)
         await until(lambda: 'serving{template="t"} 0.0' in exposed(registry))
 
     play(tmp_path, scenario)

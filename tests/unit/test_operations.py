@@ -19,10 +19,9 @@ from tests.unit.fake_daemon import run, until
 @asynccontextmanager
 async def background() -> AsyncIterator[tuple[Operations, Tasks]]:
     """Operations whose tasks end with the block."""
-    async with asyncio.TaskGroup() as group:
-        tasks = Tasks(group)
-        yield Operations(tasks), tasks
-        await tasks.end()
+    tasks = Tasks()
+    yield Operations(tasks), tasks
+    await tasks.end()
 
 
 async def followed(progress: Progress) -> list[OperationEvent]:

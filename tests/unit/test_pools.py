@@ -28,7 +28,7 @@ STANDBY: Pool = ("t", StartPath.STANDBY)
 
 async def fill(running: Services, standby: int = 0, warm: int = 0) -> None:
     """Set the pools of `t` and wait until they are full."""
-    pools = running.clones.pools
+    pools = running.pools
     await pools.set("t", PoolRequest(standby=standby, warm=warm))
     await until(lambda: not pools.missing(WARM) and not pools.missing(STANDBY))
 
@@ -40,7 +40,7 @@ async def clone(running: Services, name: str, path: str | None = None) -> CloneV
 
 def waiting(running: Services, fake: FakeHypervisor, pool: Pool) -> list[FakeMachine]:
     """The fake machines of a pool's members, oldest first."""
-    return [fake.machines[m.vm.machine.pid] for m in running.clones.pools.ready(pool)]
+    return [fake.machines[m.vm.machine.pid] for m in running.pools.ready(pool)]
 
 
 def counted(running: Services, name: str, **labels: str) -> float:
@@ -105,7 +105,7 @@ def test_a_member_that_ends_is_never_handed_out(tmp_path: Path) -> None:
         await until(lambda: first not in waiting(running, fake, WARM))
         view = await clone(running, "a")
         assert view.path == "warm" and view.pid != first.pid
-        await until(lambda: not running.clones.pools.missing(WARM))
+        await until(lambda: not running.pools.missing(WARM))
         lost = {"template": "t", "tier": "warm", "reason": "exited"}
         assert counted(running, "templated_pool_refill_failures_total", **lost) == 1
         events = [e for e in running.context.events.recent() if e.type == "pool.member_lost"]
@@ -165,7 +165,7 @@ def test_a_claim_that_cannot_be_written_down(tmp_path: Path) -> None:
             with pytest.raises(StartError, match="disk full"):
                 await clone(running, "a")
         assert running.clones.views() == []
-        await until(lambda: not running.clones.pools.missing(WARM))
+        await until(lambda: not running.pools.missing(WARM))
 
     play(tmp_path, scenario)
 
@@ -189,9 +189,9 @@ def test_two_hundred_requests_for_a_pool_of_five(tmp_path: Path) -> None:
 def test_refill_that_fails_backs_off(tmp_path: Path) -> None:
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
         fake.fail = "claim"
-        await running.clones.pools.set("t", PoolRequest(warm=1))
-        await until(lambda: running.clones.pools.problems)
-        assert "failed once: " in running.clones.pools.view("t").problem
+        await running.pools.set("t", PoolRequest(warm=1))
+        await until(lambda: running.pools.problems)
+        assert "failed once: " in running.pools.view("t").problem
         assert (await clone(running, "a")).path == "direct"
         failures = {"template": "t", "tier": "warm", "reason": "identity"}
         name = "templated_pool_refill_failures_total"
@@ -199,8 +199,8 @@ def test_refill_that_fails_backs_off(tmp_path: Path) -> None:
         await until(lambda: counted(running, name, **failures) == 2)
         assert [m.launch.uuid for m in fake.running()] == [running.clones.view("a").uuid]
         fake.fail = ""
-        await until(lambda: not running.clones.pools.missing(WARM))
-        await until(lambda: not running.clones.pools.view("t").problem)
+        await until(lambda: not running.pools.missing(WARM))
+        await until(lambda: not running.pools.view("t").problem)
 
     play(tmp_path, scenario)
 
@@ -208,13 +208,13 @@ def test_refill_that_fails_backs_off(tmp_path: Path) -> None:
 def test_refill_stops_under_pressure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
         stop_refill(monkeypatch)
-        await running.clones.pools.set("t", PoolRequest(warm=1))
-        await until(lambda: running.clones.pools.problems)
-        assert "cpu pressure is 99 % (limit 80)" in running.clones.pools.view("t").problem
+        await running.pools.set("t", PoolRequest(warm=1))
+        await until(lambda: running.pools.problems)
+        assert "cpu pressure is 99 % (limit 80)" in running.pools.view("t").problem
         assert counted(running, "templated_pool_refill_blocked", resource="cpu") == 1
         assert fake.machines == {}
         monkeypatch.setattr(refill, "read_pressure", lambda _: None)
-        await until(lambda: not running.clones.pools.missing(WARM))
+        await until(lambda: not running.pools.missing(WARM))
         assert counted(running, "templated_pool_refill_blocked", resource="cpu") == 0
 
     play(tmp_path, scenario)
@@ -223,9 +223,9 @@ def test_refill_stops_under_pressure(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_pools_shrink(tmp_path: Path) -> None:
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
         await fill(running, standby=2, warm=2)
-        await running.clones.pools.set("t", PoolRequest(warm=1, standby=0))
+        await running.pools.set("t", PoolRequest(warm=1, standby=0))
         await until(lambda: len(fake.running()) == 1)
-        assert running.clones.pools.view("t").warm.ready == 1
+        assert running.pools.view("t").warm.ready == 1
 
     play(tmp_path, scenario)
 
@@ -240,7 +240,7 @@ def test_members_that_do_not_answer_are_replaced(
         (standby,) = waiting(running, fake, STANDBY)
         silent, ill = waiting(running, fake, WARM)
         silent.fail, ill.state, standby.state = "status", "running", "paused"
-        pools = running.clones.pools
+        pools = running.pools
         for pool in (WARM, STANDBY):
             await running.refill.check(pool)
         assert all(machine.exited.done() for machine in (standby, silent, ill))
@@ -254,9 +254,9 @@ def test_members_that_do_not_answer_are_replaced(
 def test_members_that_are_too_old_are_replaced(tmp_path: Path) -> None:
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
         await fill(running, warm=2)
-        old, other = running.clones.pools.ready(WARM)
+        old, other = running.pools.ready(WARM)
         old.made -= 1e6
-        pools = running.clones.pools
+        pools = running.pools
         await running.refill.check(WARM)
         assert old.vm.machine.exited.done() and not other.vm.machine.exited.done()
         await until(lambda: not pools.missing(WARM))
@@ -270,7 +270,7 @@ def test_a_restart_ends_members_and_keeps_sizes(tmp_path: Path) -> None:
         await clone(running, "a")
 
     async def second(running: Services, fake: FakeHypervisor) -> None:
-        pools = running.clones.pools
+        pools = running.pools
         assert pools.view("t").warm.target == 1
         await until(lambda: not pools.missing(WARM) and not pools.missing(STANDBY))
         assert len(fake.running()) == 3
@@ -285,8 +285,8 @@ def test_a_restart_ends_members_and_keeps_sizes(tmp_path: Path) -> None:
 def test_a_removed_template_takes_its_members_along(tmp_path: Path) -> None:
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
         await fill(running, standby=1, warm=1)
-        await running.clones.remove_template("t")
-        assert fake.running() == [] and running.clones.pools.views() == []
+        await running.templates.remove("t")
+        assert fake.running() == [] and running.pools.views() == []
         assert await running.context.journal.pool_sizes() == {}
         assert await running.context.journal.free_slots() == []
 
@@ -295,7 +295,7 @@ def test_a_removed_template_takes_its_members_along(tmp_path: Path) -> None:
 
 def test_bad_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
-        pools = running.clones.pools
+        pools = running.pools
         with pytest.raises(NotFound):
             await pools.set("none", PoolRequest(warm=1))
         with pytest.raises(InvalidRequest, match="exclude"):

@@ -20,7 +20,7 @@ from templated.services.machines.generation import MANIFEST_FORMAT, Generation
 from templated.services.reports.operations import Progress
 from templated.services.templates import catalog as templates
 from templated.services.templates.build import Build
-from tests.unit.fake_daemon import GENERATION, SPEC, play
+from tests.unit.fake_daemon import GENERATION, SPEC, play, until
 
 pytestmark = pytest.mark.usefixtures("no_blocking_calls")
 SECOND = "20260102t000000-abcdef"
@@ -48,7 +48,7 @@ async def built(running: Services, new: str) -> None:
     await asyncio.to_thread(_copy, running, new)
     await running.context.journal.new_generation(new, "t")
     generation = await generations.load(running.context.layout, "t", new)
-    await running.templates._activate(generation)
+    await running.templates.activate(generation)
 
 
 async def known(running: Services) -> dict[str, tuple[GenerationState, bool]]:
@@ -249,7 +249,7 @@ def test_which_template(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-def test_requests_to_build(tmp_path: Path) -> None:
+def test_requests_to_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are checked before the work begins."""
 
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
@@ -262,9 +262,18 @@ def test_requests_to_build(tmp_path: Path) -> None:
         bad = "name: x\nprobes: [{name: a, type: serial, pattern: '('}]"
         with pytest.raises(InvalidRequest, match=r"\$\.probes\[0\]\.pattern"):
             await prepare("x", BuildRequest(spec=bad))
-        running.templates._building.add("x")
-        with pytest.raises(Conflict, match="being built already"):
-            await prepare("x", BuildRequest(spec="name: x"))
+        with monkeypatch.context() as patched:
+            held = asyncio.Event()
+            patched.setattr(running.context.host, "qemu", held.wait)
+            building = asyncio.ensure_future(running.templates.build(SPEC, Progress()))
+            await until(running.context.events.recent)
+            with pytest.raises(Conflict, match="being built already"):
+                await prepare("t", BuildRequest(spec="name: t"))
+            with pytest.raises(Conflict, match="being built already"):
+                await running.templates.remove("t")
+            building.cancel()
+            await asyncio.wait({building})
+        await prepare("t", BuildRequest(spec="name: t"))
 
     play(tmp_path, scenario)
 

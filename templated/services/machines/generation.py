@@ -7,10 +7,14 @@ runs: a file whose size, inode or modification time changed since is digested ag
 from __future__ import annotations
 
 import asyncio
+import enum
+import functools
 import hashlib
 import os
 import shutil
 import stat
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +23,8 @@ import msgspec
 from templated.drivers.hypervisor.base import Hardware, SavedState
 from templated.errors import HostError
 from templated.model.generation import FileDigest, Manifest
-from templated.model.units import size_bytes
+from templated.model.spec import TemplateSpec
+from templated.model.units import seconds, size_bytes
 from templated.services.machines.slots import Layer
 from templated.services.places import Layout
 
@@ -35,6 +40,91 @@ DISK, EMPTY, MANIFEST, MEMORY, STATE = (
 Stamp = tuple[int, int, int]
 
 
+class Holder(enum.Enum):
+    """Who can hold a lease."""
+
+    CLONE = "clone"
+    MEMBER = "member"
+
+
+class Leases:
+    """Who needs a generation's files: clones and pool members that map them, or are about to."""
+
+    def __init__(self) -> None:
+        self._held: Counter[Holder] = Counter()
+        self.freed: Callable[[], Awaitable[None]] | None = None
+        """Called when the last lease has ended; what it raises reaches whoever ended it."""
+
+    def take(self, holder: Holder) -> Lease:
+        """One more VM needs the files, until its lease ends."""
+        self._held[holder] += 1
+        return Lease(self, holder)
+
+    def count(self, holder: Holder) -> int:
+        """How many leases of this kind there are."""
+        return self._held[holder]
+
+    @property
+    def free(self) -> bool:
+        """Whether nobody needs the files."""
+        return not self._held.total()
+
+    async def give_back(self, holder: Holder) -> None:
+        """For `Lease` alone."""
+        self._held[holder] -= 1
+        if self.free and self.freed is not None:
+            await self.freed()
+
+
+@dataclass(eq=False)
+class Lease:
+    """One VM's hold on a generation's files."""
+
+    _leases: Leases
+    _holder: Holder
+    _ended: bool = False
+
+    async def end(self) -> None:
+        """The VM needs them no more. Idempotent. The last one of a retired generation removes it.
+
+        Raises HostError when that removal fails; leaves the lease ended.
+        """
+        if not self._ended:
+            self._ended = True
+            await self._leases.give_back(self._holder)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a spec says of every start, parsed once: bounds in seconds, and the guest's DNS."""
+
+    start_s: float
+    boot_s: float
+    identify_s: float
+    clock_tolerance_s: float
+    dns: tuple[str, ...]
+
+    @classmethod
+    def of(cls, spec: TemplateSpec) -> Terms:
+        return cls(
+            start_s=seconds(spec.start_timeout),
+            boot_s=seconds(spec.boot_timeout),
+            identify_s=seconds(spec.identity.timeout),
+            clock_tolerance_s=seconds(spec.identity.clock_tolerance),
+            dns=spec.network.dns,
+        )
+
+    @property
+    def restored_s(self) -> float:
+        """The bound on a whole start from a generation."""
+        return self.start_s + self.identify_s
+
+    @property
+    def booted_s(self) -> float:
+        """The bound on a whole start by a full boot."""
+        return self.restored_s + self.boot_s
+
+
 @dataclass
 class Generation:
     """A frozen generation whose files were verified against its manifest."""
@@ -42,6 +132,7 @@ class Generation:
     manifest: Manifest
     directory: Path
     frozen: Path
+    leases: Leases = field(default_factory=Leases)
     stamps: dict[Path, Stamp] = field(default_factory=dict)
 
     @property
@@ -53,11 +144,27 @@ class Generation:
         return self.frozen / MEMORY
 
     @property
-    def layer(self) -> Layer:
-        return Layer(self.id, self.directory / EMPTY)
+    def template(self) -> str:
+        return self.manifest.template
 
     @property
+    def lag(self) -> float:
+        """Seconds that the guest ran after it set its clock's mark, before it was frozen."""
+        return self.manifest.freeze_lag_s
+
+    @functools.cached_property
+    def layer(self) -> Layer:
+        """What a slot's disk layer 3 is made from."""
+        return Layer(self.id, self.directory / EMPTY)
+
+    @functools.cached_property
+    def terms(self) -> Terms:
+        """Bounds and DNS of every start."""
+        return Terms.of(self.manifest.spec)
+
+    @functools.cached_property
     def hardware(self) -> Hardware:
+        """What the template had, and every clone must have."""
         machine = self.manifest.spec.machine
         return Hardware(
             type=machine.type,
@@ -170,11 +277,14 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     freeze_file(directory / MANIFEST)
 
 
-async def load(layout: Layout, template: str, generation: str) -> Generation:
-    """Read and verify a generation; HostError when it cannot be used."""
+async def load(
+    layout: Layout, template: str, generation: str, leases: Leases | None = None
+) -> Generation:
+    """Read and verify a generation. Raises HostError when it cannot be used."""
     directory = layout.generation(template, generation)
     manifest = await asyncio.to_thread(read_manifest, directory)
-    loaded = Generation(manifest, directory, layout.frozen(template, generation))
+    frozen = layout.frozen(template, generation)
+    loaded = Generation(manifest, directory, frozen, leases or Leases())
     await loaded.verify()
     return loaded
 

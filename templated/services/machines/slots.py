@@ -24,6 +24,7 @@ from templated.errors import HostError, TemplatedError
 from templated.journal import Journal
 from templated.model.clone import Slot
 from templated.model.network import AddressPlan
+from templated.services.machines.vm import Vm
 from templated.services.places import Layout
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,10 @@ class Layer:
 
 @dataclass
 class PreparedSlot:
-    """A slot with its things. `close` gives back the descriptors that only the parent needs."""
+    """A slot with its things, and its VM once one was started on it.
+
+    `close` gives back the descriptors that only the parent needs.
+    """
 
     slot: Slot
     places: Places
@@ -48,6 +52,7 @@ class PreparedSlot:
     port: Port
     qmp: socket.socket
     agent: socket.socket
+    vm: Vm | None = None
 
     def close(self) -> None:
         """Close our copies; a QEMU that was started has its own."""
@@ -185,6 +190,22 @@ class Slots:
     def _forget(self, slot_id: str) -> None:
         _remove(self._layout.vm(slot_id))
         self._journal.drop_slot(slot_id)
+
+
+async def give_back(slots: Slots, prepared: PreparedSlot) -> None:
+    """End the VM of a slot that gets no owner, and give the slot back.
+
+    Never raises, as nobody waits for it. Leaves the slot's row when the VM does not end or a
+    part cannot be removed: its address is not used again before the daemon's next start, which
+    tries again.
+    """
+    try:
+        if prepared.vm is not None:
+            await prepared.vm.destroy()
+        prepared.close()
+        await slots.drop(prepared.slot.id)
+    except (TemplatedError, OSError) as error:
+        log.warning("cannot take down slot %s: %s", prepared.slot.id, error)
 
 
 def _files(places: Places, empty: Path, overlay: Path) -> tuple[socket.socket, socket.socket]:

@@ -6,55 +6,14 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from templated.drivers.guest import Agent
 from templated.drivers.hypervisor.base import Hypervisor, Launch, Machine, Places, SavedState
 from templated.drivers.hypervisor.qemu.machine import log_tail
-from templated.errors import GuestError, HostError, StartError, TemplatedError
-from templated.model.clone import Phase, Slot
-
-
-class PhaseClock:
-    """Times the phases of one start; knows which one it is in when something fails."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.phases_ms: dict[str, float] = {}
-        self.current: Phase = Phase.ALLOCATE
-
-    @contextmanager
-    def __call__(self, phase: Phase) -> Iterator[None]:
-        self.current = phase
-        begin = time.perf_counter()
-        yield
-        self.phases_ms[phase.value] = round((time.perf_counter() - begin) * 1000, 3)
-
-    def total_ms(self) -> float:
-        """Milliseconds since the request's arrival."""
-        return round((time.perf_counter() - self.started) * 1000, 3)
-
-    def failure(self, error: BaseException) -> StartError:
-        """What went wrong, and where."""
-        if isinstance(error, TemplatedError):
-            message, hint, reason = error.message, error.hint, error.code
-        elif isinstance(error, TimeoutError):
-            message, hint, reason = (
-                "the start took too long",
-                "see start_timeout",
-                "timeout",
-            )
-        else:
-            message, hint, reason = f"{type(error).__name__}: {error}", "", "internal"
-        return StartError(
-            f"the start failed in phase {self.current.value}: {message}",
-            phase=self.current.value,
-            reason=reason,
-            hint=hint,
-        )
+from templated.errors import GuestError, HostError, TemplatedError
+from templated.model.clone import Slot
 
 
 class Vm:

@@ -2,12 +2,13 @@
 
 A member is a slot with a VM and without a clone's row: whatever happens to the daemon, the next
 one finds its VM by the slot's UUID and ends it. What makes a member a clone is one transaction,
-`Journal.claim`. `refill` keeps the pools at their sizes.
+`Journal.new_clone`. `refill` keeps the pools at their sizes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
 import logging
 import time
 from collections import defaultdict, deque
@@ -15,13 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from templated.errors import InvalidRequest, TemplatedError
+from templated.errors import InvalidRequest
 from templated.model.api import PoolRequest, PoolView, TierView
 from templated.model.clone import StartPath
+from templated.model.lifecycle import move
 from templated.model.spec import PoolSpec
 from templated.services.context import Context
-from templated.services.machines.generation import Generation
-from templated.services.machines.slots import PreparedSlot
+from templated.services.machines.generation import Generation, Lease
+from templated.services.machines.slots import PreparedSlot, give_back
 from templated.services.machines.vm import Vm
 from templated.services.pools.capacity import Demand, require_room
 from templated.services.tasks import Tasks
@@ -34,6 +36,27 @@ Pool = tuple[str, StartPath]
 """A template and a tier."""
 
 
+class MemberState(enum.Enum):
+    """Where a pool's member is in its life."""
+
+    MADE = "made"
+    """Ready, and still the maker's."""
+    WAITING = "waiting"
+    """In its pool: the next request can have it."""
+    TAKEN = "taken"
+    """Out of its pool, and whoever took it answers for it: it becomes a clone, or is discarded."""
+    DISCARDED = "discarded"
+    """On its way out, with all that it had."""
+
+
+MEMBER_TRANSITIONS: dict[MemberState, frozenset[MemberState]] = {
+    MemberState.MADE: frozenset({MemberState.WAITING, MemberState.DISCARDED}),
+    MemberState.WAITING: frozenset({MemberState.TAKEN}),
+    MemberState.TAKEN: frozenset({MemberState.DISCARDED}),
+    MemberState.DISCARDED: frozenset(),
+}
+
+
 @dataclass(eq=False)
 class Member:
     """A VM that waits in a pool."""
@@ -42,17 +65,24 @@ class Member:
     generation: Generation
     prepared: PreparedSlot
     vm: Vm
+    lease: Lease
     lag: float = 0.0
     """Of a warm one: seconds that its guest ran between its clock's mark and its pause."""
     made: float = field(default_factory=time.monotonic)
+    state: MemberState = MemberState.MADE
+
+    def move(self, state: MemberState) -> None:
+        """Change the state. Raises Defect for a move that the table does not have."""
+        what = f"pool member {self.vm.slot.id}"
+        self.state = move(MEMBER_TRANSITIONS, self.state, state, what)
 
     @property
     def pool(self) -> Pool:
-        return self.generation.manifest.template, self.tier
+        return self.generation.template, self.tier
 
 
 class Pools:
-    """The members of all templates, and how many there are to be."""
+    """The members of all templates, and how many there must be."""
 
     def __init__(self, context: Context, tasks: Tasks, templates: Templates) -> None:
         self._context = context
@@ -92,26 +122,26 @@ class Pools:
 
     def take(self, generation: Generation, tier: StartPath) -> Member | None:
         """A ready member, which is then the caller's; None when there is none. Counts the miss."""
-        pool = (generation.manifest.template, tier)
+        pool = (generation.template, tier)
         self.wanted.set()
-        waiting = self._ready[pool]
-        while waiting:
-            member = waiting.popleft()
-            self._count_ready(pool)
+        while self._ready[pool]:
+            member = self._ready[pool][0]
+            self.withdraw(member)
             if member.generation.id == generation.id and not member.vm.machine.exited.done():
                 return member
-            self._tasks.start(self.discard(member))
+            self._tasks.spawn(self.discard(member), "discarding a pool member")
         if self.target(pool):
             self._context.metrics.pool_misses.labels(*pool).inc()
         return None
 
     def offer(self, member: Member) -> bool:
         """Take a new member in; false when it is not wanted any more, and still the maker's."""
-        serving = self._templates.loaded().get(member.pool[0])
+        serving = self._templates.generation(member.pool[0])
         current = serving is not None and serving.id == member.generation.id
         wanted = current and self.missing(member.pool) > 0
         if self._closing or not wanted or member.vm.machine.exited.done():
             return False
+        member.move(MemberState.WAITING)
         self._ready[member.pool].append(member)
         self._count_ready(member.pool)
         member.vm.machine.exited.add_done_callback(lambda _: self._ended(member))
@@ -119,11 +149,11 @@ class Pools:
 
     def _ended(self, member: Member) -> None:
         """A member's VM ended while it waited: it is never handed out."""
-        if self._closing or not self._remove(member):
+        if self._closing or not self.withdraw(member):
             return
         how = f"its VM {member.vm.machine.exited.result()}"
         self.lost(member, "exited", how)
-        self._tasks.start(self.discard(member))
+        self._tasks.spawn(self.discard(member), "discarding a pool member")
 
     def lost(self, member: Member, reason: str, how: str) -> None:
         """Count and report a member that is of no more use."""
@@ -134,36 +164,37 @@ class Pools:
         )
         self.wanted.set()
 
-    def _remove(self, member: Member) -> bool:
+    def withdraw(self, member: Member) -> bool:
+        """Take a certain member out, as its caller's; false when it has been taken already."""
         try:
             self._ready[member.pool].remove(member)
         except ValueError:
             return False
+        member.move(MemberState.TAKEN)
         self._count_ready(member.pool)
         return True
 
-    def withdraw(self, member: Member) -> bool:
-        """Take a certain member out, as its caller's; false when it has been taken already."""
-        return self._remove(member)
-
     async def discard(self, member: Member) -> None:
-        """End a member and give back all that it had. Never raises."""
-        await give_back(self._context, member.vm, member.prepared)
+        """End a member that the caller has, and give back all that it had.
+
+        Raises Defect for one that still waits, or was discarded already.
+        """
+        member.move(MemberState.DISCARDED)
+        await give_back(self._context.slots, member.prepared)
+        await member.lease.end()
 
     async def retire(self, generation: str) -> None:
         """End all members of a generation that serves no more."""
         members = [m for m in self.members() if m.generation.id == generation]
-        for member in members:
-            self._remove(member)
-        await asyncio.gather(*(self.discard(member) for member in members))
+        taken = [member for member in members if self.withdraw(member)]
+        await asyncio.gather(*(self.discard(member) for member in taken))
         self.refresh()
 
     async def close(self) -> None:
         """End all members."""
         self._closing = True
-        members = list(self.members())
-        self._ready.clear()
-        await asyncio.gather(*(self.discard(member) for member in members))
+        taken = [member for member in self.members() if self.withdraw(member)]
+        await asyncio.gather(*(self.discard(member) for member in taken))
 
     def members(self) -> Iterator[Member]:
         """All that wait."""
@@ -173,14 +204,14 @@ class Pools:
     # --- sizes --------------------------------------------------------------------------------
 
     def sizes(self, template: str) -> PoolSpec:
-        """How many members a template is to have: as set at run time, else as in its spec."""
+        """How many members a template must have: as set at run time, or as in its spec."""
         if template in self._set:
             return self._set[template]
-        generation = self._templates.loaded().get(template)
+        generation = self._templates.generation(template)
         return generation.manifest.spec.pool if generation else PoolSpec()
 
     def target(self, pool: Pool) -> int:
-        """How many members a pool is to have."""
+        """How many members a pool must have."""
         template, tier = pool
         sizes = self.sizes(template)
         return sizes.warm if tier is StartPath.WARM else sizes.standby
@@ -195,7 +226,7 @@ class Pools:
 
     def pools(self) -> list[Pool]:
         """The pools of all templates that serve, warm ones first."""
-        return [(template, tier) for tier in TIERS for template in self._templates.loaded()]
+        return [(template, tier) for tier in TIERS for template in self._templates.built()]
 
     def measured(self, member: Member, size: int) -> None:
         """Remember what one member of a generation's tier costs, in bytes."""
@@ -210,7 +241,7 @@ class Pools:
 
         Raises NotFound, InvalidRequest, and Busy with the arithmetic.
         """
-        generation = self._templates.known(template)
+        generation = self._templates.active(template)
         if request.reset and (request.standby is not None or request.warm is not None):
             raise InvalidRequest("reset and sizes exclude each other", hint="give one of them")
         before = self.sizes(template)
@@ -234,7 +265,8 @@ class Pools:
 
     def _require_room(self, template: str, sizes: PoolSpec) -> None:
         demands = []
-        for name, generation in self._templates.loaded().items():
+        for name in self._templates.built():
+            generation = self._templates.active(name)
             wanted = sizes if name == template else self.sizes(name)
             for tier, count in ((StartPath.WARM, wanted.warm), (StartPath.STANDBY, wanted.standby)):
                 have, cost = len(self._ready[name, tier]), self.cost(generation, tier)
@@ -245,11 +277,11 @@ class Pools:
 
     def views(self) -> list[PoolView]:
         """The pools of all templates that serve."""
-        return [self.view(template) for template in sorted(self._templates.loaded())]
+        return [self.view(template) for template in sorted(self._templates.built())]
 
     def view(self, template: str) -> PoolView:
         """One template's pools; NotFound when it has no generation."""
-        self._templates.known(template)
+        self._templates.active(template)
         warm, standby = ((template, tier) for tier in TIERS)
         problems = dict.fromkeys(self.problems.get(pool, "") for pool in (warm, standby))
         return PoolView(
@@ -278,15 +310,3 @@ def _merged(before: PoolSpec, request: PoolRequest) -> PoolSpec:
         standby=before.standby if request.standby is None else request.standby,
         warm=before.warm if request.warm is None else request.warm,
     )
-
-
-async def give_back(context: Context, vm: Vm | None, prepared: PreparedSlot) -> None:
-    """End a VM without an owner and give its slot back. Never raises: nobody waits for it."""
-    try:
-        if vm is not None:
-            await vm.destroy()
-        prepared.close()
-        await context.slots.drop(prepared.slot.id)
-    except (TemplatedError, OSError, TimeoutError) as error:
-        # The journal still has the slot: the next start of the daemon tries again.
-        log.warning("cannot take down slot %s: %s", prepared.slot.id, error)

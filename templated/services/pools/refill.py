@@ -21,13 +21,15 @@ from templated.errors import TemplatedError
 from templated.model.clone import StartPath
 from templated.model.units import seconds
 from templated.services.context import Context
-from templated.services.machines.generation import Generation
-from templated.services.machines.starter import start_bound
-from templated.services.machines.vm import PhaseClock
+from templated.services.machines.clock import PhaseClock
+from templated.services.machines.generation import Generation, Holder
+from templated.services.machines.slots import PreparedSlot, give_back
+from templated.services.machines.vm import Vm
 from templated.services.pools.capacity import kept_free
-from templated.services.pools.members import Member, Pool, Pools, give_back
+from templated.services.pools.members import Member, Pool, Pools
 from templated.services.tasks import Tasks
 from templated.services.templates.catalog import Templates
+from templated.timing import within
 
 log = logging.getLogger(__name__)
 _SOON = 1.0
@@ -111,7 +113,7 @@ class Refill:
             # The emptiest first, so that no template waits for another's large pool.
             pool = max(pools, key=lambda p: self._lacking(p) / self._pools.target(p))
             self._making[pool] += 1
-            self._tasks.start(self._make(pool), f"refill {pool[0]} {pool[1]}")
+            self._tasks.spawn(self._make(pool), f"refill {pool[0]} {pool[1]}")
             pools = [pool for pool in pools if self._lacking(pool) > 0]
         self._report_problems()
 
@@ -123,7 +125,7 @@ class Refill:
 
     def _backoff_of(self, pool: Pool) -> _Backoff:
         """The back-off of a pool; that of an earlier generation says nothing of the next."""
-        serving = self._templates.loaded()[pool[0]].id
+        serving = self._templates.active(pool[0]).id
         backoff = self._backoff.get(pool)
         if backoff is None or backoff.generation != serving:
             backoff = self._backoff[pool] = _Backoff(serving)
@@ -132,45 +134,53 @@ class Refill:
     # --- making -------------------------------------------------------------------------------
 
     async def _make(self, pool: Pool) -> None:
-        """Make one member. A task of the daemon's group: it must not raise."""
+        """Make one member. Raises nothing: what goes wrong is counted, and tried again later."""
         clock = PhaseClock()
         try:
             member = await self._member(self._templates.serving(pool[0]), pool[1])
             if not self._pools.offer(member):
-                self._tasks.start(self._pools.discard(member))
+                self._tasks.spawn(self._pools.discard(member), "discarding a pool member")
             self._backoff.pop(pool, None)
             self._context.metrics.refill_seconds.labels(*pool).observe(clock.total_ms() / 1000)
         except Exception as error:  # noqa: BLE001  # reported by _failed, whatever it is
-            self._failed(pool, clock, error)
+            self._failed(pool, error)
         finally:
             self._making[pool] -= 1
             self._pools.wanted.set()
 
     async def _member(self, generation: Generation, tier: StartPath) -> Member:
-        """A member that is ready; on failure nothing of it is left."""
-        spec, starter = generation.manifest.spec, self._context.starter
-        await self._templates.recheck_if_touched(generation)
-        prepared = await self._context.slots.make(generation.layer)
-        vm, lag = None, 0.0
-        try:
-            async with asyncio.timeout(start_bound(spec)):
-                vm = await starter.spawn(prepared, generation, background=True)
-                if tier is StartPath.WARM:
-                    lag = await starter.warm(vm, generation, f"warm-{prepared.slot.id}")
-                vm.machine.background(False)
-                size = await asyncio.to_thread(vm.machine.private_bytes)
-        except BaseException:
-            await asyncio.shield(give_back(self._context, vm, prepared))
-            raise
-        member = Member(tier, generation, prepared, vm, lag)
+        """A member that is ready. Raises what its start failed by; leaves nothing of it then."""
+        await self._templates.check(generation, loads_state=True)
+        async with contextlib.AsyncExitStack() as undo:
+            lease = generation.leases.take(Holder.MEMBER)
+            undo.push_async_callback(lease.end)
+            prepared = await self._context.slots.make(generation.layer)
+            undo.push_async_callback(self._give_back, prepared)
+            async with within(generation.terms.restored_s, "making it"):
+                vm, lag = await self._bring_up(prepared, generation, tier)
+            size = await asyncio.to_thread(vm.machine.private_bytes)
+            undo.pop_all()
+        member = Member(tier, generation, prepared, vm, lease, lag)
         self._pools.measured(member, size)
         return member
 
-    def _failed(self, pool: Pool, clock: PhaseClock, error: Exception) -> None:
-        known = isinstance(error, (TemplatedError, TimeoutError))
-        why = error.message if isinstance(error, TemplatedError) else "it took too long"
-        why = why if known else repr(error)
-        reason = clock.failure(error).reason
+    async def _bring_up(
+        self, prepared: PreparedSlot, generation: Generation, tier: StartPath
+    ) -> tuple[Vm, float]:
+        starter, lag = self._context.starter, 0.0
+        vm = await starter.spawn(prepared, generation, background=True)
+        if tier is StartPath.WARM:
+            lag = await starter.warm(vm, generation, f"warm-{prepared.slot.id}")
+        vm.machine.background(False)
+        return vm, lag
+
+    async def _give_back(self, prepared: PreparedSlot) -> None:
+        await asyncio.shield(give_back(self._context.slots, prepared))
+
+    def _failed(self, pool: Pool, error: Exception) -> None:
+        known = isinstance(error, TemplatedError)
+        why = error.message if isinstance(error, TemplatedError) else repr(error)
+        reason = error.code if isinstance(error, TemplatedError) else "internal"
         self._context.metrics.refill_failures.labels(*pool, reason).inc()
         self._context.events.emit("pool.refill_failed", pool[0], tier=pool[1].value, reason=why)
         log.warning("cannot make a %s VM of %s: %s", pool[1], pool[0], why, exc_info=not known)
@@ -218,7 +228,7 @@ class Refill:
         for pool in self._pools.pools():
             for member in self._pools.ready(pool)[: max(0, -self._pools.missing(pool))]:
                 self._pools.withdraw(member)
-                self._tasks.start(self._pools.discard(member))
+                self._tasks.spawn(self._pools.discard(member), "discarding a pool member")
 
     async def check(self, pool: Pool) -> None:
         """Replace members that do not answer, and one of those that are too old."""

@@ -166,6 +166,16 @@ class Metrics:
             for reason in _START_REASONS:
                 self.refill_failures.labels(template, tier, reason)
 
+    def serves(self, template: str, generation: str, accel: str, qemu_version: str) -> None:
+        """A generation is the active one of its template from now on."""
+        self.expect(template)
+        self.serves_no_more(template)
+        self.generation_info.labels(template, generation, accel, qemu_version).set(1)
+
+    def serves_no_more(self, template: str) -> None:
+        """A template has no active generation, or another one."""
+        self.generation_info.remove_by_labels({"template": template})
+
     @contextmanager
     def starting(self, clones: int) -> Iterator[None]:
         """Count clones as being started for as long as the block runs."""

@@ -8,9 +8,18 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import msgspec
+
 from templated.errors import NotFound, TemplatedError
 from templated.journal import now
-from templated.model.api import ErrorInfo, Operation, OperationEvent, OperationState
+from templated.model.api import (
+    OPERATION_TRANSITIONS,
+    ErrorInfo,
+    Operation,
+    OperationEvent,
+    OperationState,
+)
+from templated.model.lifecycle import move
 from templated.services.tasks import Tasks
 
 log = logging.getLogger(__name__)
@@ -91,7 +100,7 @@ class Operations:
         progress = Progress()
         self._known[operation.id] = (operation, progress)
         self._forget()
-        self._tasks.start(self._run(operation, progress, work), name=f"{kind} {target}")
+        self._tasks.spawn(self._run(operation, progress, work), f"{kind} {target}")
         return operation
 
     def get(self, operation_id: str) -> tuple[Operation, Progress]:
@@ -131,15 +140,9 @@ class Operations:
         error: ErrorInfo | None = None,
         result: dict[str, Any] | None = None,
     ) -> None:
-        ended = Operation(
-            id=operation.id,
-            kind=operation.kind,
-            target=operation.target,
-            started=operation.started,
-            state=state,
-            error=error,
-            result=result,
-        )
+        what = f"operation {operation.id}"
+        state = move(OPERATION_TRANSITIONS, operation.state, state, what)
+        ended = msgspec.structs.replace(operation, state=state, error=error, result=result)
         self._known[operation.id] = (ended, progress)
         progress.end(state, error, result)
 

@@ -24,7 +24,6 @@ from templated.drivers import disk
 from templated.drivers.hypervisor.base import Hardware, Kernel, Launch
 from templated.drivers.hypervisor.qemu.accel import CPUS
 from templated.drivers.hypervisor.qemu.command import qemu_arguments
-from templated.drivers.hypervisor.qemu.tsc import tsc_khz
 from templated.drivers.image.store import Image, image_digest, lacks_rights
 from templated.drivers.network import Forward
 from templated.errors import BuildError, HostError, TemplatedError
@@ -35,15 +34,15 @@ from templated.model.spec import SerialProbe, TemplateSpec
 from templated.model.units import size_bytes
 from templated.services.context import Context
 from templated.services.machines import generation as generations
-from templated.services.machines.generation import Generation, digest_file, freeze_file
-from templated.services.machines.slots import Layer, PreparedSlot
-from templated.services.machines.vm import PhaseClock, Vm, require_space, tail
+from templated.services.machines.boot import boot_kernel, image_overlay
+from templated.services.machines.clock import PhaseClock
+from templated.services.machines.generation import Generation, Terms, digest_file, freeze_file
+from templated.services.machines.slots import Layer, PreparedSlot, give_back
+from templated.services.machines.vm import Vm, require_space, tail
 from templated.services.reports.operations import Progress
 from templated.services.templates.probes import Target, forwarded_ports, run_probes
+from templated.timing import within
 
-# tsc=reliable: with nothing to check the TSC against, the kernel would otherwise never leave the
-# periodic tick (250 Hz), which is most of what an idle guest costs.
-KERNEL_CMDLINE = "console=ttyS0 quiet loglevel=4 reboot=t panic=-1 ipv6.disable=1 tsc=reliable"
 _SAVE_TIMEOUT = 120.0
 _QUIT_TIMEOUT = 30.0
 _QUIESCE_TIMEOUT = 30.0
@@ -72,7 +71,11 @@ class Build:
         self.clone_bytes = 0
 
     async def run(self) -> Generation:
-        """Build and prove; on failure nothing of the build is left. Raises TemplatedError."""
+        """Build and prove, once.
+
+        Raises BuildError, ProbeError or HostError; leaves the build's files and its row, which
+        `discard` removes, but no VM and no slot.
+        """
         await self.context.journal.new_generation(self.id, self.spec.name)
         try:
             return await self._run()
@@ -83,7 +86,7 @@ class Build:
                 self.context.metrics.build_seconds.labels(self.spec.name, name).observe(seconds)
 
     async def discard(self) -> None:
-        """Remove everything of a build that failed."""
+        """Remove everything of a build that failed. Raises HostError; may be called again then."""
         await generations.remove_files(self.context.layout, self.spec.name, self.id)
         await self.context.journal.drop_generation(self.id)
 
@@ -136,30 +139,27 @@ class Build:
     async def _base(self, image: Image, hardware: Hardware, qemu: QemuVersion) -> Manifest:
         """Boot, probe and freeze the base VM."""
         kernel = boot_kernel(image, self.spec, hardware.accel)
-        empty = await image_overlay(self.context, image)
+        empty = await image_overlay(self.context.layout, image)
         async with self._slot(empty) as prepared:
             forwards, ports = self._forwards()
             launch = self.context.starter.launch(prepared, hardware, forwards=forwards)
             launch = replace(launch, memory=self.frozen / generations.MEMORY, memory_shared=True)
             async with self._tail_on_failure(prepared):
                 with self._phase("boot"):
-                    vm = await self.context.starter.boot(
-                        prepared,
-                        launch,
-                        kernel,
-                        self.spec,
-                        self.spec.name,
-                        PhaseClock(),
-                    )
-                try:
-                    with self._phase("probes"):
-                        probes = await self._probe(vm, ports)
-                    with self._phase("freeze"):
-                        lag = await self._freeze(vm)
-                finally:
-                    await vm.destroy()
+                    vm = await self._boot(prepared, launch, kernel)
+                with self._phase("probes"):
+                    probes = await self._probe(vm, ports)
+                with self._phase("freeze"):
+                    lag = await self._freeze(vm)
             prepared.overlay.rename(self.directory / generations.DISK)
         return self._manifest(image, launch, kernel, qemu, probes, lag)
+
+    async def _boot(self, prepared: PreparedSlot, launch: Launch, kernel: Kernel) -> Vm:
+        terms = Terms.of(self.spec)
+        async with within(terms.booted_s, "its start", hint=_HINT):
+            return await self.context.starter.boot(
+                prepared, launch, kernel, terms, self.spec.name, PhaseClock()
+            )
 
     async def _probe(
         self, vm: Vm, ports: dict[int, tuple[str, int]], *, canary: bool = False
@@ -213,26 +213,22 @@ class Build:
         async with self._slot(generation.layer.empty) as prepared:
             forwards, ports = self._forwards()
             async with self._tail_on_failure(prepared):
-                clock = PhaseClock()
-                hostname = f"{self.spec.name}-canary"
-                try:
-                    vm = await self.context.starter.direct(
-                        prepared,
-                        generation,
-                        hostname,
-                        clock,
-                        forwards=forwards,
-                    )
-                except (TemplatedError, TimeoutError) as error:
-                    cause = clock.failure(error)
-                    raise BuildError(
-                        f"the canary: {cause.message}", hint=cause.hint or _HINT
-                    ) from error
-                try:
-                    self.clone_bytes = await asyncio.to_thread(vm.machine.private_bytes)
-                    return await self._probe(vm, ports, canary=True)
-                finally:
-                    await vm.destroy()
+                vm = await self._start_canary(prepared, generation, forwards)
+                self.clone_bytes = await asyncio.to_thread(vm.machine.private_bytes)
+                return await self._probe(vm, ports, canary=True)
+
+    async def _start_canary(
+        self, prepared: PreparedSlot, generation: Generation, forwards: tuple[Forward, ...]
+    ) -> Vm:
+        clock, hostname = PhaseClock(), f"{self.spec.name}-canary"
+        try:
+            async with within(generation.terms.restored_s, "the start"):
+                return await self.context.starter.direct(
+                    prepared, generation, hostname, clock, forwards=forwards
+                )
+        except TemplatedError as error:
+            cause = clock.failure(error)
+            raise BuildError(f"the canary: {cause.message}", hint=cause.hint or _HINT) from error
 
     def _forwards(self) -> tuple[tuple[Forward, ...], dict[int, tuple[str, int]]]:
         """Forwards for the probes that come from the host, and where they are."""
@@ -243,29 +239,27 @@ class Build:
 
     @asynccontextmanager
     async def _slot(self, empty: Path) -> AsyncIterator[PreparedSlot]:
-        """A slot for a VM of this build, given back at the end."""
+        """A slot for a VM of this build; both are given back at the end."""
         slots = self.context.slots
         prepared = await slots.make(Layer(self.id, empty))
         try:
             yield prepared
         finally:
-            prepared.close()
-            await slots.drop(prepared.slot.id)
+            await asyncio.shield(give_back(slots, prepared))
 
     @asynccontextmanager
     async def _tail_on_failure(self, prepared: PreparedSlot) -> AsyncIterator[None]:
         """Report the end of the console before a failed VM's log goes away with its slot."""
         try:
             yield
-        except (TemplatedError, TimeoutError) as error:
+        except TemplatedError as error:
             lines = tail(prepared.places.serial_log, 12) or ["(the console stayed empty)"]
             for line in lines:
                 self.progress.log(f"console: {line}")
             if isinstance(error, BuildError):
                 raise
-            cause = error.message if isinstance(error, TemplatedError) else "it took too long"
             raise BuildError(
-                f"the base VM of {self.spec.name} did not come up: {cause}; "
+                f"the base VM of {self.spec.name} did not come up: {error.message}; "
                 f"last on its console: {lines[-1].strip()[:120]}",
                 hint=_HINT,
             ) from error
@@ -308,25 +302,6 @@ class Build:
             phases_s={},
             freeze_lag_s=round(lag, 6),
         )
-
-
-def boot_kernel(image: Image, spec: TemplateSpec, accel: str) -> Kernel:
-    """What a full boot of this template starts."""
-    frequency = tsc_khz() if accel == "tcg" else None
-    known = f"tsc_early_khz={frequency}" if frequency else ""
-    cmdline = " ".join(f"{KERNEL_CMDLINE} {known} {spec.machine.cmdline}".split())
-    return Kernel(image.kernel, image.initrd, cmdline)
-
-
-async def image_overlay(context: Context, image: Image) -> Path:
-    """An empty layer over the image, made once per image."""
-    path = context.layout.image_overlay(image.digest)
-    if not path.exists():
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        partial = path.with_suffix(f".{secrets.token_hex(4)}.part")
-        await disk.create_overlay(partial, image.disk)
-        partial.rename(path)
-    return path
 
 
 def _with(manifest: Manifest, **changes: object) -> Manifest:

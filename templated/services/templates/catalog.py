@@ -1,135 +1,168 @@
-"""Templates: which generation serves, building the next one, going back, removing."""
+"""The catalog of templates: which generation serves, building the next one, going back, removing.
+
+Who wants to know that a generation serves, that one serves no more, or that a template is gone,
+subscribes (`on_serving`, `on_retired`, `on_removed`): the catalog knows nothing of slots or pools.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from templated.drivers.configfile import load_template, parse_template, template_files
-from templated.errors import (
-    BuildError,
-    Conflict,
-    HostError,
-    InvalidRequest,
-    NotFound,
-    TemplatedError,
-)
+from templated.errors import Conflict, HostError, InvalidRequest, NotFound, TemplatedError
 from templated.journal import GenerationRow
 from templated.model.api import BuildRequest
-from templated.model.generation import (
-    TRANSITIONS,
-    GenerationState,
-    GenerationView,
-    TemplateView,
-)
+from templated.model.generation import GenerationState, TemplateState, TemplateView
 from templated.model.spec import TemplateSpec
 from templated.services.context import Context
 from templated.services.machines import generation as generations
-from templated.services.machines.generation import Generation
+from templated.services.machines.generation import Generation, Holder, Lease, Leases
 from templated.services.reports.operations import Progress
 from templated.services.templates.build import Build
 from templated.services.templates.probes import check_patterns
+from templated.services.templates.template import Known, Template
+from templated.timing import within
 
 log = logging.getLogger(__name__)
 _BUILD_TIMEOUT = 3600.0
-
-
-class Dependents(Protocol):
-    """Who uses generations, by their ids."""
-
-    def in_use(self, generation: str) -> int:
-        """How many clones map a generation."""
-
-    async def drain(self, generation: str) -> None:
-        """Give back what is kept ready of a generation that serves no more."""
-
-    def served(self) -> None:
-        """A generation serves from now on."""
 
 
 class Templates:
     """All templates of one daemon.
 
     The active generation is loaded and verified before it serves, so that a start only looks it
-    up. `problems` says in one line why a template's active generation cannot serve.
+    up.
     """
 
-    def __init__(self, context: Context, dependents: Dependents) -> None:
+    def __init__(self, context: Context) -> None:
         self._context = context
-        self._dependents = dependents
-        self._rows: dict[str, GenerationRow] = {}
-        self._active: dict[str, str] = {}
-        self._loaded: dict[str, Generation] = {}
-        self._building: set[str] = set()
-        self.problems: dict[str, str] = {}
+        self._templates: dict[str, Template] = {}
+        self.on_serving: list[Callable[[Generation], None]] = []
+        """Called with a generation that serves from now on."""
+        self.on_retired: list[Callable[[str], Awaitable[None]]] = []
+        """Called with the id of a generation that serves no more: give back what is ready of it."""
+        self.on_removed: list[Callable[[str], Awaitable[None]]] = []
+        """Called with the name of a template whose generations are gone."""
 
     async def open(self) -> None:
-        """Find again what an earlier daemon knew; unfinished builds are removed."""
+        """Find again what an earlier daemon knew; unfinished builds are removed.
+
+        Raises HostError when the journal cannot be read. Nothing serves before `load`.
+        """
         journal = self._context.journal
         for row in await journal.generations():
             if row.state is GenerationState.BUILDING:
                 await generations.remove_files(self._context.layout, row.template, row.id)
                 await journal.drop_generation(row.id)
             else:
-                self._rows[row.id] = row
-        self._active = await journal.active()
-        for template, generation in self._active.items():
-            await self._load(template, generation)
-        for row in list(self._rows.values()):
-            await self._release_if_unused(row)
+                self._learn(row, Leases())
+        for name, active in (await journal.active()).items():
+            self._template(name).active = active
 
-    def serving(self, template: str | None) -> Generation:
-        """The generation that clones start from; the start path's only look-up.
+    async def load(self) -> None:
+        """Verify the active generations, after clones have taken their leases; serve them.
 
-        Raises NotFound for a template that does not exist or was never built, HostError when its
-        files or the host's QEMU are no longer what was frozen.
+        What cannot be used leaves its template broken, and does not raise.
         """
-        generation = self.known(template)
-        name = generation.manifest.template
-        if name in self.problems:
-            raise HostError(self.problems[name], hint=f"run: templated template build {name}")
+        for template in list(self._templates.values()):
+            if template.active is not None:
+                await self._load(template, template.active)
+            for known in template.oldest_first():
+                if known.unwanted:
+                    await self._remove_generation(template, known)
+
+    # --- looking up ---------------------------------------------------------------------------
+
+    def active(self, name: str | None) -> Generation:
+        """The active generation, also when nothing more can be started from it.
+
+        Raises NotFound for a template that does not exist or was never built, InvalidRequest when
+        there is no name and several templates, HostError when no generation could be loaded,
+        Conflict while the template is being removed.
+        """
+        template = self._templates.get(name or self._only_template())
+        if template is not None:
+            template.require_not_removing()
+        if template is None or template.generation is None:
+            raise self._not_built(name or "", template)
+        return template.generation
+
+    def serving(self, name: str | None) -> Generation:
+        """The generation that clones start from.
+
+        Raises as `active` does, and HostError when its files or the host's QEMU are no longer
+        what was frozen.
+        """
+        generation = self.active(name)
+        self._templates[generation.template].require_serving()
         return generation
 
-    def known(self, template: str | None) -> Generation:
-        """The active generation, also when nothing more can be started from it."""
-        name = template or self._only_template()
-        generation = self._loaded.get(name)
-        if generation is None:
-            raise self._not_serving(name)
-        return generation
+    def generation(self, name: str) -> Generation | None:
+        """The active generation of a template; None when there is none."""
+        template = self._templates.get(name)
+        return template.generation if template else None
 
-    def loaded(self) -> Mapping[str, Generation]:
-        """The generations that serve, by their templates."""
-        return self._loaded
+    def built(self) -> list[str]:
+        """The templates that have an active generation, in the order of their first one."""
+        return [
+            name
+            for name, template in self._templates.items()
+            if template.generation is not None and template.state is not TemplateState.REMOVING
+        ]
 
-    async def recheck_if_touched(self, generation: Generation) -> None:
-        """`recheck` when a stat tells that files or QEMU changed; costs some stat calls."""
-        qemu = generation.manifest.qemu.version
-        if generation.changed() or not self._context.host.qemu_is(qemu):
-            await self.recheck(generation)
+    def lease(self, generation_id: str, holder: Holder) -> Lease:
+        """A lease for a VM of an earlier daemon; of a generation that is not known any more too."""
+        for template in self._templates.values():
+            if generation_id in template.known:
+                return template.known[generation_id].leases.take(holder)
+        return Leases().take(holder)
 
-    async def recheck(self, generation: Generation) -> None:
-        """Digest a generation again whose files were touched; HostError when they changed."""
-        template = generation.manifest.template
+    async def check(self, generation: Generation, *, loads_state: bool) -> None:
+        """Raise HostError when a generation is not what was frozen. Costs some stat calls.
+
+        One whose files or QEMU were touched is digested again, and when it changed its template
+        is left broken. A VM that has loaded its state already (not `loads_state`) only needs
+        memory and disk as they were.
+        """
+        try:
+            self.serving(generation.template)
+            qemu = generation.manifest.qemu.version
+            if generation.changed() or not self._context.host.qemu_is(qemu):
+                await self._recheck(generation)
+        except HostError:
+            if loads_state or not generation.runs_on():
+                raise
+
+    async def _recheck(self, generation: Generation) -> None:
         try:
             await generation.verify()
             await self._check_qemu(generation)
         except TemplatedError as error:
-            self.problems[template] = error.message
+            template = self._templates.get(generation.template)
+            if template is not None and template.active == generation.id:
+                template.break_down(error.message)
             raise
 
+    # --- building -----------------------------------------------------------------------------
+
     async def spec(self, name: str) -> TemplateSpec:
-        """The template as its file says now; NotFound or ConfigError."""
+        """The template as its file says now. Raises NotFound or ConfigError."""
         directories = self._context.config.template_dirs
         spec = await asyncio.to_thread(load_template, directories, name)
         check_patterns(spec.probes)
         return spec
 
     async def prepare_build(self, name: str, request: BuildRequest) -> TemplateSpec:
-        """Check a request to build before it is accepted."""
+        """Check a request to build before it is accepted.
+
+        Raises NotFound, ConfigError or InvalidRequest for its spec, Conflict when the template is
+        being built or removed.
+        """
         if request.spec is not None:
             spec = await asyncio.to_thread(parse_template, request.spec, request.source)
             check_patterns(spec.probes)
@@ -137,238 +170,245 @@ class Templates:
             spec = await self.spec(name)
         if spec.name != name:
             raise InvalidRequest(f"the spec is of template {spec.name}, not of {name}")
-        if name in self._building:
+        self._require_idle(name)
+        return spec
+
+    def _require_idle(self, name: str) -> None:
+        template = self._templates.get(name)
+        if template is not None and template.building:
             raise Conflict(
                 f"template {name} is being built already",
                 hint="wait for that build to end",
             )
-        return spec
+        if template is not None:
+            template.require_not_removing()
 
     async def build(self, spec: TemplateSpec, progress: Progress) -> dict[str, Any]:
-        """Build and activate a generation. On failure the previous one goes on serving."""
-        if spec.name in self._building:
-            raise Conflict(f"template {spec.name} is being built already")
-        self._building.add(spec.name)
+        """Build and activate a generation.
+
+        Raises Conflict when a build is under way, BuildError, ProbeError or HostError; leaves the
+        previous generation serving then, and nothing of the new one.
+        """
+        self._require_idle(spec.name)
+        template = self._template(spec.name)
+        template.building = True
         build = Build(self._context, spec, progress)
         self._context.events.emit("template.building", spec.name, generation=build.id)
         try:
-            async with asyncio.timeout(_BUILD_TIMEOUT):
+            async with within(_BUILD_TIMEOUT, "the build"):
                 generation = await build.run()
-            await self._activate(generation)
+            await self.activate(generation)
         except BaseException as error:
-            reason = error.message if isinstance(error, TemplatedError) else repr(error)
-            self._context.events.emit("template.build_failed", spec.name, reason=reason)
-            self._context.metrics.build_failures.labels(spec.name, _code(error)).inc()
-            # Stopped in the middle of the activation: what the journal calls active stays.
-            if (await self._context.journal.active()).get(spec.name) != build.id:
-                await asyncio.shield(build.discard())
-            if isinstance(error, TimeoutError):
-                raise BuildError(f"the build did not end within {_BUILD_TIMEOUT:g} s") from None
+            await asyncio.shield(self._undo(build, error))
             raise
         finally:
-            self._building.discard(spec.name)
+            template.building = False
+            self._forget_if_empty(template)
         return {"template": spec.name, "generation": generation.id}
 
+    async def _undo(self, build: Build, error: BaseException) -> None:
+        name = build.spec.name
+        reason = error.message if isinstance(error, TemplatedError) else repr(error)
+        self._context.events.emit("template.build_failed", name, reason=reason)
+        self._context.metrics.build_failures.labels(name, _code(error)).inc()
+        # Stopped in the middle of the activation: what the journal calls active stays.
+        if (await self._context.journal.active()).get(name) != build.id:
+            await build.discard()
+
+    async def activate(self, generation: Generation) -> None:
+        """Make a proven generation the one that serves, in one step, and retire old ones.
+
+        Raises HostError when the journal cannot be written; leaves the one before active then.
+        """
+        template = self._template(generation.template)
+        before = template.active
+        await self._context.journal.activate(generation.id, template.name)
+        row = GenerationRow(
+            id=generation.id,
+            template=template.name,
+            state=GenerationState.READY,
+            created=generation.manifest.created,
+        )
+        self._learn(row, generation.leases)
+        await self._serve(template, generation)
+        self._context.events.emit("generation.active", template.name, generation=generation.id)
+        # The one before stays, for a rollback.
+        kept = {generation.id, before}
+        for known in template.oldest_first():
+            if known.row.id not in kept and known.row.state is GenerationState.READY:
+                await self._retire(template, known)
+
+    async def _serve(self, template: Template, generation: Generation) -> None:
+        before = template.generation
+        template.serve(generation)
+        if before is not None and before.id != generation.id:
+            await self._tell_retired(before.id)
+        for tell in self.on_serving:
+            tell(generation)
+        manifest = generation.manifest
+        self._context.metrics.serves(
+            template.name, generation.id, manifest.accel, manifest.qemu.version
+        )
+
+    async def _tell_retired(self, generation_id: str) -> None:
+        for tell in self.on_retired:
+            await tell(generation_id)
+
     async def rollback(self, name: str) -> TemplateView:
-        """Serve the generation before the active one again; Conflict when there is none."""
-        active = self._active.get(name)
-        if active is None:
-            raise self._not_serving(name)
-        older = [row for row in self._of(name) if row.id < active]
-        ready = [row for row in older if row.state is GenerationState.READY]
+        """Serve the generation before the active one again.
+
+        Raises NotFound, Conflict when there is none before, HostError when it cannot be used;
+        leaves the active one serving then.
+        """
+        template = self._templates.get(name)
+        if template is None or template.active is None:
+            raise self._not_built(name, template)
+        template.require_not_removing()
+        ready = [
+            known
+            for known in template.oldest_first()
+            if known.row.id < template.active and known.row.state is GenerationState.READY
+        ]
         if not ready:
             raise Conflict(
-                f"template {name} has no generation before {active}",
+                f"template {name} has no generation before {template.active}",
                 hint=f"see: templated template show {name}",
             )
-        generation = await generations.load(self._context.layout, name, ready[-1].id)
+        target = ready[-1]
+        generation = await generations.load(
+            self._context.layout, name, target.row.id, target.leases
+        )
         await self._check_qemu(generation)
         await self._context.journal.activate(generation.id, name)
-        await self._serve(generation)
+        await self._serve(template, generation)
         self._context.events.emit("template.rolled_back", name, generation=generation.id)
         return await self.view(name)
 
+    # --- ending -------------------------------------------------------------------------------
+
     async def remove(self, name: str) -> None:
-        """Remove all generations of a template; Conflict while clones of it exist."""
-        rows = self._of(name)
-        if not rows:
-            raise self._not_serving(name)
-        if name in self._building:
-            raise Conflict(f"template {name} is being built")
-        if used := sum(self._dependents.in_use(row.id) for row in rows):
+        """Remove all generations of a template.
+
+        Raises NotFound, and Conflict while clones of it exist or it is being built or removed;
+        leaves it as it was then. Raises HostError when something cannot be removed; leaves it
+        broken then, and it can be removed again.
+        """
+        template = self._templates.get(name)
+        if template is None or not template.known:
+            raise self._not_built(name, template)
+        self._require_idle(name)
+        used = sum(known.leases.count(Holder.CLONE) for known in template.known.values())
+        if used:
             raise Conflict(
                 f"{used} clones of template {name} exist",
                 hint="remove them first: templated rm",
             )
-        await self._context.journal.deactivate(name)
-        self._active.pop(name, None)
-        self._loaded.pop(name, None)
-        self.problems.pop(name, None)
-        self._clear_info(name)
-        for row in rows:
-            await self._remove_generation(row)
+        template.remove()
+        try:
+            await self._context.journal.deactivate(name)
+            for known in template.oldest_first():
+                await self._remove_generation(template, known)
+            for tell in self.on_removed:
+                await tell(name)
+        except BaseException as error:
+            template.break_down(f"its removal did not end: {error}")
+            raise
+        del self._templates[name]
+        self._context.metrics.serves_no_more(name)
         self._context.events.emit("template.removed", name)
 
-    async def clone_ended(self, generation_id: str) -> None:
-        """A clone let go of a generation: remove it when it was only kept for that."""
-        row = self._rows.get(generation_id)
-        if row is not None:
-            await self._release_if_unused(row)
+    async def _retire(self, template: Template, known: Known) -> None:
+        known.move(GenerationState.RETIRED)
+        await self._context.journal.generation_state(known.row.id, GenerationState.RETIRED)
+        await self._freed(template, known)
+
+    async def _freed(self, template: Template, known: Known) -> None:
+        """The last clone or member of a generation let go of it, or it was retired."""
+        if not known.unwanted:
+            return
+        known.going = True
+        try:
+            await self._remove_generation(template, known)
+        except TemplatedError as error:  # the next start of the daemon tries again
+            log.warning("cannot remove generation %s: %s", known.row.id, error.message)
+
+    async def _remove_generation(self, template: Template, known: Known) -> None:
+        await self._tell_retired(known.row.id)
+        await generations.remove_files(self._context.layout, template.name, known.row.id)
+        await self._context.journal.drop_generation(known.row.id)
+        template.known.pop(known.row.id, None)
+        self._context.events.emit("generation.removed", template.name, generation=known.row.id)
+
+    # --- showing ------------------------------------------------------------------------------
 
     def names(self) -> list[str]:
         """All templates: those with a file and those with a generation."""
         files = template_files(self._context.config.template_dirs)
-        return sorted({*files, *(row.template for row in self._rows.values())})
+        return sorted({*files, *(name for name, t in self._templates.items() if t.known)})
 
     def can_serve(self, name: str) -> bool:
         """Whether clones can be started from a template, as far as is known."""
-        return name in self._loaded and name not in self.problems
+        template = self._templates.get(name)
+        return template is not None and template.state is TemplateState.SERVING
 
     def count_generations(self) -> Counter[tuple[str, str]]:
         """How many generations there are, by template and state."""
-        return Counter((row.template, row.state.value) for row in self._rows.values())
+        return Counter(
+            (template.name, known.row.state.value)
+            for template in self._templates.values()
+            for known in template.known.values()
+        )
 
     async def view(self, name: str, *, full: bool = False) -> TemplateView:
-        """A template as users see it; NotFound when there is none."""
-        rows = self._of(name)
-        spec, problem = None, self.problems.get(name, "")
+        """A template as users see it. Raises NotFound, or ConfigError when only its file is bad."""
+        template = self._templates.get(name) or Template(name)
+        spec, problem = None, template.problem
         try:
             spec = await self.spec(name)
         except NotFound:
-            if not rows:
+            if not template.known:
                 raise
         except TemplatedError as error:
             problem = problem or error.message
-        active = self._loaded.get(name)
-        manifest = active.manifest if active else None
+        manifest = template.generation.manifest if template.generation else None
         shown = spec or (manifest.spec if manifest else None)
         return TemplateView(
             name=name,
             description=shown.description if shown else "",
-            active=self._active.get(name),
-            generations=tuple(self._generation_view(row) for row in rows),
+            active=template.active,
+            generations=template.views(),
             spec=shown if full else None,
             manifest=manifest if full else None,
             problem=problem,
         )
 
-    def _generation_view(self, row: GenerationRow) -> GenerationView:
-        return GenerationView(
-            id=row.id,
-            state=row.state,
-            active=self._active.get(row.template) == row.id,
-            clones=self._dependents.in_use(row.id),
-            created=row.created,
-        )
+    # --- inside -------------------------------------------------------------------------------
 
-    def _of(self, template: str) -> list[GenerationRow]:
-        return sorted(
-            (r for r in self._rows.values() if r.template == template),
-            key=lambda r: r.id,
-        )
+    def _template(self, name: str) -> Template:
+        return self._templates.setdefault(name, Template(name))
 
-    def _only_template(self) -> str:
-        if len(self._active) == 1:
-            return next(iter(self._active))
-        if not self._active:
-            raise NotFound(
-                "no template has been built yet",
-                hint="run: templated template build NAME",
-            )
-        names = ", ".join(sorted(self._active))
-        raise InvalidRequest(f"there are several templates: {names}", hint="choose: --template T")
+    def _forget_if_empty(self, template: Template) -> None:
+        if not template.known and template.state is TemplateState.UNBUILT:
+            self._templates.pop(template.name, None)
 
-    def _not_serving(self, name: str) -> TemplatedError:
-        if len(name) > 60 or not name.isprintable():
-            return NotFound(
-                f"there is no template {name[:60]!r}", hint="see: templated template ls"
-            )
-        if name in self.problems:
-            return HostError(self.problems[name], hint=f"run: templated template build {name}")
-        if name in template_files(self._context.config.template_dirs):
-            return NotFound(
-                f"template {name} has not been built",
-                hint=f"run: templated template build {name}",
-            )
-        known = ", ".join(self.names()) or "none"
-        return NotFound(f"there is no template {name}", hint=f"known templates: {known}")
+    def _learn(self, row: GenerationRow, leases: Leases) -> None:
+        template = self._template(row.template)
+        known = template.known[row.id] = Known(row, leases)
+        leases.freed = functools.partial(self._freed, template, known)
 
-    async def _activate(self, generation: Generation) -> None:
-        """Make a proven generation the one that serves, in one step, and retire old ones."""
-        manifest = generation.manifest
-        before = self._active.get(manifest.template)
-        await self._context.journal.activate(generation.id, manifest.template)
-        self._rows[generation.id] = GenerationRow(
-            id=generation.id,
-            template=manifest.template,
-            state=GenerationState.READY,
-            created=manifest.created,
-        )
-        await self._serve(generation)
-        self._context.events.emit("generation.active", manifest.template, generation=generation.id)
-        # The one before stays, for a rollback.
-        kept = {generation.id, before}
-        for row in self._of(manifest.template):
-            if row.id not in kept and row.state is GenerationState.READY:
-                await self._retire(row)
-
-    async def _serve(self, generation: Generation) -> None:
-        template = generation.manifest.template
-        before = self._loaded.get(template)
-        self._active[template] = generation.id
-        self._loaded[template] = generation
-        self.problems.pop(template, None)
-        self._context.slots.serve(generation.layer)
-        if before is not None and before.id != generation.id:
-            await self._dependents.drain(before.id)
-        self._dependents.served()
-        self._context.metrics.expect(template)
-        self._clear_info(template)
-        manifest = generation.manifest
-        self._context.metrics.generation_info.labels(
-            template, generation.id, manifest.accel, manifest.qemu.version
-        ).set(1)
-
-    def _clear_info(self, template: str) -> None:
-        gauge = self._context.metrics.generation_info
-        for metric in gauge.collect():
-            for sample in metric.samples:
-                if sample.labels["template"] == template:
-                    gauge.remove(*(sample.labels[name] for name in gauge._labelnames))
-
-    async def _retire(self, row: GenerationRow) -> None:
-        assert GenerationState.RETIRED in TRANSITIONS[row.state]
-        await self._context.journal.generation_state(row.id, GenerationState.RETIRED)
-        retired = GenerationRow(
-            id=row.id,
-            template=row.template,
-            state=GenerationState.RETIRED,
-            created=row.created,
-        )
-        self._rows[row.id] = retired
-        await self._release_if_unused(retired)
-
-    async def _release_if_unused(self, row: GenerationRow) -> None:
-        if row.state is GenerationState.RETIRED and not self._dependents.in_use(row.id):
-            await self._remove_generation(row)
-
-    async def _remove_generation(self, row: GenerationRow) -> None:
-        self._rows.pop(row.id, None)
-        await self._dependents.drain(row.id)
-        await generations.remove_files(self._context.layout, row.template, row.id)
-        await self._context.journal.drop_generation(row.id)
-        self._context.events.emit("generation.removed", row.template, generation=row.id)
-
-    async def _load(self, template: str, generation_id: str) -> None:
+    async def _load(self, template: Template, generation_id: str) -> None:
         """Load the active generation at the daemon's start; a problem is kept, not raised."""
+        leases = template.known[generation_id].leases
         try:
-            generation = await generations.load(self._context.layout, template, generation_id)
+            generation = await generations.load(
+                self._context.layout, template.name, generation_id, leases
+            )
             await self._check_qemu(generation)
         except TemplatedError as error:
-            log.warning("template %s cannot serve: %s", template, error.message)
-            self.problems[template] = error.message
+            log.warning("template %s cannot serve: %s", template.name, error.message)
+            template.break_down(error.message)
             return
-        await self._serve(generation)
+        await self._serve(template, generation)
 
     async def _check_qemu(self, generation: Generation) -> None:
         manifest = generation.manifest
@@ -380,11 +420,38 @@ class Templates:
                 hint=f"run: templated template build {manifest.template}",
             )
 
+    def _only_template(self) -> str:
+        active = sorted(name for name, t in self._templates.items() if t.active is not None)
+        if len(active) == 1:
+            return active[0]
+        if not active:
+            raise NotFound(
+                "no template has been built yet",
+                hint="run: templated template build NAME",
+            )
+        raise InvalidRequest(
+            f"there are several templates: {', '.join(active)}", hint="choose: --template T"
+        )
+
+    def _not_built(self, name: str, template: Template | None) -> TemplatedError:
+        if template is not None and template.problem:
+            hint = f"run: templated template build {template.name}"
+            return HostError(template.problem, hint=hint)
+        if len(name) > 60 or not name.isprintable():
+            return NotFound(
+                f"there is no template {name[:60]!r}", hint="see: templated template ls"
+            )
+        if name in template_files(self._context.config.template_dirs):
+            return NotFound(
+                f"template {name} has not been built",
+                hint=f"run: templated template build {name}",
+            )
+        known = ", ".join(self.names()) or "none"
+        return NotFound(f"there is no template {name}", hint=f"known templates: {known}")
+
 
 def _code(error: BaseException) -> str:
     """Why a build failed, for a label."""
     if isinstance(error, TemplatedError):
         return error.code
-    if isinstance(error, asyncio.CancelledError):
-        return "cancelled"
-    return "timeout" if isinstance(error, TimeoutError) else "internal"
+    return "cancelled" if isinstance(error, asyncio.CancelledError) else "internal"

@@ -24,6 +24,7 @@ from templated.drivers.hypervisor.process import cpu_seconds, start_time
 from templated.model.config import Config, LimitConfig
 from templated.services.clones.registry import Clones
 from templated.services.context import Context
+from templated.services.pools.members import Pools
 from templated.services.templates.catalog import Templates
 
 log = logging.getLogger(__name__)
@@ -228,14 +229,14 @@ class VmMeter:
         return dict(sizes)
 
 
-def running_vms(clones: Clones) -> list[Sampled]:
+def running_vms(pools: Pools, clones: Clones) -> list[Sampled]:
     """The clones that have a process, and the members of pools."""
     found = [Sampled(*process) for process in clones.processes()]
-    waiting = ((member.pool, member.vm.machine.pid) for member in clones.pools.members())
+    waiting = ((member.pool, member.vm.machine.pid) for member in pools.members())
     return found + [Sampled(template, tier.value, pid) for (template, tier), pid in waiting]
 
 
-async def watch(context: Context, clones: Clones) -> None:
+async def watch(context: Context, templates: Templates, pools: Pools, clones: Clones) -> None:
     """Keep the metrics of host, VMs and templates up to date, until cancelled."""
     metrics = HostMetrics(context.metrics.registry)
     metrics.show_limits(context.config.limits)
@@ -243,9 +244,9 @@ async def watch(context: Context, clones: Clones) -> None:
     for turn in itertools.count():
         try:
             metrics.show_host(await asyncio.to_thread(read_host, context.config))
-            metrics.show_templates(clones.templates)
+            metrics.show_templates(templates)
             if turn % _VM_EVERY == 0:
-                vms = running_vms(clones)
+                vms = running_vms(pools, clones)
                 cpu = await asyncio.to_thread(meter.round, vms)
                 metrics.show_vms(meter.memory(vms), cpu)
         except Exception:

@@ -1,0 +1,233 @@
+"""How one VM comes up: from a prepared slot to a guest that has confirmed its own identity.
+
+Everything here is on the path of a clone's start. Whatever could be done before was done in
+`slots` (overlay, sockets, port) and `generation` (digests, manifest, bounds).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from templated.drivers.guest import Step
+from templated.drivers.hypervisor.base import Hardware, Hypervisor, Kernel, Launch
+from templated.drivers.network import Forward, Network
+from templated.model.clone import Phase
+from templated.model.network import AddressPlan
+from templated.services.machines.clock import PhaseClock
+from templated.services.machines.generation import Generation, Terms
+from templated.services.machines.identify import correct_clock, identify
+from templated.services.machines.slots import PreparedSlot
+from templated.services.machines.vm import Vm
+
+# A claim does what was rehearsed. A name that is shorter than the one before runs other code in
+# the guest than a longer one, so both are rehearsed.
+REHEARSED = ("a-name-that-is-longer-than-most-names-of-clones", "a")
+REHEARSALS = 2
+REST = 0.1
+"""Seconds that a guest has to finish what follows, so that it need not when it is woken."""
+
+
+@dataclass(frozen=True)
+class Starter:
+    """How this host brings a VM up.
+
+    Whatever a method raises, and when it is cancelled, it leaves the VM on its slot for the slot's
+    owner, who gives back both (`slots.give_back`). The bound on the whole is the caller's too.
+    """
+
+    hypervisor: Hypervisor
+    network: Network
+    plan: AddressPlan
+    transport: str
+
+    def launch(
+        self,
+        prepared: PreparedSlot,
+        hardware: Hardware,
+        *,
+        forwards: tuple[Forward, ...] = (),
+    ) -> Launch:
+        """The launch of a VM on a slot, with memory of its own and nothing to boot."""
+        slot = prepared.slot
+        netdev, fds = self.network.netdev(prepared.port, slot.index, forwards)
+        return Launch(
+            slot=slot.id,
+            uuid=slot.uuid,
+            mac=slot.mac,
+            hardware=hardware,
+            places=prepared.places,
+            memory=None,
+            memory_shared=False,
+            disk=prepared.overlay,
+            netdev=netdev,
+            qmp_fd=prepared.qmp.fileno(),
+            agent_fd=prepared.agent.fileno(),
+            fds=fds,
+        )
+
+    async def spawn(
+        self,
+        prepared: PreparedSlot,
+        generation: Generation,
+        *,
+        forwards: tuple[Forward, ...] = (),
+        background: bool = False,
+    ) -> Vm:
+        """A hypervisor that waits for the generation's state.
+
+        `background` is for one that nobody waits for yet: it yields to everything else, and is
+        asked now what `restore` would otherwise ask. Raises HostError, HypervisorError or Timeout.
+        """
+        launch = self.launch(prepared, generation.hardware, forwards=forwards)
+        launch = replace(launch, memory=generation.memory)
+        state = generation.state(self.transport)
+        with contextlib.ExitStack() as files:
+            if self.transport == "fd":
+                state = replace(state, fd=os.open(state.path, os.O_RDONLY | os.O_CLOEXEC))
+                assert state.fd is not None
+                files.callback(os.close, state.fd)
+                launch = replace(launch, fds=(*launch.fds, state.fd))
+            vm = self._spawn(prepared, launch)
+        if background:
+            vm.machine.background(True)
+        vm.state = state
+        await vm.connect(generation.terms.start_s)
+        if background:
+            await vm.machine.expect_state()
+        return vm
+
+    async def direct(
+        self,
+        prepared: PreparedSlot,
+        generation: Generation,
+        hostname: str,
+        clock: PhaseClock,
+        *,
+        forwards: tuple[Forward, ...] = (),
+    ) -> Vm:
+        """The path `direct`: a hypervisor is started now, and restored into.
+
+        Raises as `spawn` and `finish` do.
+        """
+        with clock(Phase.SPAWN):
+            vm = await self.spawn(prepared, generation, forwards=forwards)
+        await self.finish(vm, generation, hostname, clock)
+        return vm
+
+    async def finish(
+        self, vm: Vm, generation: Generation, hostname: str, clock: PhaseClock
+    ) -> None:
+        """The path `standby`, and the rest of every start: restore, identify, plug the link.
+
+        Raises HostError, HypervisorError, GuestError, IdentityError or Timeout.
+        """
+        await self._restore(vm, generation, clock)
+        await self._wake(vm, generation.terms, hostname, generation.lag, clock)
+        with clock(Phase.LINK):
+            await vm.machine.set_link(True)
+
+    async def warm(self, vm: Vm, generation: Generation, hostname: str) -> float:
+        """From a hypervisor that waits for its state to a paused VM that only lacks its name.
+
+        The guest has its slot's identity and the placeholder `hostname`, and has rehearsed what
+        a claim does, which under TCG makes the next one several times faster. Returns the lag:
+        seconds that the guest ran after it set the mark which its clock will be set by.
+        Raises as `finish` does.
+        """
+        clock, terms = PhaseClock(), generation.terms
+        await self._restore(vm, generation, clock)
+        await self._wake(vm, terms, hostname, generation.lag, clock)
+        for name in REHEARSED * REHEARSALS:
+            await identify(vm, self.plan, terms, name, time.time(), Step.REHEARSAL)
+        marked = time.monotonic()
+        await asyncio.sleep(REST)
+        await vm.machine.pause()
+        return time.monotonic() - marked
+
+    async def claim(
+        self, vm: Vm, terms: Terms, hostname: str, lag: float, clock: PhaseClock
+    ) -> None:
+        """The path `warm`: wake a paused VM, name it, plug its link.
+
+        Raises HypervisorError, GuestError, IdentityError or Timeout.
+        """
+        await self._wake(vm, terms, hostname, lag, clock, Step.CLAIM)
+        with clock(Phase.LINK):
+            await vm.machine.set_link(True)
+
+    async def boot(
+        self,
+        prepared: PreparedSlot,
+        launch: Launch,
+        kernel: Kernel,
+        terms: Terms,
+        hostname: str,
+        clock: PhaseClock,
+    ) -> Vm:
+        """The path `cold`, also of the base VM.
+
+        Raises HostError, HypervisorError, GuestError, IdentityError or Timeout.
+        """
+        with clock(Phase.SPAWN):
+            vm = self._spawn(prepared, replace(launch, boot=kernel))
+            await vm.connect(terms.start_s)
+        await vm.machine.set_link(False)
+        with clock(Phase.BOOT):
+            await vm.boot(terms.boot_s)
+        with clock(Phase.IDENTIFY):
+            await identify(vm, self.plan, terms, hostname, time.time())
+        with clock(Phase.LINK):
+            await vm.machine.set_link(True)
+        return vm
+
+    def _spawn(self, prepared: PreparedSlot, launch: Launch) -> Vm:
+        prepared.vm = Vm(prepared.slot, launch.places, self.hypervisor.spawn(launch))
+        prepared.close()
+        return prepared.vm
+
+    async def _restore(self, vm: Vm, generation: Generation, clock: PhaseClock) -> None:
+        """Load the state; the guest does not run yet."""
+        assert vm.state is not None
+        with clock(Phase.RESTORE):
+            await vm.machine.restore(vm.state, generation.terms.start_s)
+
+    async def _wake(
+        self,
+        vm: Vm,
+        terms: Terms,
+        hostname: str,
+        lag: float,
+        clock: PhaseClock,
+        step: Step = Step.IDENTIFY,
+    ) -> None:
+        """Let a stopped guest run, and give it its identity: it finds the request waiting.
+
+        `lag` is how long the guest ran on after its clock's mark, in seconds.
+        """
+        async with _one_failure(), asyncio.TaskGroup() as group:
+            stopped = time.time()
+            work = identify(vm, self.plan, terms, hostname, stopped - lag, step)
+            asking = group.create_task(work)
+            with clock(Phase.RESUME):
+                await vm.machine.resume()
+            took = time.time() - stopped
+            with clock(Phase.IDENTIFY):
+                await asking
+        if took > terms.clock_tolerance_s:
+            # The guest was told the time of before it ran: it may be late by as much.
+            await correct_clock(vm, terms)
+
+
+@asynccontextmanager
+async def _one_failure() -> AsyncIterator[None]:
+    """Raise what failed first, in place of the group that a TaskGroup makes of it."""
+    try:
+        yield
+    except BaseExceptionGroup as several:
+        raise several.exceptions[0] from several
