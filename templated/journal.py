@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
-from msgspec import Struct
+from msgspec import Struct, convert
 
 from templated.errors import Busy, Conflict, HostError
 from templated.model.clone import CloneState, Slot, StartPath
@@ -27,7 +27,7 @@ from templated.model.generation import GenerationState
 from templated.model.spec import PoolSpec
 
 T = TypeVar("T")
-_SCHEMA_VERSION = 3
+_SCHEMA_VERSION = 3  # 1 and 2 were never released
 _SCHEMA = """
 CREATE TABLE templates (
     name TEXT PRIMARY KEY,
@@ -63,18 +63,12 @@ CREATE TABLE clones (
     reason TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
-"""
-_POOLS = """
 CREATE TABLE pools (
     template TEXT PRIMARY KEY,
     standby INTEGER NOT NULL,
     warm INTEGER NOT NULL
 ) STRICT;
 """
-# Whether a slot was complete: nothing asks for it, as a restart gives back all that nobody has.
-_NO_READY = "ALTER TABLE slots DROP COLUMN ready;"
-_MIGRATIONS = {0: _SCHEMA + _POOLS, 1: _POOLS + _NO_READY, 2: _NO_READY}
-"""By the version that is found: what brings it to the present one."""
 
 
 class GenerationRow(Struct, frozen=True, kw_only=True):
@@ -168,8 +162,7 @@ class Journal:
 
     async def free_slots(self) -> list[Slot]:
         """Slots without a clone."""
-        sql = "SELECT * FROM slots WHERE id NOT IN (SELECT slot FROM clones) ORDER BY idx"
-        return await self._run(lambda db: [_slot(r) for r in db.execute(sql)])
+        return await self._run(lambda db: [convert({**r}, Slot) for r in db.execute(_FREE)])
 
     # --- pools ----------------------------------------------------------------------------------
 
@@ -228,7 +221,7 @@ class Journal:
     async def generations(self) -> list[GenerationRow]:
         """All generations, oldest first."""
         sql = "SELECT * FROM generations ORDER BY created, id"
-        return await self._run(lambda db: [_generation_row(r) for r in db.execute(sql)])
+        return await self._run(lambda db: [convert({**r}, GenerationRow) for r in db.execute(sql)])
 
     async def active(self) -> dict[str, str]:
         """The active generation of each template that has one."""
@@ -275,17 +268,21 @@ class Journal:
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._path, timeout=5.0, check_same_thread=False)
         db.row_factory = sqlite3.Row
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = NORMAL")
-        db.execute("PRAGMA foreign_keys = ON")
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            db.execute("PRAGMA foreign_keys = ON")
+        except BaseException:
+            db.close()
+            raise
         return db
 
     def _open(self, db: sqlite3.Connection) -> None:
         (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version in _MIGRATIONS:
+        if version == 0:  # a new file
             # One transaction: a file with tables and no version could never be opened again.
             version_set = f"PRAGMA user_version = {_SCHEMA_VERSION};"
-            db.executescript(f"BEGIN IMMEDIATE; {_MIGRATIONS[version]} {version_set} COMMIT;")
+            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {version_set} COMMIT;")
         elif version != _SCHEMA_VERSION:
             raise HostError(
                 f"the journal {self._path} has version {version}, not {_SCHEMA_VERSION}",
@@ -294,11 +291,11 @@ class Journal:
 
 
 _CLONES = """
-SELECT clones.*, slots.idx, slots.generation, slots.uuid, slots.mac, slots.ip, slots.machine_id,
-       slots.boot_id, slots.id AS id
-FROM clones JOIN slots ON slots.id = clones.slot
+SELECT clones.*, slots.*, slots.idx AS "index" FROM clones JOIN slots ON slots.id = clones.slot
 """
-
+_FREE = """
+SELECT *, idx AS "index" FROM slots WHERE id NOT IN (SELECT slot FROM clones) ORDER BY idx
+"""
 _INSERT_CLONE = "INSERT INTO clones VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
@@ -346,39 +343,6 @@ def _insert_clone(db: sqlite3.Connection, row: CloneRow) -> None:
         ) from None
 
 
-def _slot(row: sqlite3.Row) -> Slot:
-    return Slot(
-        id=row["id"],
-        index=row["idx"],
-        generation=row["generation"],
-        uuid=row["uuid"],
-        mac=row["mac"],
-        ip=row["ip"],
-        machine_id=row["machine_id"],
-        boot_id=row["boot_id"],
-    )
-
-
 def _clone_row(row: sqlite3.Row) -> CloneRow:
-    return CloneRow(
-        name=row["name"],
-        slot=_slot(row),
-        template=row["template"],
-        state=CloneState(row["state"]),
-        path=StartPath(row["path"]),
-        created=row["created"],
-        pid=row["pid"],
-        pid_start=row["pid_start"],
-        phases=json.loads(row["phases"]),
-        total_ms=row["total_ms"],
-        reason=row["reason"],
-    )
-
-
-def _generation_row(row: sqlite3.Row) -> GenerationRow:
-    return GenerationRow(
-        id=row["id"],
-        template=row["template"],
-        state=GenerationState(row["state"]),
-        created=row["created"],
-    )
+    fields = {**row, "slot": {**row}, "phases": json.loads(row["phases"])}
+    return convert(fields, CloneRow)

@@ -16,6 +16,7 @@ from templated.errors import Busy, Conflict, HostError
 from templated.journal import _SCHEMA, CloneRow, Journal, now
 from templated.model.clone import CloneState, Slot, StartPath
 from templated.model.generation import GenerationState
+from templated.model.spec import PoolSpec
 
 
 @asynccontextmanager
@@ -129,6 +130,47 @@ def test_activation_is_one_step(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("write", ["UPDATE ON generations", "INSERT ON templates"])
+def test_interrupted_activation_leaves_nothing(tmp_path: Path, write: str) -> None:
+    """Whichever of its two writes comes second: when it fails, the first one is undone."""
+
+    async def main() -> None:
+        async with opened(tmp_path) as journal:
+            await journal.new_generation("g1", "t")
+            await journal.activate("g1", "t")
+            await journal.new_generation("g2", "t")
+            interrupt(tmp_path, write)
+            with pytest.raises(sqlite3.IntegrityError, match="interrupted"):
+                await journal.activate("g2", "t")
+            assert await journal.active() == {"t": "g1"}
+            states = {row.id: row.state for row in await journal.generations()}
+            assert states == {"g1": GenerationState.READY, "g2": GenerationState.BUILDING}
+
+    asyncio.run(main())
+
+
+def interrupt(path: Path, write: str) -> None:
+    """Make every later write of this kind fail, in the file itself."""
+    db = sqlite3.connect(path / "journal.sqlite")
+    db.execute(f"CREATE TRIGGER t BEFORE {write} BEGIN SELECT RAISE(ABORT, 'interrupted'); END")
+    db.close()
+
+
+def test_sizes_of_pools(tmp_path: Path) -> None:
+    """What an operator set is there after a restart, until it is forgotten."""
+
+    async def main() -> None:
+        async with opened(tmp_path) as journal:
+            await journal.set_pool("t", PoolSpec(warm=1))
+            await journal.set_pool("t", PoolSpec(standby=3, warm=2))
+        async with opened(tmp_path) as journal:
+            assert await journal.pool_sizes() == {"t": PoolSpec(standby=3, warm=2)}
+            await journal.set_pool("t", None)
+            assert await journal.pool_sizes() == {}
+
+    asyncio.run(main())
+
+
 def test_cancelled_request_waits_for_its_transaction(tmp_path: Path) -> None:
     """Who is cancelled in the middle finds what it did in the journal, and can undo it."""
 
@@ -161,16 +203,17 @@ def test_damaged_file(tmp_path: Path) -> None:
     assert (tmp_path / "journal.sqlite").read_bytes().startswith(b"not a database")
 
 
-def test_other_version(tmp_path: Path) -> None:
-    """A journal of another version is refused."""
+@pytest.mark.parametrize("version", [1, 2, 99])
+def test_other_version(tmp_path: Path, version: int) -> None:
+    """A journal of another version, older ones too, is refused."""
     db = sqlite3.connect(tmp_path / "journal.sqlite")
-    db.execute("PRAGMA user_version = 99")
+    db.execute(f"PRAGMA user_version = {version}")
     db.close()
 
     async def main() -> None:
         journal = Journal(tmp_path / "journal.sqlite")
         try:
-            with pytest.raises(HostError, match="version 99"):
+            with pytest.raises(HostError, match=f"version {version}"):
                 await journal.open()
         finally:
             await journal.close()
@@ -285,7 +328,7 @@ def test_interrupted_while_the_file_is_made(
 
     async def main() -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(journal_module, "_MIGRATIONS", {0: _SCHEMA + "interrupted;"})
+            patched.setattr(journal_module, "_SCHEMA", _SCHEMA + "interrupted;")
             journal = Journal(tmp_path / "journal.sqlite")
             with pytest.raises(HostError):
                 await journal.open()

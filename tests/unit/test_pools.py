@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,13 @@ from templated.drivers.host.meminfo import Memory
 from templated.drivers.host.pressure import Pressure
 from templated.drivers.hypervisor.fake import FakeHypervisor, FakeMachine
 from templated.errors import Busy, HostError, InvalidRequest, NotFound, StartError
-from templated.journal import Journal
 from templated.model.api import CloneRequest, PoolRequest
 from templated.model.clone import CloneView, StartPath
-from templated.model.spec import PoolSpec
 from templated.services.daemon import Services
 from templated.services.pools import capacity, refill
 from templated.services.pools.capacity import Demand, require_room
 from templated.services.pools.members import Pool
-from tests.unit.fake_daemon import play, run, until
+from tests.unit.fake_daemon import play, until
 
 WARM: Pool = ("t", StartPath.WARM)
 STANDBY: Pool = ("t", StartPath.STANDBY)
@@ -320,28 +317,3 @@ def test_the_arithmetic() -> None:
         require_room([Demand("warm t", 100, 90, 400 << 20)], 1000, memory)
     with pytest.raises(Busy, match="100 pool members are more than the subnet's 99 addresses"):
         require_room([demand], 99, memory)
-
-
-def test_a_journal_of_the_first_version(tmp_path: Path) -> None:
-    """It has no table of pools; it gets one, and keeps what it had."""
-    path = tmp_path / "journal.sqlite"
-
-    async def main() -> None:
-        journal = Journal(path)
-        await journal.open()
-        await journal.new_generation("g", "t")
-        await journal.close()
-        db = sqlite3.connect(path)
-        db.executescript(
-            "DROP TABLE pools; ALTER TABLE slots ADD COLUMN ready INTEGER NOT NULL DEFAULT 0;"
-            "PRAGMA user_version = 1;"
-        )
-        db.close()
-        journal = Journal(path)
-        await journal.open()
-        await journal.set_pool("t", PoolSpec(warm=2))
-        assert await journal.pool_sizes() == {"t": PoolSpec(warm=2)}
-        assert [row.id for row in await journal.generations()] == ["g"]
-        await journal.close()
-
-    run(main())
