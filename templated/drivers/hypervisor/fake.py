@@ -1,24 +1,20 @@
-"""A hypervisor without VMs, for tests of logic that needs none. It never stands in for a result.
+"""A hypervisor without VMs, for tests of the logic around it. No measured result comes from it.
 
-Its machines are objects, not processes. Each serves the agent's protocol on the slot's own
-listening socket, and can be told to fail at a named step.
+Its machines are objects, not processes. Each has a guest on the slot's own listening socket
+(`fake_guest`), and can be told to fail at a named step.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import os
 import socket
-import time
-from ipaddress import IPv4Network
 from pathlib import Path
-from typing import Any
 
 from templated.drivers.hypervisor.base import Launch, Places, SavedState
+from templated.drivers.hypervisor.fake_guest import FakeGuest
 from templated.errors import HostError, HypervisorError
-from templated.guest.agent import IDENTIFY, PACKED, SEEN
 
 
 class FakeHypervisor:
@@ -83,8 +79,7 @@ class FakeMachine:
         self.state = "inmigrate" if launch.boot is None else "running"
         # The parent closes its own copy, as it does with a real QEMU.
         self._listener = socket.socket(fileno=os.dup(launch.agent_fd))
-        self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.StreamWriter] = set()
+        self._guest: FakeGuest | None = None
 
     @property
     def start_time(self) -> int:
@@ -92,15 +87,11 @@ class FakeMachine:
 
     async def connect(self, timeout: float) -> None:
         await self._step("connect")
-        if self._server is not None:
+        if self._guest is not None:
             return  # adopted by another daemon: the guest's end is still there
         if self.launch.memory is not None and self.launch.memory_shared:
             await asyncio.to_thread(self.launch.memory.write_bytes, b"fake memory")
-        # Known before it is waited for: who is cancelled then can still close it.
-        self._server = await asyncio.start_unix_server(
-            self._serve, sock=self._listener, start_serving=False
-        )
-        await self._server.start_serving()
+        self._guest = FakeGuest(self._listener, lambda: self.fail, self._mismatch)
 
     async def expect_state(self) -> None:
         await self._step("expect_state")
@@ -142,13 +133,10 @@ class FakeMachine:
     async def destroy(self) -> None:
         self.kill()
         await self._step("destroy")
-        for writer in self._connections:
-            writer.close()
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-        elif self._listener.fileno() >= 0:
-            self._listener.close()
+        if self._guest is not None:
+            self._guest.close()
+            self._guest = None
+        self._listener.close()
 
     async def release(self) -> None:
         """The machine goes on."""
@@ -174,35 +162,3 @@ class FakeMachine:
             self.held_at = ""
         if self.fail == name:
             raise HypervisorError(f"the fake fails at {name}")
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections.add(writer)
-        try:
-            while line := await reader.readline():
-                if line.strip() and self.fail != "silence":
-                    writer.write(self._answer(json.loads(line)))
-        except ConnectionError:
-            pass
-        finally:
-            self._connections.discard(writer)
-            writer.close()
-
-    def _answer(self, request: dict[str, Any]) -> bytes:
-        if self.fail == "nonsense":
-            return b"{nonsense\n"
-        now = 1.0 if self.fail == "clock" else time.time()
-        result: dict[str, Any] = {"time": now}
-        if request["cmd"] == "identify":
-            result = self._identity(bytes.fromhex(request["packed"]), now)
-        return json.dumps({"id": request["id"], "ok": True, "result": result}).encode() + b"\n"
-
-    def _identity(self, packed: bytes, now: float) -> dict[str, Any]:
-        step, _, _, mac, ip, prefix, _, *_, facts = PACKED.unpack(packed)
-        seen = {"mac": mac, "ip": ip, "prefix": IPv4Network((0, prefix[0])).netmask.packed}
-        texts = json.loads(facts)
-        if self.fail == "identify" or (self.fail == "claim" and step != IDENTIFY):
-            texts[self._mismatch] = "another"
-            seen[self._mismatch] = b"other"
-        kernel = SEEN.pack(seen["mac"], seen["ip"], seen["prefix"], now)
-        lines = [texts[name] for name in ("hostname", "machine_id", "boot_id", "uuid")]
-        return {"seen": (kernel + "\n".join(lines).encode()).hex()}
