@@ -18,7 +18,6 @@ from templated.api.server import listeners
 from templated.api.systemd import ask_for_time, notify, watchdog
 from templated.drivers.configfile import load_config
 from templated.drivers.hypervisor.process import use_small_pages
-from templated.errors import TemplatedError
 from templated.model.config import Config
 from templated.services.daemon import Installation, services
 
@@ -39,8 +38,6 @@ def run(config_path: Path | None) -> None:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(config, installation))
-    except BaseExceptionGroup as group:
-        raise _first(group) from group
     finally:
         installation.close()
 
@@ -87,13 +84,3 @@ def _allow_many_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # the unit may forbid it, and sets it itself
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error to show of several that came together."""
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            error = _first(error)
-        if isinstance(error, TemplatedError):
-            return error
-    return group.exceptions[0]

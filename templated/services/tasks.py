@@ -10,7 +10,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from templated.errors import TemplatedError
+from templated.errors import Defect, TemplatedError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ class Tasks:
 
     def spawn(self, work: Coroutine[Any, Any, object], name: str) -> None:
         """Run `work` beside everything else; what it raises is logged under `name`."""
-        self._begin(_logged(work, name), name)
+        self._begin(work, name).add_done_callback(_report)
 
     async def run(self, work: Coroutine[Any, Any, T], name: str | None = None) -> T:
         """Run `work` to its end, also when the caller is cancelled; raises what it raises."""
@@ -45,10 +45,9 @@ class Tasks:
             await asyncio.wait(running)
 
 
-async def _logged(work: Coroutine[Any, Any, object], name: str) -> None:
-    try:
-        await work
-    except TemplatedError as error:
-        log.warning("%s failed: %s", name, error.message)
-    except Exception:  # whatever it is, the rest of the daemon goes on
-        log.exception("%s failed", name)
+def _report(task: asyncio.Task[Any]) -> None:
+    error = None if task.cancelled() else task.exception()
+    if isinstance(error, TemplatedError) and not isinstance(error, Defect):
+        log.warning("%s failed: %s", task.get_name(), error.message)
+    elif error is not None:  # whatever it is, the rest of the daemon goes on
+        log.error("%s failed", task.get_name(), exc_info=error)

@@ -336,12 +336,12 @@ def test_stopped_while_a_build_is_activated(
             retiring.set()
             await asyncio.Event().wait()
 
-        with monkeypatch.context() as patched:
-            patched.setattr(running.context.slots, "retire", retire)
-            build = asyncio.ensure_future(running.templates.build(SPEC, Progress()))
-            await retiring.wait()
-            build.cancel()
-            await asyncio.wait({build})
+        running.templates.on_retired.insert(0, retire)
+        build = asyncio.ensure_future(running.templates.build(SPEC, Progress()))
+        await retiring.wait()
+        build.cancel()
+        await asyncio.wait({build})
+        running.templates.on_retired.remove(retire)
 
     async def second(running: Services, fake: FakeHypervisor) -> None:
         await running.clones.create(CloneRequest(name="a"))
