@@ -21,9 +21,12 @@ from typing import TypeVar
 
 from msgspec import Struct, convert
 
-from templated.errors import Busy, Conflict, HostError
+from templated.errors import Busy, Conflict, Defect, HostError
+from templated.model.clone import TRANSITIONS as CLONE_TRANSITIONS
 from templated.model.clone import CloneState, Slot, StartPath
+from templated.model.generation import TRANSITIONS as GENERATION_TRANSITIONS
 from templated.model.generation import GenerationState
+from templated.model.lifecycle import S, Table, move
 from templated.model.spec import PoolSpec
 
 T = TypeVar("T")
@@ -152,9 +155,20 @@ class Journal:
         await self._run(lambda db: _insert_clone(db, row))
 
     async def clone_state(self, slot_id: str, state: CloneState, reason: str = "") -> None:
-        """Write a state, and why. By slot: a name may have been given away meanwhile."""
-        sql = "UPDATE clones SET state = ?, reason = ? WHERE slot = ?"
-        await self._run(_executor(sql, state.value, reason, slot_id))
+        """Write a state, and why; nothing when the slot has no clone any more.
+
+        By slot: a name may have been given away meanwhile. Raises Defect for a move that the
+        table of clones does not have; leaves the state that was written then.
+        """
+
+        def work(db: sqlite3.Connection) -> None:
+            found = db.execute("SELECT name, state FROM clones WHERE slot = ?", (slot_id,))
+            if row := found.fetchone():
+                _check(CLONE_TRANSITIONS, CloneState(row["state"]), state, f"clone {row['name']}")
+                sql = "UPDATE clones SET state = ?, reason = ? WHERE slot = ?"
+                db.execute(sql, (state.value, reason, slot_id))
+
+        await self._run(work)
 
     async def clones(self) -> list[CloneRow]:
         """All clones, oldest first."""
@@ -193,11 +207,14 @@ class Journal:
         await self._run(_executor(sql, *values))
 
     async def activate(self, generation_id: str, template: str) -> None:
-        """In one step: the generation is ready and is the one that its template serves."""
+        """In one step: the generation is ready and is the one that its template serves.
+
+        Raises Defect for a retired one, and for one that is not there; leaves what was active
+        then.
+        """
 
         def work(db: sqlite3.Connection) -> None:
-            sql = "UPDATE generations SET state = ? WHERE id = ?"
-            db.execute(sql, (GenerationState.READY.value, generation_id))
+            _move_generation(db, generation_id, GenerationState.READY)
             db.execute(
                 "INSERT OR REPLACE INTO templates VALUES (?, ?)",
                 (template, generation_id),
@@ -206,9 +223,8 @@ class Journal:
         await self._run(work)
 
     async def generation_state(self, generation_id: str, state: GenerationState) -> None:
-        """Write a generation's state."""
-        sql = "UPDATE generations SET state = ? WHERE id = ?"
-        await self._run(_executor(sql, state.value, generation_id))
+        """Write a generation's state. Raises Defect for a move that the table does not have."""
+        await self._run(lambda db: _move_generation(db, generation_id, state))
 
     async def deactivate(self, template: str) -> None:
         """The template serves nothing from now on."""
@@ -329,6 +345,21 @@ def _next_index(db: sqlite3.Connection, capacity: int) -> int:
         f"all {capacity} addresses of the subnet are in use",
         hint="remove clones, or configure a larger network.subnet",
     )
+
+
+def _check(table: Table[S], old: S, new: S, what: str) -> None:
+    """A state that is written again is no move: an `rm` that is tried again, a rollback."""
+    if old is not new:
+        move(table, old, new, what)
+
+
+def _move_generation(db: sqlite3.Connection, generation_id: str, state: GenerationState) -> None:
+    found = db.execute("SELECT state FROM generations WHERE id = ?", (generation_id,)).fetchone()
+    if found is None:
+        raise Defect(f"there is no generation {generation_id} to become {state.value}")
+    old = GenerationState(found["state"])
+    _check(GENERATION_TRANSITIONS, old, state, f"generation {generation_id}")
+    db.execute("UPDATE generations SET state = ? WHERE id = ?", (state.value, generation_id))
 
 
 def _insert_clone(db: sqlite3.Connection, row: CloneRow) -> None:

@@ -235,7 +235,7 @@ class Stage:
     def _launch(
         self, places: Places, memory: Path | None, qmp: socket.socket, agent: socket.socket
     ) -> Launch:
-        netdev, _ = make_network(UserNetwork(), _PLAN, "bench").netdev(Port(_SLOT), _INDEX)
+        network = make_network(UserNetwork(), _PLAN, "bench")
         return Launch(
             slot=_SLOT,
             uuid=str(uuid.uuid4()),
@@ -245,7 +245,7 @@ class Stage:
             memory=memory,
             memory_shared=False,
             disk=self.overlay,
-            netdev=netdev,
+            network=network.attach(Port(_SLOT), _INDEX),
             qmp_fd=qmp.fileno(),
             agent_fd=agent.fileno(),
         )

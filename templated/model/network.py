@@ -1,10 +1,12 @@
-"""The config section `network:`, and the arithmetic of the addresses that clones get."""
+"""The config section `network:`, the arithmetic of the addresses that clones get, and how a VM's
+NIC is connected."""
 
 from __future__ import annotations
 
 import hashlib
 import ipaddress
-from typing import Annotated, TypeAlias
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 from msgspec import Meta, Struct
 
@@ -68,6 +70,40 @@ class BridgeNetwork(_Section, frozen=True, tag="bridge"):
 
 
 NetworkConfig: TypeAlias = UserNetwork | BridgeNetwork
+
+
+class Forward(NamedTuple):
+    """A port of the host that leads to a port of the guest. Host port 0: a free one is picked."""
+
+    guest_port: int
+    host_port: int
+    host_address: str = "127.0.0.1"
+    protocol: Literal["tcp", "udp"] = "tcp"
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A NIC that is connected by an open tap, which the VM's process inherits."""
+
+    fd: int
+
+
+@dataclass(frozen=True)
+class Slirp:
+    """A NIC with a network stack of its VM's own. Addresses are IPv4, as text."""
+
+    subnet: str
+    gateway: str
+    dns: str
+    address: str
+    """The guest's own."""
+    restrict: bool
+    """The guest has no way out; forwarded ports still work."""
+    forwards: tuple[Forward, ...] = ()
+
+
+Attachment: TypeAlias = Tap | Slirp
+"""How a VM's NIC is connected; the hypervisor's driver puts it into its own words."""
 
 
 def parse_subnet(text: str) -> ipaddress.IPv4Network:

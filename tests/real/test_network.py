@@ -20,10 +20,11 @@ from typing import Any
 
 import pytest
 
-from templated.drivers.network import Forward, Port, make_network
+from templated.drivers.hypervisor.qemu.command import netdev
+from templated.drivers.network import Port, make_network
 from templated.drivers.network.bridge import TapNetwork
 from templated.errors import Conflict, HostError, InvalidRequest
-from templated.model.network import AddressPlan, BridgeNetwork
+from templated.model.network import AddressPlan, BridgeNetwork, Forward, Tap
 
 OWNER = "test-owner"
 PLAN = AddressPlan("10.78.0.0/16", b"test")
@@ -138,14 +139,14 @@ def test_a_port_is_a_tap_that_stays_until_it_is_dropped(ns: Namespace) -> None:
         assert (link["master"], link["mtu"]) == (BRIDGE, ns.links()[BRIDGE]["mtu"])
         assert link["ifalias"] == f"templated:{OWNER}" and "UP" in link["flags"]
         assert link["address"].startswith("06:") and link["address"] != PLAN.mac(0)
-        value, fds = network.netdev(port, 0)
-        assert value == f"tap,id=net0,fd={port.fd}" and fds == (port.fd,)
-        assert not os.get_inheritable(fds[0])
+        attached = network.attach(port, 0)
+        assert port.fd is not None and attached == Tap(port.fd)
+        assert not os.get_inheritable(port.fd)
         port.close()
         port.close()
         assert "tpc1" in ns.links()
         with pytest.raises(InvalidRequest, match="handed over"):
-            network.netdev(port, 0)
+            network.attach(port, 0)
         await network.drop_port("c1")
         await network.drop_port("c1")
         await network.drop_port("never")
@@ -185,9 +186,9 @@ def test_ports_are_refused(ns: Namespace) -> None:
             with pytest.raises(InvalidRequest, match="bad port tag"):
                 await network.make_port(tag)
         with pytest.raises(InvalidRequest, match="forwards no ports"):
-            network.netdev(port, 5, [Forward(80, 0)])
+            network.attach(port, 5, [Forward(80, 0)])
         with pytest.raises(InvalidRequest, match="made for index 5"):
-            network.netdev(port, 6)
+            network.attach(port, 6)
         with pytest.raises(ValueError, match="no address"):
             await network.make_port("b", PLAN.capacity)
         ns.ip("tuntap", "add", "dev", "tpforeign", "mode", "tap")
@@ -464,12 +465,12 @@ def test_qemu_takes_the_fd(ns: Namespace) -> None:
         network = ns.network()
         await network.open()
         port = await network.make_port("vm", 0)
-        value, fds = network.netdev(port, 0)
+        attached = network.attach(port, 0)
         # not in the namespace: the fd carries it
         qemu = await asyncio.create_subprocess_exec(
             *("qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none"),
-            *("-monitor", "stdio", "-netdev", value),
-            pass_fds=fds,
+            *("-monitor", "stdio", "-netdev", netdev(attached)),
+            pass_fds=(attached.fd,),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from templated.drivers.hypervisor.base import Hardware, Kernel, Launch, Places
-from templated.drivers.hypervisor.qemu.command import qemu_arguments
+from templated.drivers.hypervisor.qemu.command import inherited, qemu_arguments
+from templated.model.network import Forward, Slirp, Tap
 
 GOLDEN = Path(__file__).parent / "golden"
+SLIRP = Slirp("10.77.0.0/16", "10.77.0.1", "10.77.0.2", "10.77.0.3", restrict=True)
 LAUNCH = Launch(
     slot="0123456789",
     uuid="5e0c0a8e-6f5e-4a63-9d3f-0d6a1f6b2c11",
@@ -25,7 +27,7 @@ LAUNCH = Launch(
     memory=Path("/dev/shm/t/python-fn/g/memory"),
     memory_shared=False,
     disk=Path("/state/slots/0123456789/disk.qcow2"),
-    netdev="user,id=net0",
+    network=SLIRP,
     qmp_fd=7,
     agent_fd=8,
 )
@@ -41,7 +43,15 @@ CASES = {
     "kvm": replace(
         LAUNCH, hardware=replace(LAUNCH.hardware, accel="kvm", cpu="host,migratable=on")
     ),
-    "tap-and-fd": replace(LAUNCH, netdev="tap,id=net0,fd=9,vhost=off", fds=(9, 10)),
+    "tap-and-fd": replace(LAUNCH, network=Tap(9), fds=(10,)),
+    "forwards": replace(
+        LAUNCH,
+        network=replace(
+            SLIRP,
+            restrict=False,
+            forwards=(Forward(80, 8080), Forward(53, 0, "127.0.0.2", "udp")),
+        ),
+    ),
     "commas": replace(LAUNCH, disk=Path("/a,b/disk.qcow2"), memory=Path("/c,d/memory")),
 }
 
@@ -61,6 +71,12 @@ def test_the_path_of_a_clone_has_no_kernel() -> None:
     """A clone loads nothing that its state already has."""
     arguments = qemu_arguments("qemu", LAUNCH)
     assert "-kernel" not in arguments and arguments[-2:] == ["-incoming", "defer"]
+
+
+def test_what_the_command_line_names_is_inherited() -> None:
+    """The sockets, the tap and the saved state."""
+    assert inherited(LAUNCH) == (7, 8)
+    assert inherited(CASES["tap-and-fd"]) == (7, 8, 9, 10)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,10 +8,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from templated.drivers.network import Forward, Port, make_network
+from templated.drivers.network import Port, make_network
 from templated.drivers.network.user import SlirpNetwork
 from templated.errors import InvalidRequest
-from templated.model.network import AddressPlan, BridgeNetwork, NetworkConfig, UserNetwork
+from templated.model.network import (
+    AddressPlan,
+    BridgeNetwork,
+    Forward,
+    NetworkConfig,
+    Slirp,
+    UserNetwork,
+)
 
 SUBNETS = ["10.0.0.0/8", "10.77.0.0/16", "192.168.7.0/24", "172.16.3.128/25", "10.1.2.248/29"]
 
@@ -120,21 +127,18 @@ def test_macs_depend_on_the_host_alone() -> None:
     assert one.mac(7).startswith("02:") and one.mac(7).endswith(":00:00:07")
 
 
-def test_the_slirp_netdev() -> None:
+def test_slirp() -> None:
     plan = AddressPlan("10.77.0.0/16", b"host")
     network = make_network(UserNetwork(), plan, "lab")
     assert isinstance(network, SlirpNetwork)
-    value, fds = network.netdev(Port("a"), 0)
-    assert fds == ()
-    assert value == (
-        "user,id=net0,ipv6=off,net=10.77.0.0/16,host=10.77.0.1,dns=10.77.0.2,"
-        "dhcpstart=10.77.0.3,restrict=on"
-    )
-    value, _ = SlirpNetwork(UserNetwork(restrict=False), plan).netdev(
-        Port("a"), 256, [Forward(80, 8080), Forward(53, 0, "127.0.0.2", "udp")]
-    )
-    assert value.endswith(
-        "restrict=off,hostfwd=tcp:127.0.0.1:8080-10.77.1.3:80,hostfwd=udp:127.0.0.2:0-10.77.1.3:53"
+    attached = network.attach(Port("a"), 0)
+    assert attached == Slirp("10.77.0.0/16", "10.77.0.1", "10.77.0.2", "10.77.0.3", restrict=True)
+    forwards = (Forward(80, 8080), Forward(53, 0, "127.0.0.2", "udp"))
+    attached = SlirpNetwork(UserNetwork(restrict=False), plan).attach(Port("a"), 256, forwards)
+    assert (attached.address, attached.restrict, attached.forwards) == (
+        "10.77.1.3",
+        False,
+        forwards,
     )
 
 
@@ -150,4 +154,4 @@ def test_the_slirp_netdev() -> None:
 def test_a_bad_forward_never_reaches_the_command_line(forward: Forward) -> None:
     network = SlirpNetwork(UserNetwork(), AddressPlan("10.77.0.0/16", b"host"))
     with pytest.raises(InvalidRequest, match="forward"):
-        network.netdev(Port("a"), 0, [forward])
+        network.attach(Port("a"), 0, [forward])

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from templated.model.network import Attachment
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -69,11 +71,11 @@ class Launch:
     """The memory file; None: memory of its own, which cannot be frozen."""
     memory_shared: bool
     disk: Path
-    netdev: str
+    network: Attachment
     qmp_fd: int
     agent_fd: int
     fds: tuple[int, ...] = ()
-    """Further descriptors that QEMU inherits, the network's."""
+    """Further descriptors that the VM inherits."""
     boot: Kernel | None = None
     """None: start waiting for state (`-incoming defer`)."""
 

@@ -7,9 +7,10 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, Protocol
+from typing import Protocol
 
 from templated.errors import HostError, InvalidRequest
+from templated.model.network import Attachment, Forward
 
 # With the prefix "tp" a tag has to fit in an interface's name, which has at most 15 bytes.
 _TAG = re.compile(r"[a-z0-9][a-z0-9-]{0,12}")
@@ -17,20 +18,11 @@ _FORBIDDEN = (errno.EPERM, errno.EACCES)
 _MISSING = (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP)
 
 
-class Forward(NamedTuple):
-    """A port of the host that leads to a port of the guest. Host port 0: QEMU picks a free one."""
-
-    guest_port: int
-    host_port: int
-    host_address: str = "127.0.0.1"
-    protocol: Literal["tcp", "udp"] = "tcp"
-
-
 class Port:
     """One clone's connection, made ahead of its start.
 
-    `fd` is the daemon's open tap, None in user mode and after `close`. Whoever starts QEMU
-    lets it inherit the fd under the same number (`pass_fds`) and then closes the port here.
+    `fd` is the daemon's open tap, None in user mode and after `close`. Whoever starts a VM
+    lets it inherit the fd under the same number and then closes the port here.
     The tap itself stays until `Network.drop_port`.
     """
 
@@ -85,13 +77,11 @@ class Network(Protocol):
         without it taps and bridge stay for the next daemon. Raises HostError.
         """
 
-    def netdev(
-        self, port: Port, index: int, forwards: Sequence[Forward] = ()
-    ) -> tuple[str, tuple[int, ...]]:
-        """The value of QEMU's `-netdev` for the clone `index`, and the fds QEMU inherits.
+    def attach(self, port: Port, index: int, forwards: Sequence[Forward] = ()) -> Attachment:
+        """How the NIC of the clone `index` is connected to a port. Does no I/O.
 
-        Does no I/O. Raises InvalidRequest when the port cannot serve this, ValueError for an
-        index without an address.
+        Raises InvalidRequest when the port cannot serve this, ValueError for an index without
+        an address; the port stays as it was.
         """
 
 

@@ -12,12 +12,12 @@ import re
 from collections.abc import Sequence
 
 from templated.drivers.network import nft, tap
-from templated.drivers.network.base import Forward, Port, check_tag, host_errors
+from templated.drivers.network.base import Port, check_tag, host_errors
 from templated.drivers.network.links import Link, Links, disable_ipv6
 from templated.drivers.network.segment import Segment, host_mac
 from templated.drivers.network.worker import Worker, enter_namespace
 from templated.errors import Conflict, HostError, InvalidRequest
-from templated.model.network import AddressPlan, BridgeNetwork
+from templated.model.network import AddressPlan, BridgeNetwork, Forward, Tap
 
 _PREFIX = "tp"
 _OWNER = re.compile(r"[A-Za-z0-9-]{1,64}")
@@ -26,7 +26,7 @@ _OWNER = re.compile(r"[A-Za-z0-9-]{1,64}")
 class TapNetwork:
     """Taps on one bridge, see `templated.drivers.network.base.Network`.
 
-    All state is used by the worker's thread only, but for `netdev`, which reads a port.
+    All state is used by the worker's thread only, but for `attach`, which reads a port.
     """
 
     def __init__(self, config: BridgeNetwork, plan: AddressPlan, owner: str) -> None:
@@ -83,9 +83,7 @@ class TapNetwork:
             self._worker = None
             await worker.stop()
 
-    def netdev(
-        self, port: Port, index: int, forwards: Sequence[Forward] = ()
-    ) -> tuple[str, tuple[int, ...]]:
+    def attach(self, port: Port, index: int, forwards: Sequence[Forward] = ()) -> Tap:
         if forwards:
             raise InvalidRequest(
                 "a bridge forwards no ports",
@@ -96,7 +94,7 @@ class TapNetwork:
         if port.index not in (None, index):
             raise InvalidRequest(f"port {port.tag} was made for index {port.index}, not {index}")
         self._plan.ip(index)
-        return f"tap,id=net0,fd={port.fd}", (port.fd,)
+        return Tap(port.fd)
 
     def _running(self) -> Worker:
         if self._worker is None:

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 
 from templated.drivers.guest import Step
 from templated.drivers.hypervisor.base import Hardware, Hypervisor, Kernel, Launch
-from templated.drivers.network import Forward, Network
+from templated.drivers.network import Network
 from templated.model.clone import Phase
-from templated.model.network import AddressPlan
+from templated.model.network import AddressPlan, Forward
 from templated.services.machines.clock import PhaseClock
 from templated.services.machines.generation import Generation, Terms
 from templated.services.machines.identify import correct_clock, identify
@@ -55,7 +55,6 @@ class Starter:
     ) -> Launch:
         """The launch of a VM on a slot, with memory of its own and nothing to boot."""
         slot = prepared.slot
-        netdev, fds = self.network.netdev(prepared.port, slot.index, forwards)
         return Launch(
             slot=slot.id,
             uuid=slot.uuid,
@@ -65,10 +64,9 @@ class Starter:
             memory=None,
             memory_shared=False,
             disk=prepared.overlay,
-            netdev=netdev,
+            network=self.network.attach(prepared.port, slot.index, forwards),
             qmp_fd=prepared.qmp.fileno(),
             agent_fd=prepared.agent.fileno(),
-            fds=fds,
         )
 
     async def spawn(

@@ -25,11 +25,10 @@ from templated.drivers.hypervisor.base import Hardware, Kernel, Launch
 from templated.drivers.hypervisor.qemu.accel import CPUS
 from templated.drivers.hypervisor.qemu.command import qemu_arguments
 from templated.drivers.image.store import Image, image_digest, lacks_rights
-from templated.drivers.network import Forward
 from templated.errors import BuildError, HostError, TemplatedError
 from templated.journal import now
 from templated.model.generation import Manifest, ProbeResult, QemuVersion
-from templated.model.network import BridgeNetwork
+from templated.model.network import BridgeNetwork, Forward
 from templated.model.spec import SerialProbe, TemplateSpec
 from templated.model.units import size_bytes
 from templated.services.context import Context

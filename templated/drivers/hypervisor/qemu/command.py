@@ -7,6 +7,7 @@ docs/devel/migration.rst for `x-ignore-shared`.
 from __future__ import annotations
 
 from templated.drivers.hypervisor.base import Hardware, Launch
+from templated.model.network import Attachment, Forward, Tap
 
 AGENT_PORT = "templated.agent.0"
 
@@ -99,7 +100,7 @@ def _devices(launch: Launch) -> list[str]:
         *("-serial", "chardev:serial"),
         *("-blockdev", _blockdev(launch)),
         *("-device", f"virtio-blk-{bus},drive=disk"),
-        *("-netdev", launch.netdev),
+        *("-netdev", netdev(launch.network)),
         *("-device", f"virtio-net-{bus},{nic}{rom}"),
         *("-device", f"virtio-serial-{bus},max_ports=2"),
         *("-chardev", f"socket,id=agent,fd={launch.agent_fd},server=on,wait=off"),
@@ -116,6 +117,35 @@ def _blockdev(launch: Launch) -> str:
         "driver=qcow2,node-name=disk,discard=unmap,cache.no-flush=on,"
         f"file.driver=file,file.filename={_escaped(launch.disk)}"
     )
+
+
+def netdev(network: Attachment) -> str:
+    """The value of `-netdev`."""
+    if isinstance(network, Tap):
+        return f"tap,id=net0,fd={network.fd}"
+    options = [
+        "user,id=net0",
+        # IPv6 would be on by itself, beside the only address that the clone is told.
+        "ipv6=off",
+        f"net={network.subnet},host={network.gateway},dns={network.dns}",
+        # A guest that asks by DHCP gets the same address as one that is told.
+        f"dhcpstart={network.address}",
+        f"restrict={'on' if network.restrict else 'off'}",
+    ]
+    # The guest's address is named: slirp would forward to dhcpstart of its own defaults.
+    options += [_hostfwd(forward, network.address) for forward in network.forwards]
+    return ",".join(options)
+
+
+def _hostfwd(forward: Forward, guest: str) -> str:
+    host = f"{_escaped(forward.host_address)}:{forward.host_port}"
+    return f"hostfwd={forward.protocol}:{host}-{guest}:{forward.guest_port}"
+
+
+def inherited(launch: Launch) -> tuple[int, ...]:
+    """The descriptors that the command line names: QEMU must have them under these numbers."""
+    network = (launch.network.fd,) if isinstance(launch.network, Tap) else ()
+    return (launch.qmp_fd, launch.agent_fd, *network, *launch.fds)
 
 
 def _escaped(value: object) -> str:

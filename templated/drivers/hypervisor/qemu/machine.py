@@ -17,7 +17,7 @@ from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 from templated.drivers.hypervisor import process
 from templated.drivers.hypervisor.base import Launch, Places, SavedState
 from templated.drivers.hypervisor.process import Process
-from templated.drivers.hypervisor.qemu.command import qemu_arguments
+from templated.drivers.hypervisor.qemu.command import inherited, qemu_arguments
 from templated.errors import HostError, HypervisorError, Timeout
 
 T = TypeVar("T")
@@ -50,8 +50,7 @@ class Qemu:
     def spawn(self, launch: Launch) -> QemuMachine:
         """Start QEMU. On failure nothing runs."""
         arguments = qemu_arguments(self.binary, launch)
-        fds = (launch.qmp_fd, launch.agent_fd, *launch.fds)
-        child = Process.spawn(arguments, log=launch.places.qemu_log, fds=fds)
+        child = Process.spawn(arguments, log=launch.places.qemu_log, fds=inherited(launch))
         return QemuMachine(child, launch.places)
 
     def adopt(self, pid: int, start_time: int, places: Places, uuid: str) -> QemuMachine | None:
