@@ -132,14 +132,14 @@ class Bare:
     def connect(self) -> None:
         """Wait until QMP has greeted."""
         self.agent = self._line(self.places.agent)
-        self.qmp = self._line(self.places.qmp)
+        self.qmp = self._line(self.places.control)
         self.qmp.read()
         self.qmp.command("qmp_capabilities")
 
     def reconnect(self) -> None:
         """A QMP connection of its own for what follows."""
         self.qmp.close()
-        self.qmp = self._line(self.places.qmp)
+        self.qmp = self._line(self.places.control)
         self.qmp.read()
         self.qmp.command("qmp_capabilities")
 
@@ -211,14 +211,14 @@ class Stage:
         when the sockets listen and just before the process is made.
         """
         places = Places(self.directory, self.directory)
-        with _listening(places.qmp) as qmp, _listening(places.agent) as agent:
-            launch = self._launch(places, memory, qmp, agent)
+        with _listening(places.control) as control, _listening(places.agent) as agent:
+            launch = self._launch(places, memory, control, agent)
             arguments = edit(qemu_arguments(self.qemu, launch))
             with contextlib.ExitStack() as stack:
                 with deferred():
                     watch = Stopwatch()
                     launch = replace(launch, fds=self._opened(stack))
-                    child = _spawn(arguments, (launch.qmp_fd, launch.agent_fd, *launch.fds))
+                    child = _spawn(arguments, (launch.control_fd, launch.agent_fd, *launch.fds))
                     stack.callback(_end, child)
                 vm = Bare(places, launch, child, watch)
                 stack.callback(vm.close)
@@ -233,7 +233,7 @@ class Stage:
         return (state,)
 
     def _launch(
-        self, places: Places, memory: Path | None, qmp: socket.socket, agent: socket.socket
+        self, places: Places, memory: Path | None, control: socket.socket, agent: socket.socket
     ) -> Launch:
         network = make_network(UserNetwork(), _PLAN, "bench")
         return Launch(
@@ -246,7 +246,7 @@ class Stage:
             memory_shared=False,
             disk=self.overlay,
             network=network.attach(Port(_SLOT), _INDEX),
-            qmp_fd=qmp.fileno(),
+            control_fd=control.fileno(),
             agent_fd=agent.fileno(),
         )
 

@@ -28,7 +28,7 @@ LAUNCH = Launch(
     memory_shared=False,
     disk=Path("/state/slots/0123456789/disk.qcow2"),
     network=SLIRP,
-    qmp_fd=7,
+    control_fd=7,
     agent_fd=8,
 )
 BOOT = Kernel(Path("/images/i/vmlinuz"), Path("/images/i/initrd"), "console=ttyS0 quiet")

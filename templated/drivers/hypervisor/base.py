@@ -29,19 +29,23 @@ class Places:
     sockets: Path
 
     @property
-    def qmp(self) -> Path:
+    def control(self) -> Path:
+        """The socket by which the hypervisor is controlled, in its own protocol."""
         return self.sockets / "qmp"
 
     @property
     def agent(self) -> Path:
+        """The socket that leads to the agent in the guest."""
         return self.sockets / "agent"
 
     @property
     def serial_log(self) -> Path:
+        """What the guest wrote to its console."""
         return self.directory / "serial.log"
 
     @property
-    def qemu_log(self) -> Path:
+    def log(self) -> Path:
+        """What the hypervisor itself wrote."""
         return self.directory / "qemu.log"
 
 
@@ -56,10 +60,10 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Launch:
-    """Everything that starting one QEMU needs.
+    """Everything that starting one VM needs.
 
     The directories of `places` exist and its sockets are listening already, so that nobody waits
-    for QEMU to make them.
+    for the hypervisor to make them.
     """
 
     slot: str
@@ -72,12 +76,13 @@ class Launch:
     memory_shared: bool
     disk: Path
     network: Attachment
-    qmp_fd: int
+    control_fd: int
     agent_fd: int
+    """Of the listening sockets `places.control` and `places.agent`; the VM inherits them."""
     fds: tuple[int, ...] = ()
     """Further descriptors that the VM inherits."""
     boot: Kernel | None = None
-    """None: start waiting for state (`-incoming defer`)."""
+    """None: start waiting for state."""
 
 
 @dataclass(frozen=True)

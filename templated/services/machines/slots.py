@@ -50,13 +50,13 @@ class PreparedSlot:
     places: Places
     overlay: Path
     port: Port
-    qmp: socket.socket
+    control: socket.socket
     agent: socket.socket
     vm: Vm | None = None
 
     def close(self) -> None:
         """Close our copies; a QEMU that was started has its own."""
-        self.qmp.close()
+        self.control.close()
         self.agent.close()
         self.port.close()
 
@@ -105,9 +105,9 @@ class Slots:
 
     async def _make(self, layer: Layer) -> PreparedSlot:
         # One thread for row and files: handing over from thread to thread costs more than either.
-        slot, qmp, agent = await asyncio.to_thread(self._numbered, layer)
+        slot, control, agent = await asyncio.to_thread(self._numbered, layer)
         with contextlib.ExitStack() as undo:
-            undo.callback(qmp.close)
+            undo.callback(control.close)
             undo.callback(agent.close)
             try:
                 port = await self._network.make_port(slot.id, slot.index)
@@ -116,7 +116,7 @@ class Slots:
                 raise
             undo.pop_all()
         places, overlay = self._layout.vm(slot.id), self._layout.overlay(slot.id)
-        return PreparedSlot(slot, places, overlay, port, qmp, agent)
+        return PreparedSlot(slot, places, overlay, port, control, agent)
 
     async def drop(self, slot_id: str) -> None:
         """Give back everything that a slot holds, its journal rows last. Idempotent."""
@@ -213,11 +213,11 @@ def _files(places: Places, empty: Path, overlay: Path) -> tuple[socket.socket, s
         places.directory.mkdir(mode=0o700)
         places.sockets.mkdir(mode=0o700)
         disk.copy_overlay(empty, overlay)
-        qmp = _listen(places.qmp)
+        control = _listen(places.control)
         try:
-            return qmp, _listen(places.agent)
+            return control, _listen(places.agent)
         except BaseException:
-            qmp.close()
+            control.close()
             raise
     except OSError as error:
         raise HostError(f"cannot prepare a slot: {error}", hint="see `templated doctor`") from error

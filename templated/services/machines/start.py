@@ -65,7 +65,7 @@ class Starter:
             memory_shared=False,
             disk=prepared.overlay,
             network=self.network.attach(prepared.port, slot.index, forwards),
-            qmp_fd=prepared.qmp.fileno(),
+            control_fd=prepared.control.fileno(),
             agent_fd=prepared.agent.fileno(),
         )
 

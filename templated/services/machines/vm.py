@@ -66,7 +66,7 @@ class Vm:
                 ping.cancel()
                 await asyncio.wait({ping})
         how = self.machine.exited.result()
-        raise GuestError(f"QEMU {how}{log_tail(self.places.qemu_log)}")
+        raise GuestError(f"QEMU {how}{log_tail(self.places.log)}")
 
     async def destroy(self) -> None:
         """End the VM at once and let go of everything of it. Idempotent."""

@@ -91,7 +91,7 @@ def _devices(launch: Launch) -> list[str]:
     # it comes up.
     nic = f"id=nic0,netdev=net0,mac={launch.mac},status=off"
     return [
-        *("-chardev", f"socket,id=qmp,fd={launch.qmp_fd},server=on,wait=off"),
+        *("-chardev", f"socket,id=qmp,fd={launch.control_fd},server=on,wait=off"),
         *("-mon", "chardev=qmp,mode=control"),
         *(
             "-chardev",
@@ -145,7 +145,7 @@ def _hostfwd(forward: Forward, guest: str) -> str:
 def inherited(launch: Launch) -> tuple[int, ...]:
     """The descriptors that the command line names: QEMU must have them under these numbers."""
     network = (launch.network.fd,) if isinstance(launch.network, Tap) else ()
-    return (launch.qmp_fd, launch.agent_fd, *network, *launch.fds)
+    return (launch.control_fd, launch.agent_fd, *network, *launch.fds)
 
 
 def _escaped(value: object) -> str:

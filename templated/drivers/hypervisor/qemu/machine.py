@@ -50,7 +50,7 @@ class Qemu:
     def spawn(self, launch: Launch) -> QemuMachine:
         """Start QEMU. On failure nothing runs."""
         arguments = qemu_arguments(self.binary, launch)
-        child = Process.spawn(arguments, log=launch.places.qemu_log, fds=inherited(launch))
+        child = Process.spawn(arguments, log=launch.places.log, fds=inherited(launch))
         return QemuMachine(child, launch.places)
 
     def adopt(self, pid: int, start_time: int, places: Places, uuid: str) -> QemuMachine | None:
@@ -75,7 +75,7 @@ class QemuMachine:
         return self._process.start_time
 
     async def connect(self, timeout: float) -> None:
-        await self._guarded(self._qmp.connect(str(self._places.qmp)), timeout, "QMP greeting")
+        await self._guarded(self._qmp.connect(str(self._places.control)), timeout, "QMP greeting")
 
     async def expect_state(self) -> None:
         await self._ignore_shared_memory()
@@ -215,7 +215,7 @@ class QemuMachine:
         return self.exited.done()
 
     def _log_tail(self) -> str:
-        return log_tail(self._places.qemu_log)
+        return log_tail(self._places.log)
 
 
 def log_tail(path: Path) -> str:
