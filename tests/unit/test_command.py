@@ -52,6 +52,14 @@ CASES = {
             forwards=(Forward(80, 8080), Forward(53, 0, "127.0.0.2", "udp")),
         ),
     ),
+    "code": replace(LAUNCH, code=Path("/a,b/code.img")),
+    "code-q35": replace(
+        LAUNCH,
+        hardware=replace(LAUNCH.hardware, type="q35"),
+        boot=BOOT,
+        memory_shared=True,
+        code=Path("/code.img"),
+    ),
     "commas": replace(LAUNCH, disk=Path("/a,b/disk.qcow2"), memory=Path("/c,d/memory")),
 }
 

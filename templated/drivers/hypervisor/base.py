@@ -81,6 +81,9 @@ class Launch:
     """Of the listening sockets `places.control` and `places.agent`; the VM inherits them."""
     fds: tuple[int, ...] = ()
     """Further descriptors that the VM inherits."""
+    code: Path | None = None
+    """A second, read-only disk: a raw image. It is part of the hardware: a clone has one exactly
+    when its template had one, of whatever content."""
     boot: Kernel | None = None
     """None: start waiting for state."""
 

@@ -10,6 +10,8 @@ from templated.drivers.hypervisor.base import Hardware, Launch
 from templated.model.network import Attachment, Forward, Tap
 
 AGENT_PORT = "templated.agent.0"
+CODE_SERIAL = "templated-code"
+"""How the guest knows the second disk: /sys/block/vdb/serial."""
 
 _MACHINES = {
     # No firmware tables, no PCI, no option ROMs: the state file is 64 KB and the boot short.
@@ -100,6 +102,7 @@ def _devices(launch: Launch) -> list[str]:
         *("-serial", "chardev:serial"),
         *("-blockdev", _blockdev(launch)),
         *("-device", f"virtio-blk-{bus},drive=disk"),
+        *_code(launch, bus),
         *("-netdev", netdev(launch.network)),
         *("-device", f"virtio-net-{bus},{nic}{rom}"),
         *("-device", f"virtio-serial-{bus},max_ports=2"),
@@ -117,6 +120,18 @@ def _blockdev(launch: Launch) -> str:
         "driver=qcow2,node-name=disk,discard=unmap,cache.no-flush=on,"
         f"file.driver=file,file.filename={_escaped(launch.disk)}"
     )
+
+
+def _code(launch: Launch, bus: str) -> list[str]:
+    """The second disk, by two nodes: what is below the upper one can be exchanged later."""
+    if launch.code is None:
+        return []
+    file = f"driver=file,node-name=code-file,filename={_escaped(launch.code)},read-only=on"
+    return [
+        *("-blockdev", file),
+        *("-blockdev", "driver=raw,node-name=code,read-only=on,file=code-file"),
+        *("-device", f"virtio-blk-{bus},id=code0,drive=code,serial={CODE_SERIAL}"),
+    ]
 
 
 def netdev(network: Attachment) -> str:
