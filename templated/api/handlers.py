@@ -64,7 +64,7 @@ async def info(request: web.Request) -> web.Response:
 
 async def _qemu_version(services: Services) -> str:
     try:
-        return (await services.context.host.qemu()).version
+        return (await services.context.hypervisor.version()).version
     except HostError as error:
         return error.message
 

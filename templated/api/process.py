@@ -17,7 +17,6 @@ import uvloop
 from templated.api.server import listeners
 from templated.api.systemd import ask_for_time, notify, watchdog
 from templated.drivers.configfile import load_config
-from templated.drivers.hypervisor.process import use_small_pages
 from templated.model.config import Config
 from templated.services.daemon import Installation, services
 
@@ -32,7 +31,6 @@ def run(config_path: Path | None) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
     os.umask(0o077)
     _allow_many_files()
-    use_small_pages()
     config = load_config(config_path)
     installation = Installation(config)
     try:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from templated.drivers.hypervisor.base import Hypervisor
-from templated.drivers.hypervisor.qemu.machine import Qemu
-from templated.drivers.hypervisor.qemu.tsc import tsc_khz
+from templated.drivers.hypervisor.qemu.driver import Qemu
 from templated.drivers.image.store import ImageStore
 from templated.drivers.network import Network, make_network
 from templated.errors import Conflict
@@ -60,14 +59,14 @@ class Installation:
         self.layout = Layout(config)
         self.layout.create()
         self._lock = _lock(self.layout.lock)
-        tsc_khz()  # measured here, where it may block, and remembered
+        self.hypervisor = hypervisor or make_hypervisor(config)
+        self.hypervisor.prepare()
         tag = _machine_id()
         # Two daemons on one host differ by their state_dir.
         tag += str(self.layout.state).encode()
         self.plan = AddressPlan(config.network.subnet, tag)
         owner = hashlib.sha256(tag).hexdigest()[:12]
         self.network: Network = make_network(config.network, self.plan, owner)
-        self.hypervisor = hypervisor or Qemu(config.qemu)
 
     def close(self) -> None:
         """Let another daemon use state_dir."""
@@ -114,6 +113,11 @@ def _subscribe(slots: Slots, templates: Templates, pools: Pools) -> None:
     templates.on_removed.append(pools.forget)
 
 
+def make_hypervisor(config: Config) -> Hypervisor:
+    """The hypervisor that the configuration names. The only place that knows which there are."""
+    return Qemu(config.qemu, Layout(config).kvm_proof)
+
+
 def _context(installation: Installation, journal: Journal) -> Context:
     config, layout = installation.config, installation.layout
     metrics = Metrics()
@@ -131,7 +135,7 @@ def _context(installation: Installation, journal: Journal) -> Context:
         layout=layout,
         journal=journal,
         images=ImageStore(layout.state),
-        host=Host(config, layout.state),
+        host=Host(config, installation.hypervisor),
         hypervisor=installation.hypervisor,
         network=installation.network,
         plan=installation.plan,

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 from templated.drivers.configfile import load_template, template_files
+from templated.drivers.hypervisor.base import Hypervisor
 from templated.drivers.hypervisor.process import may_raise_priority
-from templated.drivers.hypervisor.qemu import accel
-from templated.drivers.hypervisor.qemu.tsc import tsc_khz
 from templated.drivers.image.store import ImageStore
 from templated.errors import HostError, TemplatedError
 from templated.model.config import Config
 from templated.model.network import BridgeNetwork
+from templated.services.daemon import make_hypervisor
+from templated.services.places import Layout
 
 Status = Literal["PASS", "WARN", "FAIL"]
 _MIN_SHM = 256 << 20
@@ -60,7 +61,7 @@ def run_checks(config: Config) -> list[Check]:
 
 def _qemu(config: Config) -> Iterator[Check]:
     try:
-        version = asyncio.run(accel.qemu_version(config.qemu)).version
+        version = asyncio.run(make_hypervisor(config).version()).version
     except HostError as error:
         yield Check("qemu", "FAIL", error.message, "apt install qemu-system-x86")
         return
@@ -74,30 +75,26 @@ def _qemu(config: Config) -> Iterator[Check]:
 
 def _accelerator(config: Config) -> Iterator[Check]:
     """The device proves nothing; only a guest that runs does."""
+    hypervisor = make_hypervisor(config)
     if config.accel == "tcg":
         yield Check("accelerator", "PASS", "tcg, as configured")
-    elif reason := accel.kvm_opens():
+    elif reason := hypervisor.kvm_problem():
         status: Status = "FAIL" if config.accel == "kvm" else "WARN"
         fix = "enable virtualisation, modprobe kvm_intel or kvm_amd, and join the group kvm"
         yield Check("accelerator", status, f"{reason}: guests run under TCG, slower", fix)
     else:
-        yield _kvm_proof(config)
-    if config.accel != "kvm" and tsc_khz() is None:
-        fix = "boot a host kernel with a constant TSC, or use KVM"
-        yield Check("clock", "WARN", "the host's TSC is not constant: TCG guests may drift", fix)
+        yield _kvm_proof(config, hypervisor)
+    if config.accel != "kvm" and (problem := hypervisor.clock_problem("tcg")):
+        yield Check("clock", "WARN", problem, "boot a host kernel with a constant TSC, or use KVM")
 
 
-def _kvm_proof(config: Config) -> Check:
-    state = Path(config.state_dir)
-    cache = state / "kvm-proof.json"
+def _kvm_proof(config: Config, hypervisor: Hypervisor) -> Check:
     try:
-        version = asyncio.run(accel.qemu_version(config.qemu)).version
-        images = ImageStore(state).list()
-        proof = accel.recall(cache, version)
+        asyncio.run(hypervisor.version())
+        images = ImageStore(Path(config.state_dir)).list()
+        proof = hypervisor.remembered_proof()
         if proof is None and images:
-            image = images[-1]
-            work = accel.prove_kvm(config.qemu, version, image.kernel, image.initrd, cache)
-            proof = asyncio.run(work)
+            proof = asyncio.run(hypervisor.prove_kvm(images[-1].kernel, images[-1].initrd))
     except (TemplatedError, OSError) as error:
         return Check("accelerator", "WARN", f"KVM could not be proven: {error}", "see `qemu`")
     if proof is None:
@@ -107,7 +104,7 @@ def _kvm_proof(config: Config) -> Check:
         return Check("accelerator", "PASS", f"kvm: {proof.detail}")
     status: Status = "FAIL" if config.accel == "kvm" else "WARN"
     fix = "set accel: tcg to silence this, or use a host whose KVM runs guests; "
-    fix += f"to prove it again: rm {cache}"
+    fix += f"to prove it again: rm {Layout(config).kvm_proof}"
     return Check("accelerator", status, f"KVM does not run a guest: {proof.detail}", fix)
 
 

@@ -26,6 +26,7 @@ class Layout:
         self.generations = self.state / "generations"
         self.sockets = self.runtime / "vm"
         self.lock = self.state / "lock"
+        self.kvm_proof = self.state / "kvm-proof.json"
 
     def create(self) -> None:
         """Make the directories, for their owner only; ConfigError or HostError in one line."""

@@ -8,8 +8,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from templated.drivers.hypervisor.base import Proof
 from templated.drivers.hypervisor.qemu import accel
-from templated.drivers.hypervisor.qemu.accel import Proof, prove_kvm, qemu_version, recall
+from templated.drivers.hypervisor.qemu.accel import prove_kvm, qemu_version, recall
+from templated.drivers.hypervisor.qemu.driver import Qemu
 from templated.drivers.image.store import Image
 from templated.errors import HostError
 from templated.model.spec import ImageSpec
@@ -126,15 +128,17 @@ def test_a_qemu_that_is_none(tmp_path: Path, script: str, message: str) -> None:
 
 def test_the_version_follows_the_binary(tmp_path: Path) -> None:
     """It is asked once, and again when the file has changed."""
-    config = configured(tmp_path)
     count = 'echo x >> "$0.asked"; echo QEMU emulator version'
     binary = program(tmp_path, f"{count} 7.2.0")
 
     async def main() -> None:
-        host = Host(msgspec.structs.replace(config, qemu=binary), tmp_path)
-        assert [(await host.qemu()).version for _ in range(3)] == ["7.2.0"] * 3
+        qemu = Qemu(binary, tmp_path / "proof")
+        assert not qemu.is_version("7.2.0"), "nobody has asked it"
+        assert [(await qemu.version()).version for _ in range(3)] == ["7.2.0"] * 3
+        assert qemu.is_version("7.2.0") and not qemu.is_version("10.0.0")
         await asyncio.to_thread(program, tmp_path, f"{count} 10.0.0")
-        assert (await host.qemu()).version == "10.0.0"
+        assert not qemu.is_version("7.2.0"), "the file has changed"
+        assert (await qemu.version()).version == "10.0.0" and qemu.is_version("10.0.0")
         asked = await asyncio.to_thread((tmp_path / "qemu.asked").read_text)
         assert asked == "x\nx\n"
 
@@ -149,16 +153,19 @@ def test_auto(tmp_path: Path) -> None:
     binary = program(tmp_path, f'{answers}\necho x >> "$0.proved"; echo "{MARKER}"')
     image = image_in(tmp_path)
 
+    def qemu() -> Qemu:
+        return Qemu(binary, tmp_path / "proof")
+
     async def main() -> None:
         for wanted, expected in (("tcg", "tcg"), ("kvm", "kvm")):
-            changed = msgspec.structs.replace(config, accel=wanted, qemu=binary)
-            assert await Host(changed, tmp_path).accelerator(image) == expected
-        auto = msgspec.structs.replace(config, accel="auto", qemu=binary)
-        host = Host(auto, tmp_path)
+            changed = msgspec.structs.replace(config, accel=wanted)
+            assert await Host(changed, qemu()).accelerator(image) == expected
+        auto = msgspec.structs.replace(config, accel="auto")
+        host = Host(auto, qemu())
         assert host.known_accelerator() == "auto (not proven yet)"
         asked = await asyncio.gather(*(host.accelerator(image) for _ in range(3)))
         assert asked == ["kvm"] * 3 and host.known_accelerator() == "kvm"
-        assert await Host(auto, tmp_path).accelerator(image) == "kvm"
+        assert await Host(auto, qemu()).accelerator(image) == "kvm", "it is remembered"
         proved = await asyncio.to_thread((tmp_path / "qemu.proved").read_text)
         assert proved == "x\n"
 
@@ -170,13 +177,14 @@ def test_demanded_and_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(accel, "kvm_opens", lambda: "/dev/kvm: Permission denied")
     config = configured(tmp_path)
     image = image_in(tmp_path)
+    qemu = Qemu("never-started", tmp_path / "proof")
 
     async def main() -> None:
         demanded = msgspec.structs.replace(config, accel="kvm")
         with pytest.raises(HostError, match="Permission denied") as caught:
-            await Host(demanded, tmp_path).accelerator(image)
+            await Host(demanded, qemu).accelerator(image)
         assert "accel: auto" in caught.value.hint
         auto = msgspec.structs.replace(config, accel="auto")
-        assert await Host(auto, tmp_path).accelerator(image) == "tcg"
+        assert await Host(auto, qemu).accelerator(image) == "tcg"
 
     run(main())

@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from templated.drivers.hypervisor.fake import FakeHypervisor
-from templated.drivers.hypervisor.qemu.machine import Qemu
+from templated.drivers.hypervisor.qemu.driver import Qemu
 from templated.errors import Busy, Conflict, HostError, InvalidRequest, NotFound, StartError
 from templated.model.api import CloneRequest
 from templated.model.clone import CloneState
@@ -448,9 +448,7 @@ def test_another_qemu_than_the_one_that_froze(tmp_path: Path) -> None:
     """QEMU was upgraded under a running daemon: it is told before a state is loaded into it."""
 
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
-        await asyncio.to_thread(
-            (tmp_path / "qemu").write_text, "#!/bin/sh\necho QEMU emulator version 8.0.0\n"
-        )
+        fake.installed = "8.0.0"
         with pytest.raises(StartError, match=r"frozen by QEMU 7\.2\.0"):
             await running.clones.create(CloneRequest(name="a"))
 
@@ -475,7 +473,7 @@ def test_an_orphaned_process_is_ended(tmp_path: Path) -> None:
         uuids.append(prepared.slot.uuid)
 
     async def restart() -> None:
-        async with daemon(config, Qemu(config.qemu)) as running:
+        async with daemon(config, Qemu(config.qemu, tmp_path / "proof")) as running:
             assert running.clones.views() == []
 
     uuids: list[str] = []

@@ -202,8 +202,7 @@ def test_another_qemu(tmp_path: Path) -> None:
     """A state is only loaded by the QEMU that wrote it."""
 
     async def first(running: Services, fake: FakeHypervisor) -> None:
-        text = "#!/bin/sh\necho QEMU emulator version 8.0.0\n"
-        await asyncio.to_thread((tmp_path / "qemu").write_text, text)
+        fake.installed = "8.0.0"
 
     async def second(running: Services, fake: FakeHypervisor) -> None:
         with pytest.raises(HostError, match=r"frozen by QEMU 7\.2\.0, this host has 8\.0\.0"):
@@ -264,7 +263,7 @@ def test_requests_to_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             await prepare("x", BuildRequest(spec=bad))
         with monkeypatch.context() as patched:
             held = asyncio.Event()
-            patched.setattr(running.context.host, "qemu", held.wait)
+            patched.setattr(running.context.hypervisor, "version", held.wait)
             building = asyncio.ensure_future(running.templates.build(SPEC, Progress()))
             await until(running.context.events.recent)
             with pytest.raises(Conflict, match="being built already"):

@@ -1,12 +1,19 @@
-"""The face that services see of a hypervisor."""
+"""The interface of a hypervisor: all that services know of one.
+
+`Hypervisor` starts and finds VMs and knows what runs guests on this host; `Machine` is one VM.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
+from templated.model.generation import QemuVersion
 from templated.model.network import Attachment
 
 
@@ -98,6 +105,15 @@ class SavedState:
     """For the transport `fd`: a descriptor that the VM inherited at its start."""
 
 
+class Proof(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether KVM runs a guest, and how that is known."""
+
+    host: str
+    """What it was found out on: a digest of host, kernel, CPU and hypervisor."""
+    works: bool
+    detail: str
+
+
 class Machine(Protocol):
     """One running hypervisor process.
 
@@ -158,6 +174,9 @@ class Machine(Protocol):
     async def release(self) -> None:
         """Let go of a process that is to outlive the daemon."""
 
+    def last_words(self) -> str:
+        """The last line that the hypervisor wrote to its log; empty when there is none."""
+
     def cpu_seconds(self) -> float:
         """CPU time that the process has used, in seconds."""
 
@@ -172,10 +191,58 @@ class Machine(Protocol):
 
 
 class Hypervisor(Protocol):
-    """Starts and finds machines."""
+    """Starts and finds machines, and knows what runs guests on this host.
+
+    `accelerator` is `kvm` or `tcg`. Nothing but `prepare` blocks for more than some microseconds.
+    """
+
+    def prepare(self) -> None:
+        """Do what has to be done once, before the event loop runs, since it blocks for 0.1 s.
+
+        It may also set what VMs inherit from this process.
+        """
+
+    async def version(self) -> QemuVersion:
+        """The program and its version, asked again when the file has changed.
+
+        Raises HostError when it is missing or answers nonsense.
+        """
+
+    def is_version(self, version: str) -> bool:
+        """Whether the program is known to be of this version. Costs a stat."""
+
+    def kvm_problem(self) -> str:
+        """Why KVM cannot be used; empty when its device opens, which proves nothing yet."""
+
+    def remembered_proof(self) -> Proof | None:
+        """What `prove_kvm` found on this host; None when that, or the version, is not known."""
+
+    async def prove_kvm(self, kernel: Path, initrd: Path) -> Proof:
+        """Whether this kernel runs under KVM: as remembered, or by running it, some 20 s at most.
+
+        It is run once for all who ask at a time. Raises HostError when no guest can be started.
+        """
+
+    def clock_problem(self, accelerator: str) -> str:
+        """Why a guest's clock may drift; empty when it keeps time."""
+
+    def cpu(self, accelerator: str) -> str:
+        """The CPU model that guests get."""
+
+    def kernel_arguments(self, accelerator: str) -> str:
+        """What a Linux guest has to be told of this hypervisor, for its kernel's command line."""
+
+    def describe(self, launch: Launch) -> tuple[str, ...]:
+        """The command line of a launch, for people to read."""
 
     def spawn(self, launch: Launch) -> Machine:
-        """Start a process and return at once; HostError when it cannot be started."""
+        """Start a VM and return at once. Raises HostError when that cannot be; nothing runs then.
+
+        The descriptors that the launch names may be closed afterwards.
+        """
 
     def adopt(self, pid: int, start_time: int, places: Places, uuid: str) -> Machine | None:
-        """The machine that an earlier daemon started; None when it no longer runs."""
+        """The VM that an earlier daemon started; None unless all four are still right."""
+
+    async def find(self, places: Mapping[str, Places]) -> dict[str, list[Machine]]:
+        """All VMs that run with one of these UUIDs, also those whose pid nobody wrote down."""

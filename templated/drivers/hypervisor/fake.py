@@ -10,11 +10,13 @@ import asyncio
 import itertools
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
-from templated.drivers.hypervisor.base import Launch, Places, SavedState
+from templated.drivers.hypervisor.base import Launch, Machine, Places, Proof, SavedState
 from templated.drivers.hypervisor.fake_guest import FakeGuest
 from templated.errors import HostError, HypervisorError
+from templated.model.generation import QemuVersion
 
 
 class FakeHypervisor:
@@ -30,9 +32,41 @@ class FakeHypervisor:
         self.fail = ""
         self.fail_after = 0
         self.mismatch = "mac"
+        self.installed = "7.2.0"
+        """The version that it claims to be of."""
         self.machines: dict[int, FakeMachine] = {}
         self._holds: dict[str, asyncio.Event] = {}
         self._pids = itertools.count(1_000_000)
+
+    def prepare(self) -> None:
+        """There is nothing to prepare."""
+
+    async def version(self) -> QemuVersion:
+        return QemuVersion(path="fake", version=self.installed)
+
+    def is_version(self, version: str) -> bool:
+        return version == self.installed
+
+    def kvm_problem(self) -> str:
+        return "the fake has no KVM"
+
+    def remembered_proof(self) -> Proof | None:
+        return None
+
+    async def prove_kvm(self, kernel: Path, initrd: Path) -> Proof:
+        return Proof(host="fake", works=False, detail=self.kvm_problem())
+
+    def clock_problem(self, accelerator: str) -> str:
+        return ""
+
+    def cpu(self, accelerator: str) -> str:
+        return "fake"
+
+    def kernel_arguments(self, accelerator: str) -> str:
+        return "fake"
+
+    def describe(self, launch: Launch) -> tuple[str, ...]:
+        return "fake", launch.slot
 
     def spawn(self, launch: Launch) -> FakeMachine:
         """Start a machine; HostError when told to fail at `spawn`."""
@@ -55,6 +89,14 @@ class FakeHypervisor:
             return None
         same = machine.launch.uuid == uuid and machine.started == start_time
         return machine if same else None
+
+    async def find(self, places: Mapping[str, Places]) -> dict[str, list[Machine]]:
+        """The machines that still run, by their UUIDs."""
+        found: dict[str, list[Machine]] = {}
+        for machine in self.running():
+            if machine.launch.uuid in places:
+                found.setdefault(machine.launch.uuid, []).append(machine)
+        return found
 
     def running(self) -> list[FakeMachine]:
         """Machines that have not ended."""
@@ -140,6 +182,9 @@ class FakeMachine:
 
     async def release(self) -> None:
         """The machine goes on."""
+
+    def last_words(self) -> str:
+        return ""
 
     def cpu_seconds(self) -> float:
         return 0.0

@@ -87,6 +87,14 @@ def command_line(pid: int) -> list[str]:
         return []
 
 
+def with_argument(words: set[str]) -> list[tuple[str, int]]:
+    """The processes that have one of these as an argument: word and pid. Reads all of /proc."""
+    if not words:
+        return []
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [(word, pid) for pid in pids for word in words.intersection(command_line(pid))]
+
+
 def use_small_pages() -> None:
     """Keep this process, and every one that it starts from now on, off transparent huge pages.
 

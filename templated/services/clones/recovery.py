@@ -1,6 +1,6 @@
 """After a restart: what the journal names is adopted or destroyed, and nothing else is touched.
 
-Owner tags: a QEMU is ours when its command line has the UUID of a slot in the journal, a tap when
+Owner tags: a VM is ours when it has the UUID of a slot in the journal, a tap when
 its alias has our owner id, a directory when it lies in slots/ or vm/ of our own places.
 """
 
@@ -10,11 +10,10 @@ import asyncio
 import contextlib
 import logging
 import shutil
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
-from templated.drivers.hypervisor import process
-from templated.drivers.hypervisor.base import Hypervisor
+from templated.drivers.hypervisor.base import Machine
 from templated.model.clone import Slot
 from templated.services.clones.registry import Clones
 from templated.services.context import Context
@@ -32,37 +31,24 @@ async def recover(context: Context, clones: Clones) -> None:
     await context.network.sweep(kept)
     free = {slot.id: slot for slot in await context.journal.free_slots()}
     unwanted = [*(slots[i] for i in orphans), *free.values()]
-    pids = await asyncio.to_thread(_pids_by_uuid, {slot.uuid for slot in unwanted})
+    left = await context.hypervisor.find({s.uuid: context.layout.vm(s.id) for s in unwanted})
     for slot in unwanted:
-        await _destroy(context.hypervisor, context, slot, pids.get(slot.uuid, []))
+        await _destroy(context, slot, left.get(slot.uuid, []))
     await asyncio.to_thread(context.layout.remove_partial_overlays)
     await asyncio.to_thread(_remove_strays, context.layout.slots, kept)
     await asyncio.to_thread(_remove_strays, context.layout.sockets, kept)
 
 
-async def _destroy(hypervisor: Hypervisor, context: Context, slot: Slot, pids: list[int]) -> None:
+async def _destroy(context: Context, slot: Slot, machines: Sequence[Machine]) -> None:
     """End a VM that is not to be kept, also when it was killed before its pid was written."""
-    for pid in pids:
-        started = process.start_time(pid)
-        places = context.layout.vm(slot.id)
-        machine = hypervisor.adopt(pid, started, places, slot.uuid) if started else None
-        if machine is not None:
-            log.info(
-                "ending the VM of slot %s, which an earlier daemon left (pid %d)",
-                slot.id,
-                pid,
-            )
-            await machine.destroy()
+    for machine in machines:
+        log.info(
+            "ending the VM of slot %s, which an earlier daemon left (pid %d)",
+            slot.id,
+            machine.pid,
+        )
+        await machine.destroy()
     await context.slots.drop(slot.id)
-
-
-def _pids_by_uuid(uuids: set[str]) -> dict[str, list[int]]:
-    """The processes that have one of these on their command line; /proc is read once for all."""
-    found: dict[str, list[int]] = defaultdict(list)
-    for pid in (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()):
-        for uuid in uuids.intersection(process.command_line(pid)):
-            found[uuid].append(pid)
-    return found
 
 
 def _remove_strays(directory: Path, keep: set[str]) -> None:

@@ -136,7 +136,7 @@ class Start:
             # Not a layer that slots are kept ready for.
             prepared = await self._slot(Layer(f"cold-{image.digest}", empty), undo)
             launch = starter.launch(prepared, generation.hardware)
-            kernel = boot_kernel(image, manifest.spec, manifest.accel)
+            kernel = boot_kernel(self.context.hypervisor, image, manifest.spec, manifest.accel)
             return await starter.boot(prepared, launch, kernel, terms, self.clone.name, self.clock)
 
     # --- what they take -----------------------------------------------------------------------

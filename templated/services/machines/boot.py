@@ -6,22 +6,18 @@ import secrets
 from pathlib import Path
 
 from templated.drivers import disk
-from templated.drivers.hypervisor.base import Kernel
-from templated.drivers.hypervisor.qemu.tsc import tsc_khz
+from templated.drivers.hypervisor.base import Hypervisor, Kernel
 from templated.drivers.image.store import Image
 from templated.model.spec import TemplateSpec
 from templated.services.places import Layout
 
-# tsc=reliable: with nothing to check the TSC against, the kernel would otherwise never leave the
-# periodic tick (250 Hz), which is most of what an idle guest costs.
-KERNEL_CMDLINE = "console=ttyS0 quiet loglevel=4 reboot=t panic=-1 ipv6.disable=1 tsc=reliable"
+KERNEL_CMDLINE = "console=ttyS0 quiet loglevel=4 reboot=t panic=-1 ipv6.disable=1"
 
 
-def boot_kernel(image: Image, spec: TemplateSpec, accel: str) -> Kernel:
+def boot_kernel(hypervisor: Hypervisor, image: Image, spec: TemplateSpec, accel: str) -> Kernel:
     """What a full boot of this template starts."""
-    frequency = tsc_khz() if accel == "tcg" else None
-    known = f"tsc_early_khz={frequency}" if frequency else ""
-    cmdline = " ".join(f"{KERNEL_CMDLINE} {known} {spec.machine.cmdline}".split())
+    parts = KERNEL_CMDLINE, hypervisor.kernel_arguments(accel), spec.machine.cmdline
+    cmdline = " ".join(part for part in parts if part)
     return Kernel(image.kernel, image.initrd, cmdline)
 
 

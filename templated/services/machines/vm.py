@@ -11,7 +11,6 @@ from typing import Any
 
 from templated.drivers.guest import Agent
 from templated.drivers.hypervisor.base import Hypervisor, Launch, Machine, Places, SavedState
-from templated.drivers.hypervisor.qemu.machine import log_tail
 from templated.errors import GuestError, HostError, TemplatedError
 from templated.model.clone import Slot
 
@@ -65,8 +64,8 @@ class Vm:
             if not ping.done():
                 ping.cancel()
                 await asyncio.wait({ping})
-        how = self.machine.exited.result()
-        raise GuestError(f"QEMU {how}{log_tail(self.places.log)}")
+        how, words = self.machine.exited.result(), self.machine.last_words()
+        raise GuestError(f"the VM {how}: {words}" if words else f"the VM {how}")
 
     async def destroy(self) -> None:
         """End the VM at once and let go of everything of it. Idempotent."""

@@ -22,8 +22,6 @@ import msgspec
 
 from templated.drivers import disk
 from templated.drivers.hypervisor.base import Hardware, Kernel, Launch
-from templated.drivers.hypervisor.qemu.accel import CPUS
-from templated.drivers.hypervisor.qemu.command import qemu_arguments
 from templated.drivers.image.store import Image, image_digest, lacks_rights
 from templated.errors import BuildError, HostError, TemplatedError
 from templated.journal import now
@@ -90,7 +88,7 @@ class Build:
         await self.context.journal.drop_generation(self.id)
 
     async def _run(self) -> Generation:
-        qemu = await self.context.host.qemu()
+        qemu = await self.context.hypervisor.version()
         with self._phase("image"):
             self._require_rights()
             image = await self.context.images.ensure(self.spec.image, on_progress=self.progress.log)
@@ -132,12 +130,12 @@ class Build:
             memory_bytes=size_bytes(machine.memory),
             vcpus=machine.vcpus,
             accel=accel,
-            cpu=CPUS[accel],
+            cpu=self.context.hypervisor.cpu(accel),
         )
 
     async def _base(self, image: Image, hardware: Hardware, qemu: QemuVersion) -> Manifest:
         """Boot, probe and freeze the base VM."""
-        kernel = boot_kernel(image, self.spec, hardware.accel)
+        kernel = boot_kernel(self.context.hypervisor, image, self.spec, hardware.accel)
         empty = await image_overlay(self.context.layout, image)
         async with self._slot(empty) as prepared:
             forwards, ports = self._forwards()
@@ -280,7 +278,7 @@ class Build:
         probes: tuple[ProbeResult, ...],
         lag: float,
     ) -> Manifest:
-        command = qemu_arguments(qemu.path, replace(launch, boot=kernel))
+        command = self.context.hypervisor.describe(replace(launch, boot=kernel))
         return Manifest(
             format=generations.MANIFEST_FORMAT,
             id=self.id,
@@ -291,7 +289,7 @@ class Build:
             qemu=qemu,
             accel=launch.hardware.accel,
             cpu=launch.hardware.cpu,
-            command_line=tuple(command),
+            command_line=command,
             kernel=str(kernel.kernel),
             kernel_sha256="",
             kernel_cmdline=kernel.cmdline,

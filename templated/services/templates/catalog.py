@@ -132,7 +132,7 @@ class Templates:
         try:
             self.serving(generation.template)
             qemu = generation.manifest.qemu.version
-            if generation.changed() or not self._context.host.qemu_is(qemu):
+            if generation.changed() or not self._context.hypervisor.is_version(qemu):
                 await self._recheck(generation)
         except HostError:
             if loads_state or not generation.runs_on():
@@ -412,7 +412,7 @@ class Templates:
 
     async def _check_qemu(self, generation: Generation) -> None:
         manifest = generation.manifest
-        present = await self._context.host.qemu()
+        present = await self._context.hypervisor.version()
         if present.version != manifest.qemu.version:
             raise HostError(
                 f"generation {generation.id} of {manifest.template} was frozen by QEMU "

@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from templated.drivers.disk import run
+from templated.drivers.hypervisor.base import Proof
 from templated.errors import HostError
 from templated.model.generation import QemuVersion
 
@@ -29,14 +30,6 @@ PROOF_TIMEOUT = 15.0
 # arat ("always running APIC timer"): without it the kernel wants a second timer to fall back on,
 # which microvm does not have, and stays with a periodic tick of 250 Hz.
 CPUS = {"kvm": "host,migratable=on", "tcg": "qemu64,+arat"}
-
-
-class Proof(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether KVM runs a guest on this host, and how we know."""
-
-    host: str
-    works: bool
-    detail: str
 
 
 async def qemu_version(binary: str) -> QemuVersion:

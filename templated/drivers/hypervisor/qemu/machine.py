@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 
 from templated.drivers.hypervisor import process
-from templated.drivers.hypervisor.base import Launch, Places, SavedState
+from templated.drivers.hypervisor.base import Places, SavedState
 from templated.drivers.hypervisor.process import Process
-from templated.drivers.hypervisor.qemu.command import inherited, qemu_arguments
 from templated.errors import HostError, HypervisorError, Timeout
 
 T = TypeVar("T")
 _REPLY_TIMEOUT = 10.0
+# Bytes of the log that the last line is looked for in, and characters of that line.
+_LOG_END, _LINE = 2000, 300
 # The library reports an unexpected disconnect as critical; here it is how a VM's end looks.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
@@ -39,24 +40,6 @@ class _Client(QMPClient):
         # QEMU takes some 4 us for each byte that it reads of QMP.
         self._execute_id += 1
         return str(self._execute_id)
-
-
-class Qemu:
-    """Starts and adopts QEMU processes."""
-
-    def __init__(self, binary: str) -> None:
-        self.binary = binary
-
-    def spawn(self, launch: Launch) -> QemuMachine:
-        """Start QEMU. On failure nothing runs."""
-        arguments = qemu_arguments(self.binary, launch)
-        child = Process.spawn(arguments, log=launch.places.log, fds=inherited(launch))
-        return QemuMachine(child, launch.places)
-
-    def adopt(self, pid: int, start_time: int, places: Places, uuid: str) -> QemuMachine | None:
-        """Find a QEMU again by pid, start time and the UUID on its command line."""
-        found = Process.adopt(pid, start_time, uuid)
-        return QemuMachine(found, places) if found else None
 
 
 class QemuMachine:
@@ -140,6 +123,15 @@ class QemuMachine:
         await self._disconnect()
         self._process.close()
 
+    def last_words(self) -> str:
+        try:
+            with open(self._places.log, "rb") as log:
+                log.seek(max(0, os.fstat(log.fileno()).st_size - _LOG_END))
+                lines = log.read().decode(errors="replace").strip().splitlines()
+        except OSError:
+            return ""
+        return lines[-1].strip()[:_LINE] if lines else ""
+
     def cpu_seconds(self) -> float:
         return process.cpu_seconds(self.pid)
 
@@ -176,7 +168,7 @@ class QemuMachine:
             if status == "completed":
                 return
             if status in ("failed", "cancelled"):
-                raise HypervisorError(f"QEMU reports that the state {status}{self._log_tail()}")
+                raise HypervisorError(f"QEMU reports that the state {status}{self._saying()}")
 
     async def _execute(self, command: str, arguments: dict[str, object] | None = None) -> object:
         return await self._guarded(self._qmp.execute(command, arguments), _REPLY_TIMEOUT, command)
@@ -194,7 +186,7 @@ class QemuMachine:
             # A connection breaks a moment before the process is seen to end.
             if isinstance(error, ExecuteError) or not await self._ends_soon():
                 raise HypervisorError(f"QEMU refused the {what}: {error}") from error
-        raise HypervisorError(f"QEMU {self.exited.result()}{self._log_tail()}")
+        raise HypervisorError(f"QEMU {self.exited.result()}{self._saying()}")
 
     @contextmanager
     def _exit_expires(self, bound: asyncio.Timeout) -> Iterator[None]:
@@ -214,20 +206,9 @@ class QemuMachine:
         await asyncio.wait({self.exited}, timeout=0.5)
         return self.exited.done()
 
-    def _log_tail(self) -> str:
-        return log_tail(self._places.log)
-
-
-def log_tail(path: Path) -> str:
-    """The last line that QEMU wrote, as `: LINE`; empty when there is none."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as log:
-            log.seek(max(0, size - 2000))
-            lines = log.read().decode(errors="replace").strip().splitlines()
-    except OSError:
-        return ""
-    return f": {lines[-1].strip()[:300]}" if lines else ""
+    def _saying(self) -> str:
+        words = self.last_words()
+        return f": {words}" if words else ""
 
 
 def _check_state_file(path: Path) -> None:

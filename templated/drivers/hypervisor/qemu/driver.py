@@ -1,0 +1,88 @@
+"""QEMU as a hypervisor: what runs guests on this host, and its processes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+from templated.drivers.hypervisor import process
+from templated.drivers.hypervisor.base import Launch, Machine, Places, Proof
+from templated.drivers.hypervisor.process import Process
+from templated.drivers.hypervisor.qemu import accel
+from templated.drivers.hypervisor.qemu.command import inherited, qemu_arguments
+from templated.drivers.hypervisor.qemu.machine import QemuMachine
+from templated.drivers.hypervisor.qemu.program import Program
+from templated.drivers.hypervisor.qemu.tsc import tsc_khz
+from templated.model.generation import QemuVersion
+
+
+class Qemu:
+    """Starts, finds and adopts QEMU processes; see `templated.drivers.hypervisor.base`."""
+
+    def __init__(self, binary: str, proof: Path) -> None:
+        """`binary` is a path, or a name in PATH; `proof` the file that remembers about KVM."""
+        self._binary = binary
+        self._program = Program(binary)
+        self._proof = proof
+        self._proving = asyncio.Lock()
+
+    def prepare(self) -> None:
+        process.use_small_pages()
+        tsc_khz()  # remembered from here on
+
+    async def version(self) -> QemuVersion:
+        return await self._program.version()
+
+    def is_version(self, version: str) -> bool:
+        return self._program.is_version(version)
+
+    def kvm_problem(self) -> str:
+        return accel.kvm_opens()
+
+    def remembered_proof(self) -> Proof | None:
+        return accel.recall(self._proof, self._program.known_version)
+
+    async def prove_kvm(self, kernel: Path, initrd: Path) -> Proof:
+        async with self._proving:
+            version = (await self.version()).version
+            remembered = accel.recall(self._proof, version)
+            if remembered is not None:
+                return remembered
+            return await accel.prove_kvm(self._binary, version, kernel, initrd, self._proof)
+
+    def clock_problem(self, accelerator: str) -> str:
+        if accelerator == "kvm" or tsc_khz() is not None:
+            return ""
+        return "the host's TSC is not constant: TCG guests may drift"
+
+    def cpu(self, accelerator: str) -> str:
+        return accel.CPUS[accelerator]
+
+    def kernel_arguments(self, accelerator: str) -> str:
+        # tsc=reliable: with nothing to check the TSC against, the kernel would otherwise never
+        # leave the periodic tick (250 Hz), which is most of what an idle guest costs.
+        frequency = tsc_khz() if accelerator == "tcg" else None
+        return f"tsc=reliable tsc_early_khz={frequency}" if frequency else "tsc=reliable"
+
+    def describe(self, launch: Launch) -> tuple[str, ...]:
+        return tuple(qemu_arguments(self._program.path, launch))
+
+    def spawn(self, launch: Launch) -> QemuMachine:
+        arguments = qemu_arguments(self._binary, launch)
+        child = Process.spawn(arguments, log=launch.places.log, fds=inherited(launch))
+        return QemuMachine(child, launch.places)
+
+    def adopt(self, pid: int, start_time: int, places: Places, uuid: str) -> QemuMachine | None:
+        found = Process.adopt(pid, start_time, uuid)
+        return QemuMachine(found, places) if found else None
+
+    async def find(self, places: Mapping[str, Places]) -> dict[str, list[Machine]]:
+        found: dict[str, list[Machine]] = defaultdict(list)
+        for uuid, pid in await asyncio.to_thread(process.with_argument, set(places)):
+            started = process.start_time(pid)
+            machine = self.adopt(pid, started, places[uuid], uuid) if started else None
+            if machine is not None:
+                found[uuid].append(machine)
+        return dict(found)
