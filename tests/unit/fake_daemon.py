@@ -121,8 +121,7 @@ def play(tmp_path: Path, *scenarios: Scenario) -> None:
             for scenario in scenarios:
                 async with daemon(config, fake) as running:
                     await scenario(running, fake)
-        for machine in fake.running():
-            await machine.destroy()
+        await fake.close()
 
     asyncio.run(main())
 

@@ -10,6 +10,7 @@ import pytest
 from templated.drivers.host.meminfo import Memory
 from templated.drivers.host.pressure import Pressure
 from templated.drivers.hypervisor.fake import FakeHypervisor, FakeMachine
+from templated.drivers.hypervisor.states import MachineState
 from templated.errors import Busy, HostError, InvalidRequest, NotFound, StartError
 from templated.model.api import CloneRequest, PoolRequest
 from templated.model.clone import CloneView, StartPath
@@ -236,7 +237,7 @@ def test_members_that_do_not_answer_are_replaced(
         await fill(running, standby=1, warm=2)
         (standby,) = waiting(running, fake, STANDBY)
         silent, ill = waiting(running, fake, WARM)
-        silent.fail, ill.state, standby.state = "status", "running", "paused"
+        silent.fail, ill.says, standby.says = "status", MachineState.RUNNING, MachineState.PAUSED
         pools = running.pools
         for pool in (WARM, STANDBY):
             await running.refill.check(pool)

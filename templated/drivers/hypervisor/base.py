@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Protocol
 
 import msgspec
 
+from templated.drivers.hypervisor.states import MachineState
+from templated.errors import HostError
 from templated.model.generation import QemuVersion
 from templated.model.network import Attachment
 
@@ -104,6 +107,17 @@ class SavedState:
     fd: int | None = field(default=None, compare=False)
     """For the transport `fd`: a descriptor that the VM inherited at its start."""
 
+    def check(self) -> None:
+        """Raise HostError when the file is missing or empty: some would wait for ever for that."""
+        try:
+            size = os.stat(self.path).st_size
+        except OSError as error:
+            raise HostError(
+                f"the saved state {self.path} cannot be read: {error.strerror}"
+            ) from error
+        if size == 0:
+            raise HostError(f"the saved state {self.path} is empty")
+
 
 class Proof(msgspec.Struct, frozen=True, kw_only=True):
     """Whether KVM runs a guest, and how that is known."""
@@ -117,13 +131,19 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
 class Machine(Protocol):
     """One running hypervisor process.
 
-    Every method raises HypervisorError (it refused, or it ended) or Timeout. Each leaves the
-    process as it was unless it says otherwise; `destroy` is always allowed.
+    A coroutine raises HypervisorError when the hypervisor refused or ended, and Timeout when it
+    did not answer. The VM and its state are then as before, unless it says otherwise. In a state
+    that its docstring does not name it raises Defect and does nothing; once the process has
+    ended, HypervisorError.
     """
 
     pid: int
     exited: asyncio.Future[str]
     """Done when the process has ended; its result says how, in one line."""
+
+    @property
+    def state(self) -> MachineState:
+        """What this side knows of the VM; `status` asks the hypervisor."""
 
     @property
     def start_time(self) -> int:
@@ -133,46 +153,62 @@ class Machine(Protocol):
         """
 
     async def connect(self, timeout: float) -> None:
-        """Wait until the control channel answers."""
+        """Wait until the control channel answers.
+
+        From `spawned` to `waiting` or `running`, as it was launched; an adopted one is asked for
+        its state, and HypervisorError is raised when that is none to go on from.
+        """
 
     async def expect_state(self) -> None:
-        """Agree ahead of time on how `restore` will load its state."""
+        """Agree ahead of time on how `restore` will load its state. `waiting` to `expecting`."""
 
     async def restore(self, state: SavedState, timeout: float) -> None:
-        """Load a saved state; the vCPUs stay stopped. On failure the VM is of no more use."""
+        """Load a saved state; the vCPUs stay stopped. `waiting` or `expecting` to `paused`.
+
+        Raises HostError for a file that is missing or empty, which changes nothing. Any other
+        failure leaves the VM `loading`, and of no more use.
+        """
 
     async def resume(self) -> None:
-        """Let the vCPUs run."""
+        """Let the vCPUs run. `paused` to `running`."""
 
     async def pause(self) -> None:
-        """Stop the vCPUs."""
+        """Stop the vCPUs. `running` to `paused`."""
 
-    async def status(self) -> str:
-        """What the hypervisor says of its VM; `paused` and `inmigrate` among others."""
+    async def status(self) -> MachineState | None:
+        """What the hypervisor says of its VM: waiting, paused, running or saved; None is any
+        other. Allowed in these states."""
 
     async def set_link(self, up: bool) -> None:
-        """Plug or unplug the guest's network cable."""
+        """Plug or unplug the guest's network cable. Allowed while waiting, paused and running."""
 
     async def detach_network(self) -> None:
-        """Take the host's end of the NIC away, so that it leaves no trace in a saved state."""
+        """Take the host's end of the NIC of a `paused` VM away: no trace of it gets saved."""
 
     async def save(self, target: Path, timeout: float) -> None:
-        """Write the device state of a paused VM, without its shared memory, to `target`.
+        """Write the device state of a VM, without its shared memory. `paused` to `saved`.
 
-        The VM must never run again: its memory file is now part of the generation.
+        The VM must never run again: its memory file is now part of the generation. A failure
+        leaves it `saving`, and of no more use; there may be a part of `target`.
         """
 
     async def quit(self, timeout: float) -> None:
-        """End the process in an orderly way, with all disk writes done."""
+        """End the process in an orderly way, with all disk writes done.
+
+        Allowed in every state in which it answers. Timeout leaves it on its way to the end.
+        """
 
     def kill(self) -> None:
         """Tell the process to end at once; `destroy` waits for it. Idempotent."""
 
     async def destroy(self) -> None:
-        """End the process at once and wait for its end. Idempotent."""
+        """End the process at once and wait for its end. Idempotent; allowed until `release`.
+
+        Timeout when the kernel does not end it: what the VM used must not be given to another.
+        """
 
     async def release(self) -> None:
-        """Let go of a process that is to outlive the daemon."""
+        """Let go of a process that is to outlive the daemon. Idempotent, always allowed."""
 
     def last_words(self) -> str:
         """The last line that the hypervisor wrote to its log; empty when there is none."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from templated.drivers.hypervisor.base import Launch, Machine, Places, Proof, SavedState
 from templated.drivers.hypervisor.fake_guest import FakeGuest
+from templated.drivers.hypervisor.states import ANSWERS, HELD, LIVE, WAITS, Life, MachineState
 from templated.errors import HostError, HypervisorError
 from templated.model.generation import QemuVersion
 
@@ -87,23 +88,32 @@ class FakeHypervisor:
         machine = self.machines.get(pid)
         if machine is None or machine.exited.done():
             return None
-        same = machine.launch.uuid == uuid and machine.started == start_time
-        return machine if same else None
+        if machine.launch.uuid != uuid or machine.started != start_time:
+            return None
+        machine.forget()
+        return machine
 
     async def find(self, places: Mapping[str, Places]) -> dict[str, list[Machine]]:
         """The machines that still run, by their UUIDs."""
         found: dict[str, list[Machine]] = {}
         for machine in self.running():
             if machine.launch.uuid in places:
+                machine.forget()
                 found.setdefault(machine.launch.uuid, []).append(machine)
         return found
+
+    async def close(self) -> None:
+        """End all machines, whoever holds them."""
+        for machine in self.running():
+            machine.forget()
+            await machine.destroy()
 
     def running(self) -> list[FakeMachine]:
         """Machines that have not ended."""
         return [m for m in self.machines.values() if not m.exited.done()]
 
 
-class FakeMachine:
+class FakeMachine(Life):
     """One machine; see `templated.drivers.hypervisor.base.Machine`."""
 
     def __init__(
@@ -118,7 +128,8 @@ class FakeMachine:
         self._holds = holds
         self.exited: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.link_up = False
-        self.state = "inmigrate" if launch.boot is None else "running"
+        self.says = MachineState.WAITING if launch.boot is None else MachineState.RUNNING
+        """What it says of its VM, whoever asks."""
         # The parent closes its own copy, as it does with a real QEMU.
         self._listener = socket.socket(fileno=os.dup(launch.agent_fd))
         self._guest: FakeGuest | None = None
@@ -127,8 +138,14 @@ class FakeMachine:
     def start_time(self) -> int:
         return self.started
 
+    def forget(self) -> None:
+        """Be as an earlier daemon's machine is to the next daemon."""
+        self._state = MachineState.SPAWNED
+
     async def connect(self, timeout: float) -> None:
+        self._require(MachineState.SPAWNED)
         await self._step("connect")
+        self._move(self.says)
         if self._guest is not None:
             return  # adopted by another daemon: the guest's end is still there
         if self.launch.memory is not None and self.launch.memory_shared:
@@ -136,36 +153,50 @@ class FakeMachine:
         self._guest = FakeGuest(self._listener, lambda: self.fail, self._mismatch)
 
     async def expect_state(self) -> None:
+        self._require(MachineState.WAITING)
         await self._step("expect_state")
+        self._move(MachineState.EXPECTING)
 
     async def restore(self, state: SavedState, timeout: float) -> None:
+        self._require(*WAITS)
+        state.check()
+        self._move(MachineState.LOADING)
         await self._step("restore")
-        self.state = "paused"
+        self._become(MachineState.PAUSED)
 
     async def resume(self) -> None:
+        self._require(MachineState.PAUSED)
         await self._step("resume")
-        self.state = "running"
+        self._become(MachineState.RUNNING)
 
     async def pause(self) -> None:
+        self._require(MachineState.RUNNING)
         await self._step("pause")
-        self.state = "paused"
+        self._become(MachineState.PAUSED)
 
-    async def status(self) -> str:
+    async def status(self) -> MachineState | None:
+        self._require(*ANSWERS)
         await self._step("status")
-        return self.state
+        return self.says
 
     async def set_link(self, up: bool) -> None:
+        self._require(*LIVE)
         await self._step("link")
         self.link_up = up
 
     async def detach_network(self) -> None:
+        self._require(MachineState.PAUSED)
         await self._step("detach_network")
 
     async def save(self, target: Path, timeout: float) -> None:
+        self._require(MachineState.PAUSED)
+        self._move(MachineState.SAVING)
         await self._step("save")
         await asyncio.to_thread(target.write_bytes, b"fake state")
+        self._become(MachineState.SAVED)
 
     async def quit(self, timeout: float) -> None:
+        self._require(*ANSWERS)
         await self._step("quit")
         await self.destroy()
 
@@ -173,6 +204,7 @@ class FakeMachine:
         self.end("was killed by the test")
 
     async def destroy(self) -> None:
+        self._require(*HELD)
         self.kill()
         await self._step("destroy")
         if self._guest is not None:
@@ -181,7 +213,8 @@ class FakeMachine:
         self._listener.close()
 
     async def release(self) -> None:
-        """The machine goes on."""
+        if self.state not in (MachineState.ENDED, MachineState.RELEASED):
+            self._move(MachineState.RELEASED)
 
     def last_words(self) -> str:
         return ""
@@ -199,6 +232,10 @@ class FakeMachine:
         """End as if killed from outside."""
         if not self.exited.done():
             self.exited.set_result(how)
+
+    def _become(self, state: MachineState) -> None:
+        self._move(state)
+        self.says = state
 
     async def _step(self, name: str) -> None:
         if name in self._holds:

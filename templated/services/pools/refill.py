@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from templated.drivers.host.meminfo import read_memory
 from templated.drivers.host.pressure import RESOURCES, read_pressure
+from templated.drivers.hypervisor.states import MachineState
 from templated.errors import TemplatedError
 from templated.model.clone import StartPath
 from templated.model.units import seconds
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 _SOON = 1.0
 _LONGEST_BACKOFF = 60.0
 _HEALTH_TIMEOUT = 5.0
-_WELL = {StartPath.WARM: "paused", StartPath.STANDBY: "inmigrate"}
+_WELL = {StartPath.WARM: MachineState.PAUSED, StartPath.STANDBY: MachineState.WAITING}
 
 
 @dataclass

@@ -15,6 +15,7 @@ from templated.drivers.hypervisor.qemu.command import inherited, qemu_arguments
 from templated.drivers.hypervisor.qemu.machine import QemuMachine
 from templated.drivers.hypervisor.qemu.program import Program
 from templated.drivers.hypervisor.qemu.tsc import tsc_khz
+from templated.drivers.hypervisor.states import MachineState
 from templated.model.generation import QemuVersion
 
 
@@ -72,11 +73,12 @@ class Qemu:
     def spawn(self, launch: Launch) -> QemuMachine:
         arguments = qemu_arguments(self._binary, launch)
         child = Process.spawn(arguments, log=launch.places.log, fds=inherited(launch))
-        return QemuMachine(child, launch.places)
+        first = MachineState.WAITING if launch.boot is None else MachineState.RUNNING
+        return QemuMachine(child, launch.places, first)
 
     def adopt(self, pid: int, start_time: int, places: Places, uuid: str) -> QemuMachine | None:
         found = Process.adopt(pid, start_time, uuid)
-        return QemuMachine(found, places) if found else None
+        return QemuMachine(found, places, None) if found else None
 
     async def find(self, places: Mapping[str, Places]) -> dict[str, list[Machine]]:
         found: dict[str, list[Machine]] = defaultdict(list)

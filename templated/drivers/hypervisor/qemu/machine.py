@@ -17,10 +17,18 @@ from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 from templated.drivers.hypervisor import process
 from templated.drivers.hypervisor.base import Places, SavedState
 from templated.drivers.hypervisor.process import Process
-from templated.errors import HostError, HypervisorError, Timeout
+from templated.drivers.hypervisor.states import ANSWERS, HELD, LIVE, WAITS, Life, MachineState
+from templated.errors import HypervisorError, Timeout
 
 T = TypeVar("T")
 _REPLY_TIMEOUT = 10.0
+# What QEMU says of its VM (RunState of its QMP reference); nothing here can go on from the others.
+_STATUSES = {
+    "inmigrate": MachineState.WAITING,
+    "paused": MachineState.PAUSED,
+    "running": MachineState.RUNNING,
+    "postmigrate": MachineState.SAVED,
+}
 # Bytes of the log that the last line is looked for in, and characters of that line.
 _LOG_END, _LINE = 2000, 300
 # The library reports an unexpected disconnect as critical; here it is how a VM's end looks.
@@ -28,7 +36,7 @@ logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
 
 class _Client(QMPClient):
-    """The library's client, which else prints every message for a log that nobody keeps."""
+    """The library's client, which otherwise formats every message for a log that nobody keeps."""
 
     def _cb_outbound(self, msg: Message) -> Message:
         return msg
@@ -42,14 +50,15 @@ class _Client(QMPClient):
         return str(self._execute_id)
 
 
-class QemuMachine:
+class QemuMachine(Life):
     """One QEMU process and its QMP connection."""
 
-    def __init__(self, child: Process, places: Places) -> None:
+    def __init__(self, child: Process, places: Places, first: MachineState | None) -> None:
+        """`first` is what its VM does once it is connected; None: QEMU is asked for it."""
         self._process = child
         self._places = places
+        self._first = first
         self._qmp = _Client(places.sockets.name)
-        self._expects_state = False
         self.pid = child.pid
         self.exited = child.exited
 
@@ -58,68 +67,79 @@ class QemuMachine:
         return self._process.start_time
 
     async def connect(self, timeout: float) -> None:
+        self._require(MachineState.SPAWNED)
         await self._guarded(self._qmp.connect(str(self._places.control)), timeout, "QMP greeting")
+        self._move(self._first or await self._found())
 
     async def expect_state(self) -> None:
+        self._require(MachineState.WAITING)
         await self._ignore_shared_memory()
-        self._expects_state = True
+        self._move(MachineState.EXPECTING)
 
     async def restore(self, state: SavedState, timeout: float) -> None:
-        _check_state_file(state.path)
+        self._require(*WAITS)
+        state.check()
+        agreed = self.state is MachineState.EXPECTING
+        self._move(MachineState.LOADING)
         if state.transport == "fd":
             uri = f"fd:{state.fd}"
         else:
             uri = f"exec:exec cat {shlex.quote(str(state.path))}"
         async with self._migration_events() as events:
-            commands = [] if self._expects_state else [self._ignore_shared_memory()]
+            commands = [] if agreed else [self._ignore_shared_memory()]
             commands.append(self._migrate_incoming(uri))
             # QEMU takes them one by one: no need to wait for the answers in between.
             await asyncio.gather(*commands)
             await self._guarded(self._completed(events), timeout, "restore")
+        self._move(MachineState.PAUSED)
 
     async def resume(self) -> None:
+        self._require(MachineState.PAUSED)
         await self._execute("cont")
+        self._move(MachineState.RUNNING)
 
     async def pause(self) -> None:
+        self._require(MachineState.RUNNING)
         await self._execute("stop")
+        self._move(MachineState.PAUSED)
 
-    async def status(self) -> str:
-        answer = await self._execute("query-status")
-        return str(answer["status"]) if isinstance(answer, dict) else ""
+    async def status(self) -> MachineState | None:
+        self._require(*ANSWERS)
+        return _STATUSES.get(await self._query_status())
 
     async def set_link(self, up: bool) -> None:
+        self._require(*LIVE)
         await self._execute("set_link", {"name": "nic0", "up": up})
 
     async def detach_network(self) -> None:
+        self._require(MachineState.PAUSED)
         await self._execute("netdev_del", {"id": "net0"})
 
     async def save(self, target: Path, timeout: float) -> None:
+        self._require(MachineState.PAUSED)
+        self._move(MachineState.SAVING)
         await self._ignore_shared_memory()
         async with self._migration_events() as events:
             await self._execute("migrate", {"uri": f"exec:exec cat > {shlex.quote(str(target))}"})
             await self._guarded(self._completed(events), timeout, "save")
+        self._move(MachineState.SAVED)
 
     async def quit(self, timeout: float) -> None:
+        self._require(*ANSWERS)
         await self._execute("quit")
-        try:
-            async with asyncio.timeout(timeout):
-                await asyncio.shield(self.exited)
-        except TimeoutError:
-            raise Timeout(f"QEMU did not end within {timeout:g} s") from None
-        await self._disconnect()
+        await self._end(timeout)
 
     def kill(self) -> None:
         self._process.kill()
 
     async def destroy(self) -> None:
+        self._require(*HELD)
         self.kill()
-        if not self.exited.done():
-            async with asyncio.timeout(_REPLY_TIMEOUT):
-                await asyncio.shield(self.exited)
-        await self._disconnect()
+        await self._end(_REPLY_TIMEOUT)
 
     async def release(self) -> None:
-        """Let go of a VM that outlives the daemon."""
+        if self.state not in (MachineState.ENDED, MachineState.RELEASED):
+            self._move(MachineState.RELEASED)
         await self._disconnect()
         self._process.close()
 
@@ -140,6 +160,29 @@ class QemuMachine:
 
     def background(self, on: bool) -> None:
         process.background(self.pid, on)
+
+    async def _end(self, timeout: float) -> None:
+        """Wait for the end of the process, and let go of it; Timeout leaves it as it was."""
+        try:
+            async with asyncio.timeout(timeout):
+                await asyncio.shield(self.exited)
+        except TimeoutError:
+            raise Timeout(
+                f"QEMU (pid {self.pid}) did not end within {timeout:g} s",
+                hint="see the host's log: a process that waits for a disk cannot be ended",
+            ) from None
+        await self._disconnect()
+
+    async def _found(self) -> MachineState:
+        """What the VM of an adopted process does; HypervisorError when it is of no use."""
+        said = await self._query_status()
+        if said not in _STATUSES:
+            raise HypervisorError(f"QEMU says of its VM: {said}", hint="remove the clone")
+        return _STATUSES[said]
+
+    async def _query_status(self) -> str:
+        answer = await self._execute("query-status")
+        return str(answer["status"]) if isinstance(answer, dict) else ""
 
     async def _disconnect(self) -> None:
         try:
@@ -168,7 +211,9 @@ class QemuMachine:
             if status == "completed":
                 return
             if status in ("failed", "cancelled"):
-                raise HypervisorError(f"QEMU reports that the state {status}{self._saying()}")
+                words = self.last_words()
+                why = f": {words}" if words else ""
+                raise HypervisorError(f"QEMU reports that the state {status}{why}")
 
     async def _execute(self, command: str, arguments: dict[str, object] | None = None) -> object:
         return await self._guarded(self._qmp.execute(command, arguments), _REPLY_TIMEOUT, command)
@@ -186,7 +231,7 @@ class QemuMachine:
             # A connection breaks a moment before the process is seen to end.
             if isinstance(error, ExecuteError) or not await self._ends_soon():
                 raise HypervisorError(f"QEMU refused the {what}: {error}") from error
-        raise HypervisorError(f"QEMU {self.exited.result()}{self._saying()}")
+        raise HypervisorError(self._ending())
 
     @contextmanager
     def _exit_expires(self, bound: asyncio.Timeout) -> Iterator[None]:
@@ -205,17 +250,3 @@ class QemuMachine:
     async def _ends_soon(self) -> bool:
         await asyncio.wait({self.exited}, timeout=0.5)
         return self.exited.done()
-
-    def _saying(self) -> str:
-        words = self.last_words()
-        return f": {words}" if words else ""
-
-
-def _check_state_file(path: Path) -> None:
-    """`exec:cat` of a missing or an empty file waits for ever: refuse it before."""
-    try:
-        size = os.stat(path).st_size
-    except OSError as error:
-        raise HostError(f"the saved state {path} cannot be read: {error.strerror}") from error
-    if size == 0:
-        raise HostError(f"the saved state {path} is empty")
