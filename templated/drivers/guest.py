@@ -1,7 +1,7 @@
 """The host's end of the agent in the guest: newline JSON over a virtio serial port.
 
 Requests carry an id and may overlap; `exec` streams its output before its reply. The agent's own
-end is `templated/guest/agent.py`.
+end is `templated/guest/agent`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from templated.errors import GuestError, InvalidRequest, TemplatedError, Timeout
-from templated.guest.agent import CLAIM, IDENTIFY, PACKED, REHEARSAL, SEEN
+from templated.guest.agent.wire import CLAIM, IDENTIFY, PACKED, REHEARSAL, SEEN
 
 T = TypeVar("T")
 MAX_LINE = 1 << 20
@@ -43,7 +43,7 @@ class ExecResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Seen(msgspec.Struct, frozen=True):
-    """The agent's reply to an identify: agent.py's SEEN and four lines, in hex."""
+    """The agent's reply to an identify: the wire's SEEN and four lines, in hex."""
 
     seen: str
 
@@ -112,7 +112,7 @@ class IdentityOrder:
     entropy: bytes
 
     def fields(self) -> dict[str, str]:
-        """The request's only field: agent.py tells of it."""
+        """The request's only field; PACKED says what is in it."""
         texts = {
             "hostname": self.hostname,
             "machine_id": self.machine_id,

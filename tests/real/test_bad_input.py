@@ -125,14 +125,13 @@ def test_an_agent_that_answers_nonsense(steady: Daemon) -> None:
     fake = "import glob,time\nf=open(glob.glob('/dev/vport*')[0],'wb',0)\n"
     fake += "while True:\n f.write(b'{nonsense\\n'); time.sleep(0.2)\n"
     swap = f"""
-import os, pathlib, signal
-agent = pathlib.Path("/usr/lib/templated/agent.py")
-agent.unlink()
-agent.write_text("#!/usr/bin/python3\\n" + {fake!r})
-agent.chmod(0o755)
+import os, pathlib, shutil, signal
+agent = pathlib.Path("/usr/lib/templated/agent")
+shutil.rmtree(agent)
+agent.write_text({fake!r})
 for entry in pathlib.Path("/proc").iterdir():
     if entry.name.isdigit() and int(entry.name) != os.getpid():
-        if b"templated/agent.py" in (entry / "cmdline").read_bytes():
+        if b"templated/agent" in (entry / "cmdline").read_bytes():
             os.kill(int(entry.name), signal.SIGKILL)
 """
     steady.run("exec", "--timeout", "3", "liar", "--", "python3", "-c", swap, timeout=60)

@@ -7,12 +7,12 @@ import json
 import os
 import socket
 import struct
+import subprocess
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
-from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,24 @@ import msgspec
 import pytest
 
 from templated.drivers.guest import Confirmation, IdentityOrder, Step
-from templated.guest.agent import (
-    PAGE,
-    QUICK,
-    QUICK_DATA,
-    QUICK_HEAD,
-    Agent,
-    System,
-)
+from templated.drivers.hypervisor.fake_guest import FakeSystem
+from templated.guest.agent.commands import Agent
+from templated.guest.agent.kernel import System
+from templated.guest.agent.wire import PAGE, QUICK, QUICK_DATA, QUICK_HEAD
 
+ROOT = Path(__file__).parents[2]
 HOOK_VALUES = {"hostname", "machine_id", "boot_id", "uuid", "mac", "ip"}
 
 
-class FakeSystem(System):
-    """Remembers what it was told, and keeps its files in a directory."""
+class Recorder(FakeSystem):
+    """Also keeps its files in a directory, as a kernel does, and notes what it is told."""
+
+    write, read, forget, hooks = System.write, System.read, System.forget, System.hooks
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.run = self.etc = str(folder)
         self.calls: list[tuple[str, Any]] = []
-        self.name, self.hardware, self.numbers = b"", b"", (b"", b"")
         self.open_files()
 
     def add_entropy(self, request: bytes) -> None:
@@ -47,27 +46,9 @@ class FakeSystem(System):
     def set_clock(self, seconds: float) -> None:
         self.calls.append(("clock", seconds))
 
-    def set_hostname(self, name: bytes) -> None:
-        self.name = name
-
-    def hostname(self) -> bytes:
-        return self.name + b"\n"
-
-    def set_mac(self, mac: bytes) -> None:
-        self.hardware = mac
-
-    def mac(self) -> bytes:
-        return self.hardware
-
     def set_address(self, ip: bytes, prefix: bytes, gateway: bytes) -> None:
-        self.numbers = (ip, IPv4Network((0, prefix[0])).netmask.packed)
+        super().set_address(ip, prefix, gateway)
         self.calls.append(("address", (ip, prefix, gateway)))
-
-    def clear_address(self) -> None:
-        self.numbers = (b"", b"")
-
-    def address(self) -> tuple[bytes, bytes]:
-        return self.numbers
 
     def sync(self) -> None:
         self.calls.append(("sync", None))
@@ -77,7 +58,7 @@ class Host:
     """The host's end: an agent in a thread and a socket to it."""
 
     def __init__(self, folder: Path, *, parks: bool = False) -> None:
-        self.system = FakeSystem(folder)
+        self.system = Recorder(folder)
         self._parks = parks
         self.socket, other = socket.socketpair()
         other.setblocking(False)
@@ -383,7 +364,7 @@ def test_reconnection_drops_the_old_connection(tmp_path: Path) -> None:
         os.mkfifo(tmp_path / name)
     fd_in = os.open(tmp_path / "in", os.O_RDONLY | os.O_NONBLOCK)
     fd_out = os.open(tmp_path / "out", os.O_RDWR | os.O_NONBLOCK)
-    agent = Agent(fd_in, fd_out, FakeSystem(tmp_path))
+    agent = Agent(fd_in, fd_out, Recorder(tmp_path))
     first = os.open(tmp_path / "in", os.O_WRONLY)
     os.write(first, b'{"id": 1, "cmd": "exec", "argv": ["sh", "-c", "sleep 0.3; echo late"]}\n')
     agent.turn(1)
@@ -392,7 +373,7 @@ def test_reconnection_drops_the_old_connection(tmp_path: Path) -> None:
     os.close(first)
     begin = time.monotonic()
     cpu = time.process_time()
-    while time.monotonic() - begin < 1 or agent.executions:
+    while time.monotonic() - begin < 1 or agent.sources:
         agent.turn(0.2)
     assert time.process_time() - cpu < 0.2  # a hang-up that lasts is no busy loop
     second = os.open(tmp_path / "in", os.O_WRONLY)
@@ -404,3 +385,16 @@ def test_reconnection_drops_the_old_connection(tmp_path: Path) -> None:
     agent.close()
     for descriptor in (second, fd_in, fd_out):
         os.close(descriptor)
+
+
+def test_starts_as_a_directory_and_imports_little() -> None:
+    """As in a guest, where this package is not; every module is memory of each clone."""
+    folder = ROOT / "templated/guest/agent"
+    code = (folder / "__main__.py").read_text()
+    trial = f"import sys; sys.path.insert(0, {str(folder)!r}); "
+    trial += f"exec({code!r}, {{'__name__': 'trial', '__package__': ''}}); print(*sys.modules)"
+    command = ["/usr/bin/python3", "-ISBc", trial]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    modules = set(done.stdout.split())
+    assert {"agent.commands", "agent.kernel"} <= modules
+    assert not modules & {"templated", "typing", "shutil", "asyncio", "logging", "inspect"}

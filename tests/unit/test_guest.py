@@ -15,7 +15,7 @@ import pytest
 from templated.drivers import guest
 from templated.drivers.guest import CHUNK, MAX_LINE, Agent, IdentityOrder
 from templated.errors import GuestError, TemplatedError, Timeout
-from templated.guest.agent import SEEN
+from templated.guest.agent.wire import SEEN
 
 Peer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
 

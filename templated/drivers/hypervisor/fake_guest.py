@@ -14,7 +14,9 @@ from collections.abc import Callable
 from ipaddress import IPv4Network
 from typing import Any
 
-from templated.guest.agent import IDENTIFY, PACKED, SEEN, Agent, System
+from templated.guest.agent.commands import Agent
+from templated.guest.agent.kernel import System
+from templated.guest.agent.wire import IDENTIFY, PACKED, SEEN
 
 _SERVED = ("ping", "identify", "clock", "quiesce")
 _TEXTS = ("hostname", "machine_id", "boot_id", "uuid")

@@ -28,7 +28,7 @@ from templated.drivers.image.namespaces import remove_tree
 from templated.errors import BuildError, HostError
 from templated.model.spec import ImageSpec
 
-BUILDER_VERSION = 2
+BUILDER_VERSION = 3
 _LOCK_INTERVAL = 0.2
 _CAP_SYS_CHROOT, _CAP_SYS_ADMIN = 18, 21
 
@@ -61,9 +61,10 @@ def image_digest(spec: ImageSpec) -> str:
     canonical = {**msgspec.to_builtins(spec), "packages": sorted(set(spec.packages))}
     content = hashlib.sha256(msgspec.json.encode(canonical, order="deterministic"))
     content.update(f"\0{BUILDER_VERSION}\0".encode())
-    for path in sorted(GUEST_FILES.iterdir()):
-        if path.is_file() and path.name != "__init__.py":
-            content.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(GUEST_FILES.rglob("*")):
+        if path.is_file() and path.suffix != ".pyc":
+            name = str(path.relative_to(GUEST_FILES))
+            content.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return content.hexdigest()[:16]
 
 
