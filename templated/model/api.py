@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import enum
 from typing import Annotated, Any, Literal
 
@@ -84,6 +85,10 @@ class ExecFrame(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Why the command could not be run, or why its end is not known."""
     done: bool = False
 
+    def content(self) -> bytes:
+        """The output that this frame brings; ValueError when `data` is not base64."""
+        return base64.b64decode(self.data, validate=True)
+
 
 class OperationState(enum.StrEnum):
     """Where long work is."""
@@ -146,6 +151,17 @@ class OperationEvent(Struct, frozen=True, kw_only=True):
     saw: str = ""
     error: ErrorInfo | None = None
     result: dict[str, Any] | None = None
+
+
+class Event(Struct, frozen=True, kw_only=True):
+    """One thing that happened."""
+
+    time: str
+    type: str
+    """What, as `clone.running`, `generation.active`."""
+    subject: str
+    """The name of the clone or template."""
+    details: dict[str, Any] = {}
 
 
 class Info(Struct, frozen=True, kw_only=True):

@@ -20,6 +20,7 @@ from templated.model.api import (
     OperationState,
 )
 from templated.model.lifecycle import move
+from templated.services.reports.feed import Feed
 from templated.services.tasks import Tasks
 
 log = logging.getLogger(__name__)
@@ -30,23 +31,24 @@ class Progress:
     """Where a piece of long work reports its steps."""
 
     def __init__(self) -> None:
-        self.events: list[OperationEvent] = []
-        self._changed = asyncio.Event()
+        self._feed: Feed[OperationEvent] = Feed()
 
     def phase(self, name: str, state: str, seconds: float | None = None) -> None:
         """A phase begins ("start") or has ended ("done", with its seconds)."""
-        self._add(OperationEvent(time=now(), type="phase", name=name, state=state, seconds=seconds))
+        self._feed.add(
+            OperationEvent(time=now(), type="phase", name=name, state=state, seconds=seconds)
+        )
 
     def probe(self, name: str, state: str, seconds: float | None, saw: str) -> None:
         """A probe begins, has passed, or has failed."""
         event = OperationEvent(
             time=now(), type="probe", name=name, state=state, seconds=seconds, saw=saw
         )
-        self._add(event)
+        self._feed.add(event)
 
     def log(self, message: str) -> None:
         """A line for people."""
-        self._add(OperationEvent(time=now(), type="log", message=message))
+        self._feed.add(OperationEvent(time=now(), type="log", message=message))
 
     def end(
         self,
@@ -58,24 +60,17 @@ class Progress:
         event = OperationEvent(
             time=now(), type="end", state=state.value, error=error, result=result
         )
-        self._add(event)
+        self._feed.add(event)
+        self._feed.close()
 
-    async def follow(self) -> AsyncIterator[OperationEvent]:
+    @property
+    def events(self) -> list[OperationEvent]:
+        """All events so far."""
+        return self._feed.items()
+
+    def follow(self) -> AsyncIterator[OperationEvent]:
         """All events from the beginning, until the last one."""
-        position = 0
-        while True:
-            while position < len(self.events):
-                event = self.events[position]
-                position += 1
-                yield event
-                if event.type == "end":
-                    return
-            await self._changed.wait()
-
-    def _add(self, event: OperationEvent) -> None:
-        self.events.append(event)
-        self._changed.set()
-        self._changed = asyncio.Event()
+        return self._feed.follow()
 
 
 Work = Callable[[Progress], Awaitable[dict[str, Any]]]
