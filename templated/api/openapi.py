@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from templated import __version__
-from templated.api.routes import ROUTES, Route
+from templated.api.route import Route
 from templated.model.api import ErrorBody
 
 _REF = "#/components/schemas/{name}"
 _RAW = {str: {"type": "string"}, bytes: {"type": "string", "format": "binary"}}
 
 
-def document() -> dict[str, Any]:
+def document(routes: Sequence[Route]) -> dict[str, Any]:
     """The whole document, OpenAPI 3.1."""
-    types = [t for r in ROUTES for t in (r.answer, r.body) if t not in (None, str, bytes)]
+    types = [t for r in routes for t in (r.answer, r.body) if t not in (None, str, bytes)]
     schemas, components = msgspec.json.schema_components([*types, ErrorBody], ref_template=_REF)
     by_type = {
         repr(kind): schema for kind, schema in zip([*types, ErrorBody], schemas, strict=True)
     }
     paths: dict[str, dict[str, Any]] = {}
-    for route in ROUTES:
+    for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, by_type)
     described = {
         "openapi": "3.1.0",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
+from aiohttp import web
+
 from templated.api import handlers as h
-from templated.api.errors import Handler
+from templated.api.openapi import document
+from templated.api.route import Route, delete, get, post, put
 from templated.model.api import (
     BuildRequest,
     CloneRequest,
+    Event,
     ExecFrame,
     ExecRequest,
     Info,
@@ -20,127 +23,89 @@ from templated.model.api import (
 )
 from templated.model.clone import CloneView
 from templated.model.generation import TemplateView
-from templated.services.reports.events import Event
-
-
-@dataclass(frozen=True)
-class Route:
-    """One method and path. `answer` is the type of the body, `stream` its media type if lines."""
-
-    method: str
-    path: str
-    handler: Handler
-    summary: str
-    answer: Any = None
-    status: int = 200
-    body: Any = None
-    stream: str = ""
-    query: dict[str, str] = field(default_factory=dict)
-
 
 _NDJSON = "application/x-ndjson"
 _TEXT = "text/plain"
 _BYTES = "application/octet-stream"
+_PATH = {"path": "absolute path in the guest"}
+_MODE = {"mode": "octal, 644 by default"}
+_LOGS = {"lines": "how many of the last lines", "follow": "true: go on with new output"}
+_EVENTS = {"follow": "true: go on with new events"}
+
+
+async def openapi(request: web.Request) -> web.Response:
+    """The document that describes the table below."""
+    return h.json_answer(document(ROUTES))
+
 
 ROUTES: tuple[Route, ...] = (
-    Route("GET", "/v1/info", h.info, "The daemon", Info),
-    Route("GET", "/v1/openapi.json", h.openapi, "This document", dict[str, Any]),
-    Route("GET", "/v1/clones", h.list_clones, "All clones", list[CloneView]),
-    Route(
-        *("POST", "/v1/clones", h.create_clones, "Start one clone, or several"),
-        answer=CloneView | list[CloneView],
-        status=201,
+    get("/v1/info", h.info, "The daemon", Info),
+    get("/v1/openapi.json", openapi, "This document", dict[str, Any]),
+    get("/v1/clones", h.list_clones, "All clones", list[CloneView]),
+    post(
+        "/v1/clones",
+        h.create_clones,
+        "Start one clone, or several",
+        CloneView | list[CloneView],
         body=CloneRequest,
+        status=201,
     ),
-    Route("GET", "/v1/clones/{name}", h.show_clone, "One clone", CloneView),
-    Route("DELETE", "/v1/clones/{name}", h.remove_clone, "End a clone", status=204),
-    Route(
-        *(
-            "POST",
-            "/v1/clones/{name}/exec",
-            h.exec_in_clone,
-            "Run a command in a clone",
-        ),
-        answer=ExecFrame,
+    get("/v1/clones/{name}", h.show_clone, "One clone", CloneView),
+    delete("/v1/clones/{name}", h.remove_clone, "End a clone"),
+    post(
+        "/v1/clones/{name}/exec",
+        h.exec_in_clone,
+        "Run a command in a clone",
+        ExecFrame,
         body=ExecRequest,
         stream=_NDJSON,
     ),
-    Route(
-        *(
-            "GET",
-            "/v1/clones/{name}/logs",
-            h.logs,
-            "The serial console of a clone",
-            str,
-        ),
+    get(
+        "/v1/clones/{name}/logs",
+        h.logs,
+        "The serial console of a clone",
+        str,
         stream=_TEXT,
-        query={
-            "lines": "how many of the last lines",
-            "follow": "true: go on with new output",
-        },
+        query=_LOGS,
     ),
-    Route(
-        *(
-            "GET",
-            "/v1/clones/{name}/files",
-            h.get_file,
-            "Read a file of a clone",
-            bytes,
-        ),
+    get(
+        "/v1/clones/{name}/files",
+        h.get_file,
+        "Read a file of a clone",
+        bytes,
         stream=_BYTES,
-        query={"path": "absolute path in the guest"},
+        query=_PATH,
     ),
-    Route(
-        *("PUT", "/v1/clones/{name}/files", h.put_file, "Write a file of a clone"),
-        status=204,
+    put(
+        "/v1/clones/{name}/files",
+        h.put_file,
+        "Write a file of a clone",
         body=bytes,
-        query={"path": "absolute path in the guest", "mode": "octal, 644 by default"},
+        query=_PATH | _MODE,
     ),
-    Route(
-        *("GET", "/v1/events", h.events, "What happened", Event),
-        stream=_NDJSON,
-        query={"follow": "true: go on with new events"},
-    ),
-    Route("GET", "/v1/templates", h.list_templates, "All templates", list[TemplateView]),
-    Route("GET", "/v1/templates/{name}", h.show_template, "One template", TemplateView),
-    Route("DELETE", "/v1/templates/{name}", h.remove_template, "Remove builds", status=204),
-    Route(
-        *(
-            "POST",
-            "/v1/templates/{name}/build",
-            h.build_template,
-            "Build a template",
-            Operation,
-        ),
-        status=202,
+    get("/v1/events", h.events, "What happened", Event, stream=_NDJSON, query=_EVENTS),
+    get("/v1/templates", h.list_templates, "All templates", list[TemplateView]),
+    get("/v1/templates/{name}", h.show_template, "One template", TemplateView),
+    delete("/v1/templates/{name}", h.remove_template, "Remove builds"),
+    post(
+        "/v1/templates/{name}/build",
+        h.build_template,
+        "Build a template",
+        Operation,
         body=BuildRequest,
+        status=202,
     ),
-    Route(
-        *(
-            "POST",
-            "/v1/templates/{name}/rollback",
-            h.rollback,
-            "Serve the build before",
-        ),
-        answer=TemplateView,
-    ),
-    Route("GET", "/v1/pools", h.list_pools, "All pools", list[PoolView]),
-    Route("GET", "/v1/pools/{template}", h.show_pool, "The pools of a template", PoolView),
-    Route(
-        *("PUT", "/v1/pools/{template}", h.set_pool, "Set the sizes of pools"),
-        answer=PoolView,
-        body=PoolRequest,
-    ),
-    Route("GET", "/v1/operations/{id}", h.show_operation, "Long work", Operation),
-    Route(
-        *(
-            "GET",
-            "/v1/operations/{id}/events",
-            h.operation_events,
-            "Its events",
-            OperationEvent,
-        ),
+    post("/v1/templates/{name}/rollback", h.rollback, "Serve the build before", TemplateView),
+    get("/v1/pools", h.list_pools, "All pools", list[PoolView]),
+    get("/v1/pools/{template}", h.show_pool, "The pools of a template", PoolView),
+    put("/v1/pools/{template}", h.set_pool, "Set the sizes of pools", PoolView, body=PoolRequest),
+    get("/v1/operations/{id}", h.show_operation, "Long work", Operation),
+    get(
+        "/v1/operations/{id}/events",
+        h.operation_events,
+        "Its events",
+        OperationEvent,
         stream=_NDJSON,
     ),
-    Route("GET", "/metrics", h.metrics, "Prometheus metrics", str, stream=_TEXT),
+    get("/metrics", h.metrics, "Prometheus metrics", str, stream=_TEXT),
 )

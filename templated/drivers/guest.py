@@ -13,15 +13,15 @@ import enum
 import itertools
 import secrets
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from templated.errors import GuestError, InvalidRequest, TemplatedError, Timeout
+from templated.errors import Busy, GuestError, InvalidRequest, TemplatedError, Timeout
 from templated.guest.agent.wire import CLAIM, IDENTIFY, PACKED, REHEARSAL, SEEN
 
 T = TypeVar("T")
@@ -30,7 +30,16 @@ CHUNK = 32768
 MAX_FILE = 64 << 20
 ENTROPY_BYTES = 64
 _CONNECT_TRIES, _CONNECT_PAUSE = 20, 0.05
-OutputSink = Callable[[str, bytes], None]
+# Pieces of output, of up to 64 KiB each, that wait for a slow reader before it is given up.
+MAX_UNREAD = 512
+_Sink = Callable[["Output"], None]
+
+
+class Output(msgspec.Struct, frozen=True):
+    """A piece of what a command in the guest printed."""
+
+    stream: Literal["stdout", "stderr"]
+    data: bytes
 
 
 class ExecResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,14 +164,14 @@ class _Reply(msgspec.Struct, frozen=True):
     ok: bool | None = None
     result: msgspec.Raw = msgspec.Raw(b"{}")
     error: dict[str, Any] | None = None
-    stream: str | None = None
+    stream: Literal["stdout", "stderr"] | None = None
     data: str = ""
 
 
 class _Pending:
     """A request under way: its reply, and where its output goes."""
 
-    def __init__(self, sink: OutputSink | None) -> None:
+    def __init__(self, sink: _Sink | None) -> None:
         self.reply: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
         self.sink = sink
 
@@ -220,7 +229,7 @@ class Agent:
         command: str,
         timeout: float,
         arguments: dict[str, Any] | None = None,
-        sink: OutputSink | None = None,
+        sink: _Sink | None = None,
     ) -> msgspec.Raw:
         """Send one request and wait for its reply, at most `timeout` seconds.
 
@@ -269,19 +278,34 @@ class Agent:
         argv: list[str],
         *,
         timeout: float,
-        sink: OutputSink,
         stdin: bytes | None = None,
         env: dict[str, str] | None = None,
-    ) -> ExecResult:
-        """Run a command in the guest; output goes to `sink` as it comes.
+    ) -> AsyncGenerator[Output | ExecResult, None]:
+        """Run a command in the guest: its output as it comes, and at last how it ended.
 
-        The agent ends the command after `timeout` seconds; the wait here ends a little later.
+        The agent ends the command after `timeout` seconds; the wait here ends a little later. Does
+        the caller stop earlier, the command goes on. Raises what `request` raises, or Busy when
+        the caller does not read the output; the command then goes on as well.
         """
         arguments: dict[str, Any] = {"argv": argv, "timeout": timeout, "env": env or {}}
         if stdin:
             arguments["stdin"] = base64.b64encode(stdin).decode()
-        raw = await self.request("exec", timeout + 5.0, arguments, sink)
-        return _convert(raw, ExecResult)
+        unread: asyncio.Queue[Output | None] = asyncio.Queue()
+
+        def keep(output: Output) -> None:
+            if unread.qsize() > MAX_UNREAD:
+                raise Busy("the client does not read the command's output")
+            unread.put_nowait(output)
+
+        request = asyncio.create_task(self.request("exec", timeout + 5.0, arguments, keep))
+        request.add_done_callback(lambda _: unread.put_nowait(None))
+        try:
+            while (output := await unread.get()) is not None:
+                yield output
+            yield _convert(await request, ExecResult)
+        finally:
+            request.cancel()
+            await asyncio.gather(request, return_exceptions=True)
 
     async def put(self, path: str, content: bytes, mode: int, timeout: float) -> None:
         """Write a file in the guest; it appears under its name only when it is complete."""
@@ -347,7 +371,7 @@ class Agent:
         if reply.stream is not None:
             try:
                 if pending.sink is not None:
-                    pending.sink(reply.stream, base64.b64decode(reply.data))
+                    pending.sink(Output(reply.stream, base64.b64decode(reply.data)))
             except TemplatedError as error:  # the receiver has had enough
                 pending.reply.set_exception(error)
         elif reply.ok:

@@ -19,6 +19,7 @@ from templated.errors import Conflict
 from templated.journal import Journal
 from templated.model.config import Config
 from templated.model.network import AddressPlan
+from templated.services.clones.guest import Guests
 from templated.services.clones.recovery import recover
 from templated.services.clones.registry import Clones
 from templated.services.context import Context
@@ -47,6 +48,7 @@ class Services:
     templates: Templates
     pools: Pools
     clones: Clones
+    guests: Guests
     operations: Operations
     refill: Refill
 
@@ -94,7 +96,8 @@ async def services(installation: Installation) -> AsyncIterator[Services]:
         tasks.spawn(refill.watch(), "checking the pools")
         tasks.spawn(keep_logs_short(installation.layout.slots), "keeping logs short")
         tasks.spawn(watch(context, templates, pools, clones), "measuring the host")
-        yield Services(context, templates, pools, clones, Operations(tasks), refill)
+        guests, operations = Guests(clones), Operations(tasks)
+        yield Services(context, templates, pools, clones, guests, operations, refill)
     finally:
         context.events.close()
         await tasks.end()

@@ -107,6 +107,7 @@ BAD = [
     ("POST", "/v1/clones/up/exec", b'{"argv": ["x"], "stdin": "?"}', 400, "invalid", "base64"),
     ("GET", "/v1/clones/up/logs?lines=x", b"", 400, "invalid", "lines is not a number"),
     ("GET", "/v1/clones/up/logs?lines=-1", b"", 400, "invalid", "lines must be between"),
+    ("GET", "/v1/clones/none/logs?follow=true", b"", 404, "not_found", "no clone"),
     ("GET", "/v1/clones/up/files", b"", 400, "invalid", "absolute path"),
     ("GET", "/v1/clones/up/files?path=x", b"", 400, "invalid", "absolute path"),
     ("PUT", "/v1/clones/up/files?path=/x&mode=9", b"", 400, "invalid", "octal"),

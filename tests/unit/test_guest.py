@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -13,8 +14,8 @@ from typing import Any
 import pytest
 
 from templated.drivers import guest
-from templated.drivers.guest import CHUNK, MAX_LINE, Agent, IdentityOrder
-from templated.errors import GuestError, TemplatedError, Timeout
+from templated.drivers.guest import CHUNK, MAX_LINE, Agent, ExecResult, IdentityOrder, Output
+from templated.errors import Busy, GuestError, Timeout
 from templated.guest.agent.wire import SEEN
 
 Peer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
@@ -190,27 +191,61 @@ async def _exec_peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
 
 
 def test_exec_streams(tmp_path: Path) -> None:
-    """Output reaches the sink before the end does."""
+    """Output comes before the end does."""
 
     async def body(agent: Agent) -> None:
-        seen: list[tuple[str, bytes]] = []
-        result = await agent.exec(["x"], timeout=5, sink=lambda s, d: seen.append((s, d)))
-        assert seen == [("stdout", b"out"), ("stderr", b"out")] and result.exit_code == 3
+        seen = [part async for part in agent.exec(["x"], timeout=5)]
+        assert seen == [
+            Output("stdout", b"out"),
+            Output("stderr", b"out"),
+            ExecResult(exit_code=3),
+        ]
 
     scenario(tmp_path, _exec_peer, body)
 
 
-def test_a_sink_that_has_had_enough(tmp_path: Path) -> None:
-    """Its error ends the request and not the connection."""
+def test_output_that_nobody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a bound, after which the request ends, and not the connection."""
+    monkeypatch.setattr(guest, "MAX_UNREAD", 3)
 
-    def sink(stream: str, data: bytes) -> None:
-        raise TemplatedError("enough")
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number = json.loads(await reader.readline())["id"]
+        frame = {"id": number, "stream": "stdout", "data": base64.b64encode(b"out").decode()}
+        writer.write((json.dumps(frame).encode() + b"\n") * 10)
+        ping = json.loads(await reader.readline())["id"]
+        writer.write(json.dumps({"id": ping, "ok": True, "result": {}}).encode() + b"\n")
+        await reader.read()
 
     async def body(agent: Agent) -> None:
-        with pytest.raises(TemplatedError, match="enough"):
-            await agent.exec(["x"], timeout=5, sink=sink)
+        output = agent.exec(["x"], timeout=5)
+        assert await anext(output) == Output("stdout", b"out")
+        await agent.ping(5.0)  # whose answer comes after all of the output
+        with pytest.raises(Busy, match="does not read"):
+            async for _ in output:
+                pass
 
-    scenario(tmp_path, _exec_peer, body)
+    scenario(tmp_path, peer, body)
+
+
+def test_a_reader_that_stops(tmp_path: Path) -> None:
+    """Its request is forgotten at once; the connection goes on."""
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number = json.loads(await reader.readline())["id"]
+        frame = {"id": number, "stream": "stdout", "data": ""}
+        writer.write(json.dumps(frame).encode() + b"\n")
+        ping = json.loads(await reader.readline())["id"]
+        for answered in (number, ping):
+            writer.write(json.dumps({"id": answered, "ok": True}).encode() + b"\n")
+        await reader.read()
+
+    async def body(agent: Agent) -> None:
+        async with contextlib.aclosing(agent.exec(["x"], timeout=60)) as output:
+            assert await anext(output) == Output("stdout", b"")
+        assert not agent._pending
+        await agent.ping(5.0)
+
+    scenario(tmp_path, peer, body)
 
 
 def test_refusal(tmp_path: Path) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Self, cast
 
 import pytest
 
-from templated.drivers.guest import ExecResult, OutputSink
+from templated.drivers.guest import ExecResult, Output
 from templated.drivers.hypervisor.base import Places
 from templated.errors import GuestError, ProbeError, TemplatedError
 from templated.model.generation import ProbeResult
@@ -54,11 +54,13 @@ class Guest:
     async def ping(self, timeout: float) -> None:
         self._next()
 
-    async def exec(self, argv: list[str], *, timeout: float, sink: OutputSink) -> ExecResult:
+    async def exec(
+        self, argv: list[str], *, timeout: float
+    ) -> AsyncGenerator[Output | ExecResult, None]:
         self.commands.append(argv)
         result, output = self._next()
-        sink("stdout", output)
-        return result
+        yield Output("stdout", output)
+        yield result
 
     def cpu_seconds(self) -> float:
         return self.cpu.pop(0) if len(self.cpu) > 1 else self.cpu[0]

@@ -12,6 +12,7 @@ import aiohttp
 import msgspec
 import regex
 
+from templated.drivers.guest import ExecResult
 from templated.errors import InvalidRequest, ProbeError, TemplatedError
 from templated.model.generation import ProbeResult
 from templated.model.spec import (
@@ -155,18 +156,18 @@ async def _exec(vm: Vm, probe: ExecProbe) -> str:
 
 
 async def _guest_output(vm: Vm, argv: list[str], timeout: float) -> tuple[int | None, str]:
-    output = bytearray()
-    # Only so much is kept: a probe is about a pattern, not about a stream.
-    result = await vm.agent.exec(
-        argv,
-        timeout=timeout,
-        sink=lambda _, data: output.extend(data[: max(0, _OUTPUT - len(output))]),
-    )
+    output, result = bytearray(), ExecResult()
+    async with contextlib.aclosing(vm.agent.exec(argv, timeout=timeout)) as answer:
+        async for part in answer:
+            if isinstance(part, ExecResult):
+                result = part
+            else:
+                # Only so much is kept: a probe is about a pattern, not about a stream.
+                output += part.data[: max(0, _OUTPUT - len(output))]
+    text = output.decode(errors="replace")
     if result.timed_out:
-        raise _NotYet(
-            f"the command ran into its timeout, output {_short(output.decode(errors='replace'))!r}"
-        )
-    return result.exit_code, output.decode(errors="replace")
+        raise _NotYet(f"the command ran into its timeout, output {_short(text)!r}")
+    return result.exit_code, text
 
 
 async def _tcp(target: Target, probe: TcpProbe) -> str:

@@ -1,0 +1,70 @@
+"""One row of the table of routes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from templated.api.errors import Handler
+
+
+@dataclass(frozen=True)
+class Route:
+    """One method and path. `answer` is the type of the body, `stream` its media type if lines."""
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    answer: Any = None
+    status: int = 200
+    body: Any = None
+    stream: str = ""
+    query: Mapping[str, str] = field(default_factory=dict)
+
+
+def get(
+    path: str,
+    handler: Handler,
+    summary: str,
+    answer: Any,
+    *,
+    stream: str = "",
+    query: Mapping[str, str] | None = None,
+) -> Route:
+    """A route that only looks."""
+    return Route("GET", path, handler, summary, answer, stream=stream, query=query or {})
+
+
+def post(
+    path: str,
+    handler: Handler,
+    summary: str,
+    answer: Any,
+    *,
+    body: Any = None,
+    status: int = 200,
+    stream: str = "",
+) -> Route:
+    """A route that does something."""
+    return Route("POST", path, handler, summary, answer, status, body, stream)
+
+
+def put(
+    path: str,
+    handler: Handler,
+    summary: str,
+    answer: Any = None,
+    *,
+    body: Any,
+    query: Mapping[str, str] | None = None,
+) -> Route:
+    """A route that sets what is at its path; 204 when it answers with nothing."""
+    status = 204 if answer is None else 200
+    return Route("PUT", path, handler, summary, answer, status, body, query=query or {})
+
+
+def delete(path: str, handler: Handler, summary: str) -> Route:
+    """A route that removes what is at its path."""
+    return Route("DELETE", path, handler, summary, status=204)
