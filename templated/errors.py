@@ -15,7 +15,8 @@
     ├── BuildError              an image or a template build failed
     │   └── ProbeError          a QA probe did not pass
     ├── DaemonUnavailable       nothing answers on the socket
-    └── Defect                  templated itself did what it must never do
+    ├── Defect                  templated itself did what it must never do
+    └── RemoteError             an error as the daemon reported it, with the code that it gave
 
 `message` is one line that says what is wrong, `hint` one line that says what to do next.
 The API maps `code` to an HTTP status (`templated.api.errors`), the CLI maps it to an exit code.
@@ -126,6 +127,15 @@ class DaemonUnavailable(TemplatedError):
     """Nothing answers on the socket."""
 
     code = "daemon_unavailable"
+
+
+class RemoteError(TemplatedError):
+    """An error as the daemon reported it: its code, message and hint, and the HTTP status."""
+
+    def __init__(self, code: str, message: str, *, hint: str = "", status: int = 0) -> None:
+        super().__init__(message, hint=hint)
+        self.code = code
+        self.status = status
 
 
 class Defect(TemplatedError):

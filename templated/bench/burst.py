@@ -12,6 +12,7 @@ from templated.bench.session import POOLED, Session, require_memory
 from templated.bench.stats import summarize
 from templated.bench.threads import run_threads
 from templated.errors import IdentityError
+from templated.model.clone import CloneView
 
 DISTINCT = ("uuid", "mac", "ip", "hostname", "machine_id", "boot_id")
 """What no two clones may share."""
@@ -34,11 +35,11 @@ def measure_burst(session: Session, n: int, path: str | None) -> dict[str, Any]:
         "template": session.template,
         "unit": "ms",
         "n": n,
-        "paths": dict(Counter(clone["path"] for clone in clones)),
+        "paths": dict(Counter(clone.path.value for clone in clones)),
         "wall_ms": round(wall * 1000, 1),
         "per_second": round(n / wall, 2),
         "request": summarize(walls).as_dict(),
-        "total": summarize([clone["total_ms"] for clone in clones]).as_dict(),
+        "total": summarize([c.total_ms for c in clones if c.total_ms is not None]).as_dict(),
         "distinct": list(DISTINCT),
         "samples_ms": [round(value, 3) for value in walls],
     }
@@ -46,9 +47,9 @@ def measure_burst(session: Session, n: int, path: str | None) -> dict[str, Any]:
 
 def _at_once(
     session: Session, n: int, path: str | None
-) -> tuple[list[dict[str, Any]], list[float], float]:
+) -> tuple[list[CloneView], list[float], float]:
     """The clones, milliseconds of each request, and seconds until the last was answered."""
-    clones: list[dict[str, Any]] = []
+    clones: list[CloneView] = []
     walls: list[float] = []
     failed: list[BaseException] = []
     ready = threading.Barrier(n)
@@ -71,11 +72,11 @@ def _at_once(
     return clones, walls, wall
 
 
-def check_distinct(clones: list[dict[str, Any]]) -> None:
+def check_distinct(clones: list[CloneView]) -> None:
     """IdentityError when two clones share a part of their identity."""
     for key in DISTINCT:
         values = Counter(
-            clone["uuid"] if key == "uuid" else clone["identity"][key] for clone in clones
+            clone.uuid if key == "uuid" else getattr(clone.identity, key) for clone in clones
         )
         value, times = values.most_common(1)[0]
         if times > 1:

@@ -31,8 +31,9 @@ def measure_density(session: Session, n: int, path: str, window: float) -> dict[
             session.pools.fill(path, 1)
         session.progress(f"clone {k} of {n}")
         clone = session.make(f"density-{k}", path)
-        pids.append(clone["pid"])
-        starts.append(clone["total_ms"])
+        assert clone.pid is not None and clone.total_ms is not None  # it runs
+        pids.append(clone.pid)
+        starts.append(clone.total_ms)
         if k in checkpoints:
             pss = sum(pss_kib(pid)["pss"] for pid in pids)
             point = {"k": k, "start_ms": starts[-1], "pss_mib": _mib(pss)}

@@ -14,14 +14,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
+from msgspec.structs import replace
+
 from templated.bench.floor import floor
 from templated.bench.procfs import host_cpu_seconds
 from templated.bench.session import POOLED, Row, Session
 from templated.bench.stats import quantile, summarize, summarize_rows
 from templated.bench.threads import run_threads
-from templated.cli.client import Client
+from templated.client import Client
 from templated.drivers.hypervisor.process import cpu_seconds
 from templated.errors import BuildError, HostError, TemplatedError
+from templated.model.spec import PoolSpec, TemplateSpec
 
 PATHS = ("floor", "direct", "standby", "warm", "cold")
 # Every path leaves something warm behind; each is taken once before anything counts.
@@ -160,7 +164,7 @@ def _sustained(session: Session, seconds: float, concurrency: int) -> dict[str, 
         done = dict.fromkeys(workers, 0)
         took = dict.fromkeys(workers, 0.0)
         used = {name: Counter[str]() for name in workers}
-        daemon = int(session.client.get("info")["pid"])
+        daemon = session.client.info().pid
         rounds = max(1, round(seconds / _ROUND))
         for name in ("floor", "direct", "direct", "floor") * rounds:
             session.progress(f"sustained: {name}, {concurrency} at once")
@@ -195,7 +199,7 @@ def _cycle(session: Session, number: int) -> Iterator[Callable[[], None]]:
 
     def once() -> None:
         clone = session.make(f"sustained-{number}", "direct", client=client)
-        session.remove(clone, client)
+        client.remove_clone(clone.name)
 
     try:
         yield once
@@ -244,38 +248,40 @@ def _cli(session: Session, n: int) -> dict[str, Any]:
             raise HostError(f"templated clone failed: {done.stderr.decode().strip()}")
         clone = json.loads(done.stdout)
         added.append(wall - clone["total_ms"])
-        session.remove(clone)
+        session.client.remove_clone(clone["name"])
     return summarize(added).as_dict()
 
 
 def _memory(session: Session, memory: str, n: int) -> dict[str, Any]:
     """`restore` of the same template with more memory, in turn with its own."""
     name = f"{session.tag}-memory"
-    spec = session.client.get("templates", session.template)["spec"]
-    own = spec["machine"]["memory"]
+    spec = session.client.show_template(session.template).spec
+    assert spec is not None  # it is built
+    own = spec.machine.memory
     # A pool of its own would be filled while this measures.
-    spec = {**spec, "name": name, "machine": {**spec["machine"], "memory": memory}, "pool": {}}
+    larger = replace(spec, name=name, machine=replace(spec.machine, memory=memory), pool=PoolSpec())
     session.progress(f"building the same template with {memory}")
     samples: dict[str, list[float]] = {own: [], memory: []}
     try:
-        _build(session, name, spec)
+        _build(session, name, larger)
         for i in range(n):
             session.progress(f"memory {i + 1} of {n}")
             samples[own].append(session.start("direct")["restore"])
             samples[memory].append(session.start("direct", name)["restore"])
     finally:
         with contextlib.suppress(TemplatedError):
-            session.client.delete("templates", name)
+            session.client.remove_template(name)
     summaries = {size: summarize(values).as_dict() for size, values in samples.items()}
     ratio = round(summaries[memory]["p50"] / summaries[own]["p50"], 3)
     return {"restore": summaries, "ratio": ratio}
 
 
-def _build(session: Session, name: str, spec: dict[str, Any]) -> None:
-    # JSON is YAML.
-    body = {"spec": json.dumps(spec), "source": "the benchmark's template"}
-    operation = session.client.post("templates", name, "build", body=body)
-    with session.client.request("GET", "operations", operation["id"], "events") as answer:
-        for event in answer.objects():
-            if event["type"] == "end" and event["state"] != "done":
-                raise BuildError(f"{name}: {event['error']['message']}")
+def _build(session: Session, name: str, spec: TemplateSpec) -> None:
+    operation = session.client.build_template(
+        name,
+        spec=msgspec.json.encode(spec).decode(),  # JSON is YAML
+        source="the benchmark's template",
+    )
+    for event in session.client.operation_events(operation.id):
+        if event.error is not None:
+            raise BuildError(f"{name}: {event.error.message}", hint=event.error.hint)

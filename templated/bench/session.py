@@ -6,14 +6,16 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from templated.bench.interrupts import interruptible, uninterrupted
-from templated.cli.client import Client
+from templated.client import Client
 from templated.drivers.host.meminfo import read_memory
-from templated.errors import HostError, InvalidRequest, TemplatedError, Timeout
+from templated.errors import HostError, InvalidRequest, RemoteError, TemplatedError, Timeout
+from templated.model.api import PoolView, TierView
+from templated.model.clone import CloneView
 from templated.services.machines.generation import Generation, read_manifest
 
 Progress = Callable[[str], None]
@@ -46,20 +48,15 @@ class Session:
         path: str | None = None,
         template: str | None = None,
         client: Client | None = None,
-    ) -> Any:
+    ) -> CloneView:
         """Make a clone and return what the API says of it."""
-        body = {"name": f"{self.tag}-{name}", "template": template or self.template}
-        if path:
-            body["path"] = path
         try:
-            return (client or self.client).post("clones", body=body)
+            return (client or self.client).create_clone(
+                f"{self.tag}-{name}", template=template or self.template, path=path
+            )
         except KeyboardInterrupt:
             self._cut_short = True
             raise
-
-    def remove(self, clone: dict[str, Any], client: Client | None = None) -> None:
-        """Remove a clone of this run."""
-        (client or self.client).delete("clones", clone["name"])
 
     def start(self, path: str, template: str | None = None) -> Row:
         """Start a clone on a path, remove it again, and return its phases and `total`.
@@ -69,35 +66,36 @@ class Session:
         begin = time.perf_counter()
         clone = self.make(path, path, template)
         wall = (time.perf_counter() - begin) * 1000
-        self.remove(clone)
-        return {**clone["phases_ms"], "total": clone["total_ms"], "wall": wall}
+        self.client.remove_clone(clone.name)
+        assert clone.total_ms is not None  # it ran
+        return {**clone.phases_ms, "total": clone.total_ms, "wall": wall}
 
     def host(self) -> dict[str, Any]:
         """What the figures depend on; `load` is the average of the minute before."""
-        info = self.client.get("info")
+        info = self.client.info()
         return {
             "cpus": len(os.sched_getaffinity(0)),
             "load": round(os.getloadavg()[0], 2),
-            "accel": info["accel"],
-            "qemu": info["qemu_version"],
+            "accel": info.accel,
+            "qemu": info.qemu_version,
         }
 
     @property
     def transport(self) -> str:
         """How the daemon hands the saved state to QEMU."""
-        return str(self.client.get("info")["transport"])
+        return self.client.info().transport
 
     def generation(self) -> Generation:
         """The active generation's files; HostError when they cannot be read."""
-        active = str(self.client.get("templates", self.template)["active"])
-        info = self.client.get("info")
-        directory = Path(info["state_dir"]) / "generations" / self.template / active
+        active = str(self.client.show_template(self.template).active)
+        info = self.client.info()
+        directory = Path(info.state_dir) / "generations" / self.template / active
         hint = "the bench reads the daemon's files: run it as the daemon's user"
         try:
             manifest = read_manifest(directory)
         except HostError as error:
             raise HostError(error.message, hint=hint) from error
-        found = Generation(manifest, directory, Path(info["shm_dir"]) / self.template / active)
+        found = Generation(manifest, directory, Path(info.shm_dir) / self.template / active)
         for path in (*found.files().values(), found.layer.empty):
             if not os.access(path, os.R_OK):
                 raise HostError(f"cannot read {path}", hint=hint)
@@ -130,15 +128,15 @@ class Session:
     def _remove_some(self) -> list[str]:
         """Names of this run's clones that are there still: one that starts cannot be removed."""
         left = []
-        for clone in self.client.get("clones"):
-            if clone["name"].startswith(f"{self.tag}-"):
-                self.progress(f"removing {clone['name']}")
+        for clone in self.client.list_clones():
+            if clone.name.startswith(f"{self.tag}-"):
+                self.progress(f"removing {clone.name}")
                 try:
-                    self.remove(clone)
-                except TemplatedError as error:
+                    self.client.remove_clone(clone.name)
+                except RemoteError as error:
                     if error.code not in ("conflict", "not_found"):
                         raise
-                    left.append(clone["name"])
+                    left.append(clone.name)
         return left
 
 
@@ -156,21 +154,20 @@ class Pools:
 
         Raises what `settled` raises, or Busy when the host has no room; the tier is then as it was.
         """
-        target = self.targets()[tier]
+        sizes = self.targets()
         if self._before is None:
-            self._before = self.targets()
+            self._before = sizes
         try:
-            if target < size:
-                self._put({tier: size})
+            if sizes[tier] < size:
+                self._set({tier: size})
             self.settled()
         except TemplatedError:
-            self._put({tier: target})
+            self._set({tier: sizes[tier]})
             raise
 
     def targets(self) -> dict[str, int]:
         """The sizes as they are now."""
-        view = self._view()
-        return {tier: view[tier]["target"] for tier in POOLED}
+        return {tier: view.target for tier, view in self._tiers().items()}
 
     def settled(self) -> None:
         """Wait until no member is being made, so that a refill disturbs no figure.
@@ -180,15 +177,15 @@ class Pools:
         if self._before is None:
             return
         view = self._view()
-        bound = 60.0 + 2.0 * sum(view[tier]["target"] for tier in POOLED)
+        bound = 60.0 + 2.0 * (view.standby.target + view.warm.target)
         begin = well = time.monotonic()
-        while any(view[tier]["ready"] != view[tier]["target"] for tier in POOLED):
+        while any(tier.ready != tier.target for tier in (view.standby, view.warm)):
             now = time.monotonic()
             # A host under pressure is a problem that passes.
-            well = well if view["problem"] else now
+            well = well if view.problem else now
             if now - well > PATIENCE:
                 raise HostError(
-                    f"the pools of {self._template} are not filled: {view['problem']}",
+                    f"the pools of {self._template} are not filled: {view.problem}",
                     hint="see: templated pool ls",
                 )
             if now - begin > bound:
@@ -201,23 +198,28 @@ class Pools:
         """Set the sizes that were found."""
         if self._before is None:
             return
-        spec = (self._client.get("templates", self._template)["spec"] or {}).get("pool") or {}
+        spec = self._client.show_template(self._template).spec
         # Sizes that are the spec's go on following it.
-        same = all(spec.get(tier, 0) == size for tier, size in self._before.items())
-        self._put({"reset": True} if same else self._before)
+        if spec and self._before == {tier: getattr(spec.pool, tier) for tier in POOLED}:
+            self._client.set_pool(self._template, reset=True)
+        else:
+            self._set(self._before)
         self._before = None
 
-    def _put(self, body: dict[str, Any]) -> None:
-        self._client.put("pools", self._template, body=body)
+    def _set(self, sizes: Mapping[str, int]) -> None:
+        self._client.set_pool(self._template, standby=sizes.get("standby"), warm=sizes.get("warm"))
 
-    def _view(self) -> dict[str, Any]:
-        views = {view["template"]: view for view in self._client.get("pools")}
-        view: dict[str, Any] = views[self._template]
-        return view
+    def _tiers(self) -> dict[str, TierView]:
+        view = self._view()
+        return {"standby": view.standby, "warm": view.warm}
+
+    def _view(self) -> PoolView:
+        return self._client.show_pool(self._template)
 
 
-def _shown(view: dict[str, Any]) -> str:
-    return ", ".join(f"{tier} {view[tier]['ready']} of {view[tier]['target']}" for tier in POOLED)
+def _shown(view: PoolView) -> str:
+    tiers = {"standby": view.standby, "warm": view.warm}
+    return ", ".join(f"{name} {tier.ready} of {tier.target}" for name, tier in tiers.items())
 
 
 def built_template(client: Client, wanted: str | None) -> str:
@@ -226,19 +228,19 @@ def built_template(client: Client, wanted: str | None) -> str:
     InvalidRequest when it is not built or when there is a choice.
     """
     if wanted is not None:
-        if not client.get("templates", wanted)["active"]:
+        if not client.show_template(wanted).active:
             raise InvalidRequest(
                 f"the template {wanted} is not built",
                 hint=f"build it: templated template build {wanted}",
             )
         return wanted
-    built = [t["name"] for t in client.get("templates") if t["active"]]
+    built = [view.name for view in client.list_templates() if view.active]
     if len(built) != 1:
         raise InvalidRequest(
             f"{len(built)} templates are built: {', '.join(built) or 'none'}",
             hint="choose one with --template, or build one: templated template build NAME",
         )
-    return str(built[0])
+    return built[0]
 
 
 def require_memory(clones: int, what: str = "clones") -> None:

@@ -11,6 +11,7 @@ from templated.cli import render
 from templated.cli.completion import clone_names, template_names
 from templated.cli.failures import report
 from templated.cli.options import Settings, command
+from templated.client import requests
 from templated.errors import InvalidRequest, TemplatedError
 from templated.model.names import check_clone_name, numbered
 
@@ -50,9 +51,12 @@ def clone(
     a list, also for one.
     """
     numbered(name, count)
-    asked = {"name": name, "template": template, "count": count, "path": path}
-    body = {key: value for key, value in asked.items() if value is not None}
-    made = settings.client().post("clones", body=body)
+    request: requests.Request[Any] = (
+        requests.create_clone(name, template=template, path=path)
+        if count is None
+        else requests.create_clones(name, count, template=template, path=path)
+    )
+    made = settings.client().json(request)
     if not settings.table:
         render.dump(made, settings)
         return
@@ -77,7 +81,7 @@ templated rm $(templated ls -q)
 @click.pass_obj
 def ls(settings: Settings) -> None:
     """List the clones."""
-    views = settings.client().get("clones")
+    views = settings.client().json(requests.list_clones())
     if not settings.table:
         render.dump(views, settings)
     elif settings.quiet:
@@ -98,7 +102,7 @@ templated show fn-123 -o json
 @click.pass_obj
 def show(settings: Settings, name: str) -> None:
     """Show a clone: its identity and the phases of its start."""
-    view = settings.client().get("clones", check_clone_name(name))
+    view = settings.client().json(requests.show_clone(check_clone_name(name)))
     if not settings.table:
         render.dump(view, settings)
         return
@@ -151,7 +155,7 @@ def rm(
     if bool(names) == everything:
         raise click.UsageError("give either names or --all", context)
     if everything:
-        names = tuple(view["name"] for view in settings.client().get("clones"))
+        names = tuple(view["name"] for view in settings.client().json(requests.list_clones()))
         if not names:
             settings.note("there are no clones")
             return
@@ -187,7 +191,7 @@ def _remove_all(settings: Settings, names: list[str]) -> list[int]:
 
 def _remove(settings: Settings, name: str) -> TemplatedError | None:
     try:
-        settings.client().delete("clones", check_clone_name(name))
+        settings.client().json(requests.remove_clone(check_clone_name(name)))
     except TemplatedError as error:
         return error
     return None

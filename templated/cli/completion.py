@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from templated.cli.options import Settings, command
+from templated.client import requests
+from templated.client.requests import Request
 
 # A shell waits for this while the user holds Tab.
 _SECONDS = 1.0
@@ -12,19 +16,19 @@ _SECONDS = 1.0
 
 def clone_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """Names of clones that begin with `incomplete`; none when the daemon does not say."""
-    return _names(context, "clones", incomplete)
+    return _names(context, requests.list_clones(), incomplete)
 
 
 def template_names(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[str]:
     """Names of templates that begin with `incomplete`; none when the daemon does not say."""
-    return _names(context, "templates", incomplete)
+    return _names(context, requests.list_templates(), incomplete)
 
 
-def _names(context: click.Context, kind: str, incomplete: str) -> list[str]:
+def _names(context: click.Context, request: Request[Any], incomplete: str) -> list[str]:
     try:
-        found = context.ensure_object(Settings).client().get(kind, timeout=_SECONDS)
+        found = context.ensure_object(Settings).client(timeout=_SECONDS).json(request)
         given = set(_flat(context.params.values()))
         names = [item["name"] for item in found]
         return [name for name in names if name.startswith(incomplete) and name not in given]

@@ -13,8 +13,9 @@ from typing import IO
 
 import click
 
-from templated.cli.client import Answer
 from templated.cli.options import Settings, command
+from templated.client import requests
+from templated.client.blocking import Answer
 from templated.errors import InvalidRequest
 from templated.model.names import check_clone_name
 
@@ -69,23 +70,18 @@ def _upload(settings: Settings, source: str, name: str, path: str) -> None:
         if source != "-":
             stream = stack.enter_context(open(source, "rb"))
         status = os.fstat(stream.fileno())
-        mode, headers = 0o644, {"Content-Type": "application/octet-stream"}
+        mode, size = 0o644, None
         if stat.S_ISREG(status.st_mode) and source != "-":
-            mode = stat.S_IMODE(status.st_mode) & 0o777
-            headers["Content-Length"] = str(status.st_size)
-        request = settings.client().request(
-            "PUT", "clones", name, "files",
-            body=stream, headers=headers, query={"path": path, "mode": f"{mode:o}"},
-        )  # fmt: skip
-        stack.enter_context(request)
+            mode, size = stat.S_IMODE(status.st_mode) & 0o777, status.st_size
+        request = requests.put_file(name, path, stream, mode=mode, size=size)
+        settings.client().json(request)
     settings.note(f"copied {source} to {name}:{path}")
 
 
 def _download(settings: Settings, name: str, path: str, target: str) -> None:
     if target != "-" and (os.path.isdir(target) or target.endswith("/")):
         target = os.path.join(target, os.path.basename(path))
-    request = settings.client().request("GET", "clones", name, "files", query={"path": path})
-    with request as answer:
+    with settings.client().open(requests.get_file(name, path)) as answer:
         if target == "-":
             _write(answer, sys.stdout.buffer)
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import select
 import sys
 from typing import Any
@@ -12,9 +11,10 @@ import click
 
 from templated.cli import exit_codes
 from templated.cli.completion import clone_names
-from templated.cli.failures import RemoteError
+from templated.cli.failures import Failure
 from templated.cli.options import Command, Settings
-from templated.errors import DaemonUnavailable, InvalidRequest
+from templated.client import requests
+from templated.errors import InvalidRequest
 from templated.model.names import check_clone_name
 
 # The API takes stdin inside a JSON body of at most 1 MiB, in base64.
@@ -86,23 +86,14 @@ def exec_(
     under cron. The exit code is 128+N after signal N, 124 after --timeout and 127 when there
     is no such command.
     """
-    body: dict[str, Any] = {"argv": command, "timeout": timeout, "env": _environment(env)}
+    environment = _environment(env)
     check_clone_name(name)
     stdin = b"" if no_stdin else _stdin(settings)
-    if stdin:
-        body["stdin"] = base64.b64encode(stdin).decode()
-    request = settings.client().request(
-        "POST", "clones", name, "exec", body=json.dumps(body).encode()
-    )
-    with request as answer:
-        for frame in answer.objects():
-            _pass_on(frame)
-            if frame.get("done"):
-                context.exit(_exit_code(frame, command[0], settings))
-    raise DaemonUnavailable(
-        "the daemon ended the connection before the command's end was known",
-        hint=f"the command may still run in {name}",
-    )
+    request = requests.exec_in_clone(name, command, stdin=stdin, timeout=timeout, env=environment)
+    for frame in settings.client().json_lines(request):
+        _pass_on(frame)
+        if frame.get("done"):
+            context.exit(_exit_code(frame, command[0], settings))
 
 
 def _environment(assignments: tuple[str, ...]) -> dict[str, str]:
@@ -145,7 +136,7 @@ def _exit_code(frame: dict[str, Any], command: str, settings: Settings) -> int:
     if signal is not None:
         return 128 + int(signal)
     if code is None:
-        raise RemoteError("guest", f"{command}: {error or 'how it ended is not known'}")
+        raise Failure("guest", f"{command}: {error or 'how it ended is not known'}")
     if error:
         settings.note(f"templated: {command}: {error.replace('_', ' ')}")
     return int(code)

@@ -13,8 +13,8 @@ from templated.cli.render import colours, dumps, printable
 from templated.errors import TemplatedError
 
 
-class RemoteError(TemplatedError):
-    """An error as the daemon reported it, with the code it gave."""
+class Failure(TemplatedError):
+    """What ended a command, other than an error of the daemon; `code` decides the exit code."""
 
     def __init__(
         self, code: str, message: str, *, hint: str = "", details: tuple[str, ...] = ()
@@ -82,13 +82,13 @@ def _as_templated(error: BaseException) -> TemplatedError:
         return error
     if isinstance(error, click.UsageError):
         command = error.ctx.command_path if error.ctx else "templated"
-        return RemoteError("invalid", _sentence(error), hint=f"{command} --help")
+        return Failure("invalid", _sentence(error), hint=f"{command} --help")
     if isinstance(error, click.ClickException):
-        return RemoteError("failed", _sentence(error))
+        return Failure("failed", _sentence(error))
     if isinstance(error, OSError):
         name = f"{error.filename}: " if error.filename else ""
-        return RemoteError("failed", f"{name}{error.strerror or error}")
-    return RemoteError(
+        return Failure("failed", f"{name}{error.strerror or error}")
+    return Failure(
         "internal",
         f"{type(error).__name__}: {error}",
         hint="this is a defect; run it again with TEMPLATED_DEBUG=1 and report what it prints",

@@ -16,8 +16,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from templated.cli.client import Client
-from templated.cli.failures import RemoteError
+from templated.client import Client, requests
 from templated.drivers.host.usage import anonymous_bytes
 from templated.drivers.hypervisor.process import cpu_seconds, start_time
 
@@ -152,7 +151,7 @@ class Watcher:
         if began > self._looked:
             self._before = None
         window = max(now - (self._looked if self._before else began), 0.001)
-        clones = self._client.get("clones")
+        clones = self._client.json(requests.list_clones())
         frame = Frame(
             time=datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds"),
             window_s=round(window, 3),
@@ -163,7 +162,7 @@ class Watcher:
             starts=_starts(scrape, self._before, window),
             phases=_phases(scrape, self._before),
             failures=_failures(scrape, self._before),
-            pools=self._pools(),
+            pools=self._client.json(requests.list_pools()),
             refill_blocked=[
                 x["resource"] for x, on in scrape.all("templated_pool_refill_blocked") if on
             ],
@@ -177,18 +176,8 @@ class Watcher:
         self._before, self._looked = scrape, now
         return frame
 
-    def _pools(self) -> list[dict[str, Any]]:
-        try:
-            return list(self._client.get("pools"))
-        except RemoteError as error:
-            # A daemon of another version, without pools.
-            if error.code == "not_found":
-                return []
-            raise
-
     def _events(self) -> list[dict[str, Any]]:
-        with self._client.request("GET", "events", query={"follow": "false"}, timeout=30) as answer:
-            return list(answer.objects())[-_SHOWN:]
+        return list(self._client.json_lines(requests.events()))[-_SHOWN:]
 
     def _biggest(self, clones: list[dict[str, Any]], window: float) -> list[CloneFigures]:
         """The clones with most memory of their own; those that are gone by now are left out."""

@@ -7,6 +7,7 @@ import click
 from templated import __version__
 from templated.cli import render
 from templated.cli.options import Settings, command
+from templated.client import requests
 
 INFO_EXAMPLES = """
 templated info
@@ -18,7 +19,7 @@ templated info -o json | jq -r .accel
 @click.pass_obj
 def info(settings: Settings) -> None:
     """Show the daemon: version, accelerator, QEMU, places."""
-    body = settings.client().get("info")
+    body = settings.client().json(requests.info())
     if settings.table:
         render.fields((key.replace("_", " "), value) for key, value in body.items())
     else:

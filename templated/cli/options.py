@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 if TYPE_CHECKING:
-    from templated.cli.client import Client
+    from templated.client import Client
 
 
 class Settings:
@@ -25,11 +25,11 @@ class Settings:
         """Output is for people, not for programs."""
         return self.output == "table"
 
-    def client(self) -> Client:
+    def client(self, timeout: float | None = None) -> Client:
         """The API on the socket that was asked for. Connects only with the first request."""
-        from templated.cli.client import Client, default_socket
+        from templated.client import Client
 
-        return Client(self.socket or default_socket())
+        return Client(self.socket, timeout=timeout)
 
     def note(self, text: str) -> None:
         """Tell the user something that is not data: on stderr, and not with -q."""

@@ -12,6 +12,7 @@ import click
 from templated.cli import render
 from templated.cli.completion import template_names
 from templated.cli.options import Group, Settings
+from templated.client import requests
 from templated.errors import InvalidRequest, Timeout
 
 _POLL_SECONDS = 0.2
@@ -39,7 +40,7 @@ def pool() -> None:
 @click.pass_obj
 def ls(settings: Settings) -> None:
     """List the pools: members that are ready, and how many there are to be."""
-    views = settings.client().get("pools")
+    views = settings.client().json(requests.list_pools())
     if not settings.table:
         render.dump(views, settings)
     elif settings.quiet:
@@ -77,15 +78,14 @@ def set_(
 
     A tier that is not given stays as it is. Sizes that the host cannot hold are refused.
     """
-    asked: dict[str, Any] = {"standby": standby, "warm": warm}
-    body = {tier: size for tier, size in asked.items() if size is not None}
-    if bool(body) == reset:
+    given = standby is not None or warm is not None
+    if given == reset:
         raise InvalidRequest(
             "give sizes or --reset, and not both",
             hint=f"as in: templated pool set {template} --warm 4",
         )
-    client = settings.client()
-    view = client.put("pools", template, body={"reset": True} if reset else body)
+    request = requests.set_pool(template, standby=standby, warm=warm, reset=reset)
+    view = settings.client().json(request)
     if wait:
         view = _wait(settings, template, timeout)
     if settings.table:
@@ -99,7 +99,7 @@ def _wait(settings: Settings, template: str, timeout: float) -> dict[str, Any]:
     client, deadline = settings.client(), time.monotonic() + timeout
     show = not settings.quiet and sys.stderr.isatty()
     while True:
-        view: dict[str, Any] = client.get("pools", template)
+        view: dict[str, Any] = client.json(requests.show_pool(template))
         if show:
             click.echo(f"\r\x1b[K{_progress(view)}", nl=False, err=True)
         if all(view[tier]["ready"] == view[tier]["target"] for tier in TIERS):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import click
 
 from templated.cli import render
-from templated.cli.failures import RemoteError
+from templated.cli.failures import Failure
 from templated.cli.options import Settings
-from templated.errors import DaemonUnavailable
+from templated.client import requests
 
 Event = dict[str, Any]
 Sink = Callable[[Event], None]
@@ -39,22 +39,18 @@ def follow_build(settings: Settings, name: str, operation: str) -> None:
 
 def _show_all(settings: Settings, operation: str, show: Sink, console: list[str]) -> Event:
     """Show every event and return the last one; lines of the guest's console go to `console`."""
-    with settings.client().request("GET", "operations", operation, "events") as answer:
-        for event in answer.objects():
-            show(event)
-            message = event.get("message", "")
-            if event["type"] == "log" and message.startswith(_CONSOLE):
-                console.append(message)
-            if event["type"] == "end":
-                return cast("Event", event)
-    raise DaemonUnavailable(
-        "the daemon ended before the build did", hint="journalctl -u templated may say why"
-    )
+    event: Event = {}
+    for event in settings.client().json_lines(requests.operation_events(operation)):
+        show(event)
+        message = event.get("message", "")
+        if event["type"] == "log" and message.startswith(_CONSOLE):
+            console.append(message)
+    return event
 
 
-def _failure(end: Event, name: str, console: list[str]) -> RemoteError:
+def _failure(end: Event, name: str, console: list[str]) -> Failure:
     error = end.get("error") or {}
-    return RemoteError(
+    return Failure(
         error.get("code", "build_failed"),
         error.get("message", f"the build of {name} failed"),
         hint=error.get("hint", ""),

@@ -10,6 +10,7 @@ import click
 from templated.cli import render
 from templated.cli.completion import template_names
 from templated.cli.options import Group, Settings
+from templated.client import requests
 from templated.errors import InvalidRequest
 
 GROUP_EXAMPLES = """
@@ -56,20 +57,22 @@ def build(settings: Settings, name: str, file: str | None, follow: str | None) -
         raise InvalidRequest("-f and --follow exclude each other", hint="--follow starts no build")
     client = settings.client()
     if follow is None:
-        body = _spec(file) if file else {}
-        follow = client.post("templates", name, "build", body=body)["id"]
+        spec, source = _spec(file) if file else (None, None)
+        request = requests.build_template(name, spec=spec, source=source)
+        follow = client.json(request)["id"]
+    assert follow is not None
     follow_build(settings, name, follow)
     if settings.table:
-        view = client.get("templates", name)
+        view = client.json(requests.show_template(name))
         click.echo(view["active"] if settings.quiet else f"{name}: {view['active']} is active")
 
 
-def _spec(file: str) -> dict[str, str]:
+def _spec(file: str) -> tuple[str, str]:
     if file == "-":
-        return {"spec": sys.stdin.read(), "source": "stdin"}
+        return sys.stdin.read(), "stdin"
     try:
         with open(file, encoding="utf-8") as stream:
-            return {"spec": stream.read(), "source": file}
+            return stream.read(), file
     except UnicodeDecodeError:
         raise InvalidRequest(f"{file} is not UTF-8 text") from None
 
@@ -84,7 +87,7 @@ templated template ls -o json | jq -r '.[] | select(.active) | .name'
 @click.pass_obj
 def ls(settings: Settings) -> None:
     """List the templates."""
-    views = settings.client().get("templates")
+    views = settings.client().json(requests.list_templates())
     if not settings.table:
         render.dump(views, settings)
     elif settings.quiet:
@@ -106,7 +109,7 @@ templated template show python-fn -o yaml
 @click.pass_obj
 def show(settings: Settings, name: str) -> None:
     """Show a template and its generations; with -o yaml also its whole spec and manifest."""
-    view = settings.client().get("templates", name)
+    view = settings.client().json(requests.show_template(name))
     if not settings.table:
         render.dump(view, settings)
         return
@@ -135,7 +138,7 @@ templated template rm python-fn
 @click.pass_obj
 def rm(settings: Settings, name: str) -> None:
     """Remove a template's generations. Refused while clones of it exist."""
-    settings.client().delete("templates", name)
+    settings.client().json(requests.remove_template(name))
     settings.note(f"removed {name}")
 
 
@@ -149,7 +152,7 @@ templated template rollback python-fn
 @click.pass_obj
 def rollback(settings: Settings, name: str) -> None:
     """Make the generation before the active one the active one. Running clones stay as they are."""
-    view = settings.client().post("templates", name, "rollback")
+    view = settings.client().json(requests.rollback(name))
     if settings.table:
         click.echo(view["active"] if settings.quiet else f"{name}: {view['active']} is active")
     else:

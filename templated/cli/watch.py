@@ -11,6 +11,7 @@ import click
 from templated.cli import render
 from templated.cli.completion import clone_names
 from templated.cli.options import Settings, command
+from templated.client import requests
 from templated.model.names import check_clone_name
 
 # Escape sequences, and control characters other than tab and newline, in one byte or in UTF-8.
@@ -34,12 +35,9 @@ def logs(settings: Settings, name: str, lines: int | None, follow: bool) -> None
 
     On a terminal, control characters are left out: the guest must not steer it.
     """
-    query: dict[str, object] = {} if lines is None else {"lines": lines}
-    if follow:
-        query["follow"] = "true"
-    path = ("clones", check_clone_name(name), "logs")
+    request = requests.logs(check_clone_name(name), lines, follow)
     on_terminal = sys.stdout.isatty()
-    with settings.client().request("GET", *path, query=query) as answer:
+    with settings.client().open(request) as answer:
         for chunk in answer.chunks():
             sys.stdout.buffer.write(_CONTROL.sub(b"", chunk) if on_terminal else chunk)
             sys.stdout.buffer.flush()
@@ -63,14 +61,12 @@ def events(settings: Settings, follow: bool) -> None:
 
     With -o json each event is one line.
     """
-    flag = "true" if follow else "false"
-    with settings.client().request("GET", "events", query={"follow": flag}) as answer:
-        for event in answer.objects():
-            if settings.table:
-                click.echo(_line(event))
-                sys.stdout.flush()
-            else:
-                render.dump_item(event, settings)
+    for event in settings.client().json_lines(requests.events(follow)):
+        if settings.table:
+            click.echo(_line(event))
+            sys.stdout.flush()
+        else:
+            render.dump_item(event, settings)
     if follow:
         settings.note("the daemon ended the stream")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +9,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from templated.model.network import BridgeNetwork, UserNetwork
+from templated.model.socket import SOCKET, default_runtime
 from templated.model.spec import Percent
 from templated.model.units import Duration, seconds
 
@@ -111,26 +111,20 @@ def default_config_path(env: Mapping[str, str], uid: int) -> Path:
 def defaults(env: Mapping[str, str], uid: int) -> dict[str, object]:
     """The places for root, or those of the XDG Base Directory Specification for anyone else."""
     if uid == 0:
-        state, runtime = Path("/var/lib/templated"), Path("/run/templated")
+        state = Path("/var/lib/templated")
         shm, templates = Path("/dev/shm/templated"), Path("/etc/templated/templates")
     else:
         state = _xdg(env, "XDG_STATE_HOME", ".local/state") / "templated"
-        runtime = Path(env.get("XDG_RUNTIME_DIR") or f"/tmp/templated-{uid}") / "templated"
         shm = Path(f"/dev/shm/templated-{uid}")
         templates = _xdg(env, "XDG_CONFIG_HOME", ".config") / "templated/templates"
+    runtime = default_runtime(env, uid)
     return {
         "state_dir": str(state),
-        "runtime_dir": str(runtime),
+        "runtime_dir": runtime,
         "shm_dir": str(shm),
         "template_dirs": [str(templates)],
-        "socket": str(runtime / "templated.sock"),
+        "socket": f"{runtime}/{SOCKET}",
     }
-
-
-def default_socket(env: Mapping[str, str] = os.environ, uid: int | None = None) -> str:
-    """The socket a client talks to: TEMPLATED_SOCKET, or the default place."""
-    uid = os.geteuid() if uid is None else uid
-    return env.get("TEMPLATED_SOCKET") or str(defaults(env, uid)["socket"])
 
 
 def _xdg(env: Mapping[str, str], variable: str, fallback: str) -> Path:

@@ -124,7 +124,7 @@ def _compare_here(names: str) -> dict[str, Any]:
     """`bench compare` in this process, where a test can take libvirt away."""
     from templated.bench.compare import contenders, measure_compare
     from templated.bench.session import session
-    from templated.cli.client import Client
+    from templated.client import Client
 
     with session(Client(os.environ["TEMPLATED_SOCKET"]), None, lambda text: None) as opened:
         return measure_compare(opened, contenders(opened, names.split(",")), 1)

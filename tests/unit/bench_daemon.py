@@ -15,6 +15,17 @@ from aiohttp import web
 from tests.unit.cli_daemon import CLONE, TEMPLATE, Daemon
 
 TIERS = ("standby", "warm")
+INFO = {
+    "version": "0",
+    "pid": os.getpid(),
+    "accel": "tcg",
+    "qemu_version": "7.2.0",
+    "state_dir": "/nonexistent",
+    "shm_dir": "/nonexistent",
+    "metrics": None,
+    "transport": "fd",
+    "clones": 0,
+}
 
 
 class Fleet(Daemon):
@@ -43,19 +54,20 @@ class Fleet(Daemon):
         given = json.loads(body) if body else {}
         match request.method, request.path.split("/")[2:]:
             case "GET", ["info"]:
-                return web.json_response({"accel": "tcg", "qemu_version": "7.2.0"})
+                return web.json_response(INFO)
             case "GET", ["templates"]:
                 return web.json_response([TEMPLATE])
             case "GET", ["templates", "python-fn"]:
-                return web.json_response({**TEMPLATE, "spec": {"pool": self.spec_pool}})
+                spec = {"name": "python-fn", "pool": self.spec_pool}
+                return web.json_response({**TEMPLATE, "spec": spec})
             case "GET", ["clones"]:
                 return web.json_response(list(self.clones.values()))
             case "POST", ["clones"]:
                 return await self._start(given)
             case "DELETE", ["clones", name]:
                 return self._remove(name)
-            case "GET", ["pools"]:
-                return web.json_response([self._pool()])
+            case "GET", ["pools", "python-fn"]:
+                return web.json_response(self._pool())
             case "PUT", ["pools", "python-fn"]:
                 self.puts.append(given)
                 sizes = self.spec_pool if given.get("reset") else given

@@ -166,7 +166,7 @@ def test_a_pool_that_is_filled_again_while_the_run_goes_on(daemon: Fleet, capsys
     report(capsys, "paths", "--paths", "warm", "-n", "3", "--cli", "0")
     looks = [request[1] for request in daemon.requests]
     starts = [i for i, path in enumerate(looks) if path == "/v1/clones"][:4]
-    assert all(looks[i - 1] == "/v1/pools" for i in starts)
+    assert all(looks[i - 1] == "/v1/pools/python-fn" for i in starts)
 
 
 def test_a_pool_with_a_problem_is_skipped_with_the_reason(

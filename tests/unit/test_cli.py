@@ -17,10 +17,9 @@ import msgspec
 import pytest
 import yaml
 
-from templated.cli import client, exit_codes
+from templated.cli import exit_codes
 from templated.cli.main import COMMANDS, main, root
 from templated.errors import ConfigError, TemplatedError
-from templated.model import config
 from templated.model.clone import CloneView
 from templated.model.generation import Manifest, ProbeResult, QemuVersion, TemplateView
 from templated.model.spec import ImageSpec, TemplateSpec
@@ -218,15 +217,6 @@ def test_nothing_listens(tmp_path: Path, capsys: Capture) -> None:
     assert "systemctl start templated" in hint
 
 
-def test_permission_denied() -> None:
-    # Made by hand: root, who may run the tests, is never refused.
-    error = client.unreachable(PermissionError(13, "Permission denied"), "/run/d.sock")
-    assert error.code == "daemon_unavailable"
-    assert error.message == "permission denied on the daemon's socket /run/d.sock"
-    assert "sudo" in error.hint
-    assert "templated serve" in error.hint
-
-
 def test_a_socket_path_that_is_too_long(capsys: Capture) -> None:
     assert main(["--socket", "/" + "x" * 200, "ls"]) == exit_codes.USAGE
     assert len(capsys.readouterr().err.splitlines()) == 2
@@ -314,21 +304,6 @@ def test_lean_imports(daemon: Daemon, arguments: list[str]) -> None:
         check=True,
     )
     assert done.stderr == b""
-
-
-@pytest.mark.parametrize(
-    ("environment", "uid"),
-    [
-        ({}, 0),
-        ({"XDG_RUNTIME_DIR": "/run/user/0"}, 0),
-        ({}, 1000),
-        ({"XDG_RUNTIME_DIR": "/run/user/1000"}, 1000),
-        ({"TEMPLATED_SOCKET": "/x.sock"}, 1000),
-        ({"TEMPLATED_SOCKET": "", "XDG_RUNTIME_DIR": ""}, 1000),
-    ],
-)
-def test_default_socket_is_the_daemons(environment: dict[str, str], uid: int) -> None:
-    assert client.default_socket(environment, uid) == config.default_socket(environment, uid)
 
 
 def _tree(group: click.Group, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -476,17 +451,3 @@ def test_closed_streams(daemon: Daemon) -> None:
         ["sh", "-c", '"$@" >&- 2>&-', "sh", *command("ls")], cwd=ROOT, timeout=30, check=False
     )
     assert done.returncode == 0
-
-
-def test_a_connection_for_each_request_or_one_for_all(daemon: Daemon) -> None:
-    """One that brought an error is not kept; the error is raised either way."""
-    for keep, expected in ((False, 4), (True, 2)):
-        daemon.connections.clear()
-        one = client.Client(daemon.socket, keep_alive=keep)
-        assert one.get("clones", "fn-123")["name"] == "fn-123"
-        with pytest.raises(TemplatedError):
-            one.get("clones", "none")
-        assert one.get("clones")
-        assert one.get("clones")
-        assert len(daemon.connections) == expected
-        one.close()

@@ -9,8 +9,9 @@ import pytest
 
 from templated.drivers.configfile import load_config
 from templated.errors import ConfigError
-from templated.model.config import Config, default_config_path, default_socket, defaults
+from templated.model.config import Config, default_config_path, defaults
 from templated.model.network import BridgeNetwork, UserNetwork
+from templated.model.socket import default_socket
 from templated.services.places import Layout
 
 
@@ -53,10 +54,20 @@ def test_anyone_else() -> None:
     assert config.template_dirs == ("/home/u/.config/templated/templates",)
 
 
-def test_the_client_finds_the_daemon() -> None:
+@pytest.mark.parametrize(
+    ("environment", "uid"),
+    [
+        ({}, 0),
+        ({"XDG_RUNTIME_DIR": "/run/user/0"}, 0),
+        ({}, 1000),
+        ({"XDG_RUNTIME_DIR": "/run/user/1000"}, 1000),
+        ({"TEMPLATED_SOCKET": "", "XDG_RUNTIME_DIR": ""}, 1000),
+    ],
+)
+def test_the_client_finds_the_daemon(environment: dict[str, str], uid: int) -> None:
     """TEMPLATED_SOCKET, or the place where the daemon listens by default."""
-    assert default_socket({}, 0) == defaults({}, 0)["socket"]
-    assert default_socket({"TEMPLATED_SOCKET": "/s"}, 0) == "/s"
+    assert default_socket(environment, uid) == defaults(environment, uid)["socket"]
+    assert default_socket({**environment, "TEMPLATED_SOCKET": "/s"}, uid) == "/s"
 
 
 def test_file(tmp_path: Path) -> None:

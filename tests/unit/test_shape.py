@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -69,3 +71,14 @@ def _undocumented(path: Path) -> Iterator[str]:
 def test_exceptions_are_needed() -> None:
     """A module that is gone loses its exception."""
     assert all((ROOT / name).is_file() for name in EXPLAINED)
+
+
+def test_no_import_circles() -> None:
+    """Anywhere, also by imports inside functions and by those that only types need."""
+    graph = grimp.build_graph("templated", cache_dir=None)
+    needs = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    assert len(needs) > 100
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])))

@@ -26,10 +26,10 @@ from prometheus_client import generate_latest
 from rich.console import Console
 
 from templated.cli import exit_codes, figures
-from templated.cli.client import Client
 from templated.cli.figures import Frame, Scrape, Watcher, quantile
 from templated.cli.main import main
 from templated.cli.top_view import draw
+from templated.client import Client
 from templated.drivers.host.meminfo import Memory
 from templated.drivers.host.pressure import Pressure
 from templated.drivers.host.usage import Space
@@ -180,10 +180,8 @@ def test_the_biggest_first(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> N
     assert [c.name for c in biggest] == [f"c{n}" for n in range(19, 11, -1)]
 
 
-def test_a_daemon_without_pools(daemon: Daemon) -> None:
-    """One of another version; any other failure is told."""
-    daemon.fail("GET", "/v1/pools", "not_found", 404)
-    assert Watcher(Client(daemon.socket)).look().pools == []
+def test_a_failure(daemon: Daemon) -> None:
+    """It ends the command."""
     daemon.fail("GET", "/v1/pools", "internal", 500)
     assert main(["top", "--once"]) == exit_codes.FAILED
 

@@ -1,0 +1,292 @@
+"""What the API can be asked: one function for each route, named as its operation in OpenAPI.
+
+`Request[T]` is a request whose answer is a T, `Stream[T]` one whose answer is many T, each as
+soon as it is there. How they are sent is the clients' business. Nothing heavy is imported: the
+command line makes its requests by these, and prints the answers as the JSON that they are.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from urllib.parse import quote, urlencode
+
+from templated.errors import DaemonUnavailable
+
+if TYPE_CHECKING:
+    from templated.model.api import (
+        Event,
+        ExecFrame,
+        Info,
+        Operation,
+        OperationEvent,
+        PoolView,
+    )
+    from templated.model.clone import CloneView
+    from templated.model.generation import TemplateView
+
+T = TypeVar("T")
+Content = bytes | IO[bytes] | None
+SOON = 30.0
+"""Seconds: what the daemon answers at once."""
+LONG = 3600.0
+"""Seconds: what the daemon itself bounds. A second, shorter bound here would only hide which step
+was slow; this one ends the wait for a daemon that hangs."""
+
+
+class End(NamedTuple):
+    """The last item of a stream: a key and its value that only this one has.
+
+    Without it the answer was cut off, which `message` and `hint` tell the user.
+    """
+
+    key: str
+    value: object
+    message: str
+    hint: str
+
+    def check(self, line: bytes) -> None:
+        """DaemonUnavailable when `line`, with which the answer ended, is not the last item."""
+        item = json.loads(line) if line else {}
+        if not isinstance(item, dict) or item.get(self.key) != self.value:
+            raise DaemonUnavailable(self.message, hint=self.hint)
+
+
+class Request(Generic[T]):
+    """One request; T is the type of its answer. `timeout` is for each part of that, in seconds."""
+
+    def __init__(
+        self,
+        method: str,
+        *parts: str,
+        base: str = "/v1/",
+        query: Mapping[str, object | None] | None = None,
+        body: Mapping[str, object | None] | None = None,
+        content: Content = None,
+        size: int | None = None,
+        timeout: float | None = SOON,
+        end: End | None = None,
+    ) -> None:
+        self.method = method
+        self.target = base + "/".join(quote(part, safe="") for part in parts)
+        if chosen := _given(query):
+            self.target += "?" + urlencode(chosen)
+        self.content = content if body is None else json.dumps(_given(body)).encode()
+        self.headers: dict[str, str] = {}
+        if content is not None:
+            self.headers["Content-Type"] = "application/octet-stream"
+        if size is not None:
+            self.headers["Content-Length"] = str(size)
+        self.timeout = timeout
+        self.end = end
+
+
+class Stream(Request[T]):
+    """A request that is answered bit by bit; T is the type of one item.
+
+    `timeout` is for each bit, and None for a stream that may be silent for any time.
+    """
+
+
+def _given(values: Mapping[str, object | None] | None) -> dict[str, object]:
+    return {key: value for key, value in (values or {}).items() if value is not None}
+
+
+# The daemon
+
+
+def info() -> Request[Info]:
+    """The daemon: version, accelerator, QEMU, places."""
+    return Request("GET", "info")
+
+
+def openapi() -> Request[dict[str, Any]]:
+    """The OpenAPI document of the daemon."""
+    return Request("GET", "openapi.json")
+
+
+def metrics() -> Request[str]:
+    """What Prometheus would scrape."""
+    return Request("GET", "metrics", base="/")
+
+
+def events(follow: bool = False) -> Stream[Event]:
+    """The last events, oldest first; with `follow` then each new one, until the daemon ends."""
+    timeout = None if follow else SOON
+    return Stream("GET", "events", query={"follow": _flag(follow)}, timeout=timeout)
+
+
+# Clones
+
+
+def list_clones() -> Request[list[CloneView]]:
+    """All clones, oldest first."""
+    return Request("GET", "clones")
+
+
+def create_clone(
+    name: str, *, template: str | None = None, path: str | None = None
+) -> Request[CloneView]:
+    """Start a clone, and wait until it has confirmed its identity.
+
+    `template`: by default the only one that is built. `path`: by default the fastest that is
+    ready. A start that fails leaves nothing.
+    """
+    body = {"name": name, "template": template, "path": path}
+    return Request("POST", "clones", body=body, timeout=LONG)
+
+
+def create_clones(
+    name: str, count: int, *, template: str | None = None, path: str | None = None
+) -> Request[list[CloneView]]:
+    """Start NAME-1 to NAME-count side by side; when one of them fails, none is left."""
+    body = {"name": name, "template": template, "count": count, "path": path}
+    return Request("POST", "clones", body=body, timeout=LONG)
+
+
+def show_clone(name: str) -> Request[CloneView]:
+    """One clone."""
+    return Request("GET", "clones", name)
+
+
+def remove_clone(name: str) -> Request[None]:
+    """End a clone and give back all that it had; when that fails it can be tried again."""
+    return Request("DELETE", "clones", name, timeout=LONG)
+
+
+def exec_in_clone(
+    name: str,
+    argv: Sequence[str],
+    *,
+    stdin: bytes = b"",
+    timeout: float = 60.0,
+    env: Mapping[str, str] | None = None,
+) -> Stream[ExecFrame]:
+    """Run a command in a clone: its output as it comes, then one frame with its end.
+
+    The command is killed after `timeout` seconds; it isn't when the caller goes away earlier.
+    """
+    body = {
+        "argv": list(argv),
+        "timeout": timeout,
+        "env": dict(env or {}),
+        "stdin": base64.b64encode(stdin).decode() if stdin else None,
+    }
+    end = End(
+        key="done",
+        value=True,
+        message="the daemon ended the connection before the command's end was known",
+        hint=f"the command may still run in {name}",
+    )
+    return Stream("POST", "clones", name, "exec", body=body, timeout=timeout + SOON, end=end)
+
+
+def logs(name: str, lines: int | None = None, follow: bool = False) -> Stream[bytes]:
+    """The end of a clone's serial console; with `follow` then new output as it comes."""
+    query = {"lines": lines, "follow": "true" if follow else None}
+    return Stream("GET", "clones", name, "logs", query=query, timeout=None if follow else SOON)
+
+
+def get_file(name: str, path: str) -> Request[bytes]:
+    """Read a file of a clone; `path` is absolute."""
+    return Request("GET", "clones", name, "files", query={"path": path}, timeout=LONG)
+
+
+def put_file(
+    name: str, path: str, content: bytes | IO[bytes], *, mode: int = 0o644, size: int | None = None
+) -> Request[None]:
+    """Write a file of a clone; it is there under its name only when it is complete.
+
+    `content` may be an open file, of `size` bytes if that is known.
+    """
+    query = {"path": path, "mode": f"{mode:o}"}
+    return Request(
+        "PUT", "clones", name, "files", query=query, content=content, size=size, timeout=LONG
+    )
+
+
+# Templates
+
+
+def list_templates() -> Request[list[TemplateView]]:
+    """All templates, without their specs and manifests."""
+    return Request("GET", "templates")
+
+
+def show_template(name: str) -> Request[TemplateView]:
+    """One template, with its spec and the manifest of its active generation."""
+    return Request("GET", "templates", name)
+
+
+def remove_template(name: str) -> Request[None]:
+    """Remove a template's generations."""
+    return Request("DELETE", "templates", name, timeout=LONG)
+
+
+def build_template(
+    name: str, *, spec: str | None = None, source: str | None = None
+) -> Request[Operation]:
+    """Begin to build a template; follow it by `operation_events`.
+
+    `spec` is YAML, by default the template's file on the daemon's host; `source` is what errors
+    call it.
+    """
+    return Request("POST", "templates", name, "build", body={"spec": spec, "source": source})
+
+
+def rollback(name: str) -> Request[TemplateView]:
+    """Make the generation before the active one the active one."""
+    return Request("POST", "templates", name, "rollback", timeout=LONG)
+
+
+# Pools
+
+
+def list_pools() -> Request[list[PoolView]]:
+    """The pools of all templates."""
+    return Request("GET", "pools")
+
+
+def show_pool(template: str) -> Request[PoolView]:
+    """The pools of one template."""
+    return Request("GET", "pools", template)
+
+
+def set_pool(
+    template: str,
+    *,
+    standby: int | None = None,
+    warm: int | None = None,
+    reset: bool = False,
+) -> Request[PoolView]:
+    """Set the sizes of a template's pools; None leaves a tier as it is.
+
+    `reset` goes back to the sizes in the template's spec.
+    """
+    body = {"standby": standby, "warm": warm, "reset": reset or None}
+    return Request("PUT", "pools", template, body=body, timeout=LONG)
+
+
+# Operations
+
+
+def show_operation(operation: str) -> Request[Operation]:
+    """Long work, such as a build, by its id."""
+    return Request("GET", "operations", operation)
+
+
+def operation_events(operation: str) -> Stream[OperationEvent]:
+    """All events of long work, from its beginning to its end."""
+    end = End(
+        key="type",
+        value="end",
+        message="the daemon ended before the work did",
+        hint="journalctl -u templated may say why",
+    )
+    return Stream("GET", "operations", operation, "events", timeout=None, end=end)
+
+
+def _flag(value: bool) -> str:
+    return "true" if value else "false"
