@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
 
+from templated.drivers.guest import Agent, ExecResult, Output
 from templated.drivers.hypervisor.fake import FakeHypervisor
-from templated.errors import Conflict, NotFound
+from templated.errors import Busy, Conflict, NotFound
 from templated.model.api import CloneRequest, ExecFrame
 from templated.services.clones import guest
 from templated.services.daemon import Services
 from tests.unit.fake_daemon import play, until
 
 
-def test_a_command_whose_end_is_known(tmp_path: Path) -> None:
-    """The last frame is done."""
+def test_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its output, then one frame with its end; or with why that is not known."""
+    answers: list[Output | ExecResult | Busy] = []
+
+    async def answer(
+        agent: Agent, argv: list[str], **options: object
+    ) -> AsyncGenerator[Output | ExecResult, None]:
+        for one in answers:
+            if isinstance(one, Busy):
+                raise one
+            yield one
+
+    monkeypatch.setattr(Agent, "exec", answer)
+    first = ExecFrame(stream="stdout", data=base64.b64encode(b"\xff").decode())
 
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
         await running.clones.create(CloneRequest(name="a"))
-        frames = [frame async for frame in running.guests.exec("a", ["x"], timeout=5.0)]
-        assert frames == [ExecFrame(done=True)]
+        for end, frame in (
+            (ExecResult(exit_code=3), ExecFrame(exit_code=3, done=True)),
+            (ExecResult(signal=9, timed_out=True), ExecFrame(signal=9, timed_out=True, done=True)),
+            (Busy("nobody reads"), ExecFrame(error="nobody reads", done=True)),
+        ):
+            answers[:] = [Output("stdout", b"\xff"), end]
+            frames = [frame async for frame in running.guests.exec("a", ["x"], timeout=5.0)]
+            assert frames == [first, frame]
 
     play(tmp_path, scenario)
 
