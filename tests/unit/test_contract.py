@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import msgspec
-import pytest
 from aiohttp import web
 from openapi_spec_validator import validate
 from prometheus_client import generate_latest
@@ -13,9 +12,6 @@ from templated.api.errors import STATUS, error_response
 from templated.api.openapi import document
 from templated.api.routes import ROUTES
 from templated.cli import exit_codes
-from templated.model.clone import TRANSITIONS, CloneState
-from templated.model.generation import TRANSITIONS as GENERATION_TRANSITIONS
-from templated.model.generation import GenerationState
 from templated.services.reports.metrics import START_BUCKETS, Metrics
 
 
@@ -82,11 +78,3 @@ def test_metric_names() -> None:
         assert name in text
     expected = ".001 .0025 .005 .01 .025 .05 .075 .1 .15 .25 .5 1 2.5 5 10 30"
     assert list(START_BUCKETS) == [float(bucket) for bucket in expected.split()]
-
-
-@pytest.mark.parametrize("table", [TRANSITIONS, GENERATION_TRANSITIONS])
-def test_transition_tables_are_total(table: dict[object, frozenset[object]]) -> None:
-    """Every state has a row, and rows name only states."""
-    states = set(CloneState) if CloneState.RUNNING in table else set(GenerationState)
-    assert set(table) == states
-    assert all(targets <= states for targets in table.values())
