@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import statistics
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from msgspec.structs import replace
 from templated.bench.floor import floor
 from templated.bench.procfs import host_cpu_seconds
 from templated.bench.session import POOLED, Row, Session
-from templated.bench.stats import quantile, summarize, summarize_rows
+from templated.bench.stats import summarize, summarize_rows
 from templated.bench.threads import run_threads
 from templated.client import Client
 from templated.drivers.hypervisor.process import cpu_seconds
@@ -139,8 +140,8 @@ def _ratios(rows: Mapping[str, list[Row]]) -> dict[str, float]:
             ratios[f"{path}_to_floor"] = round(p50[path] / p50["floor"], 3)
     if "direct" in totals and len(totals["direct"]) == len(totals.get("floor", ())):
         pairs = zip(totals["direct"], totals["floor"], strict=True)
-        paired = sorted(direct / bare for direct, bare in pairs)
-        ratios["direct_to_floor_paired_p50"] = round(quantile(paired, 0.5), 3)
+        paired = statistics.median(direct / bare for direct, bare in pairs)
+        ratios["direct_to_floor_paired_p50"] = round(paired, 3)
     for path in ("direct", "standby", "warm"):
         if path in p50 and "cold" in p50:
             ratios[f"cold_to_{path}"] = round(p50["cold"] / p50[path], 1)

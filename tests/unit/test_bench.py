@@ -28,7 +28,7 @@ from templated.bench.contenders.virsh import domain_xml
 from templated.bench.density import steps
 from templated.bench.paths import in_threads, schedule
 from templated.bench.session import Session
-from templated.bench.stats import quantile, summarize_rows
+from templated.bench.stats import summarize, summarize_rows
 from templated.cli import exit_codes
 from templated.cli.main import main
 from templated.drivers.host.meminfo import Memory
@@ -77,9 +77,18 @@ def error(capsys: Capture, *arguments: str) -> str:
 
 
 def test_quantiles() -> None:
-    assert quantile([1.0], 0.99) == 1.0
-    assert quantile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.5
-    assert quantile(list(range(101)), 0.99) == 99
+    assert summarize([1.0]).p99 == 1.0
+    assert summarize([3.0, 1.0, 4.0, 2.0]).p50 == 2.5
+    assert summarize([10.0, 20.0]).as_dict() == {
+        "n": 2,
+        "min": 10.0,
+        "p50": 15.0,
+        "p90": 19.0,
+        "p99": 19.9,
+        "max": 20.0,
+    }
+    found = summarize(range(101))
+    assert (found.p50, found.p90, found.p99) == (50, 90, 99)
 
 
 def test_rows_keep_their_order() -> None:
