@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
-from prometheus_client import generate_latest
+from prometheus_client.aiohttp import make_aiohttp_handler
 
 from templated import __version__
 from templated.api.errors import body_of
@@ -26,6 +26,7 @@ from templated.model.api import (
 )
 from templated.model.names import check_clone_name
 from templated.services.daemon import Services
+from templated.services.templates.images import image_views
 
 SERVICES = web.AppKey("services", Services)
 T = TypeVar("T")
@@ -163,6 +164,11 @@ async def rollback(request: web.Request) -> web.Response:
     return json_answer(await asyncio.shield(request.app[SERVICES].templates.rollback(name)))
 
 
+async def list_images(request: web.Request) -> web.Response:
+    services = request.app[SERVICES]
+    return json_answer(await image_views(services.context.images, services.templates))
+
+
 async def list_pools(request: web.Request) -> web.Response:
     return json_answer(request.app[SERVICES].pools.views())
 
@@ -187,12 +193,8 @@ async def operation_events(request: web.Request) -> web.StreamResponse:
     return await _stream(request, _lines(progress.follow()), _NDJSON)
 
 
-async def metrics(request: web.Request) -> web.Response:
-    registry = request.app[SERVICES].context.metrics.registry
-    return web.Response(
-        body=generate_latest(registry),
-        headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
-    )
+async def metrics(request: web.Request) -> web.StreamResponse:
+    return await make_aiohttp_handler(request.app[SERVICES].context.metrics.registry)(request)
 
 
 async def _each(items: list[T]) -> AsyncIterator[T]:

@@ -1,32 +1,20 @@
-"""`image build | ls | rm`: disk layer 1, made on this host and without the daemon."""
+"""`image build | ls`: what templates boot from; built here, without the daemon."""
 
 from __future__ import annotations
 
-import sys
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from templated.cli import render
 from templated.cli.options import Group, Settings
-
-if TYPE_CHECKING:
-    from templated.model.config import Config
+from templated.client import requests
 
 EXAMPLES = """
 templated image build python-fn
 templated image ls
 systemctl start templated-image@python-fn
 """
-
-_config = click.option(
-    "--config",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="The daemon's configuration. Default: where serve looks for it.",
-)
 
 
 @click.group("image", cls=Group, examples=EXAMPLES)
@@ -38,47 +26,66 @@ def image() -> None:
     """
 
 
-def _load(config: Path | None) -> Config:
-    from templated.drivers.configfile import load_config
+BUILD_EXAMPLES = """
+templated image build python-fn
+systemctl start templated-image@python-fn
+"""
 
-    return load_config(config)
 
-
-@image.command("build", examples=EXAMPLES)
+@image.command("build", examples=BUILD_EXAMPLES)
 @click.argument("name")
-@_config
+@click.option(
+    "--config",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="The daemon's configuration. Default: where serve looks for it.",
+)
 @click.pass_obj
 def build(settings: Settings, name: str, config: Path | None) -> None:
     """Make the image of the template NAME, unless it is there."""
     import asyncio
 
-    from templated.drivers.configfile import load_template
+    from templated.drivers.configfile import load_config, load_template
     from templated.drivers.image.store import ImageStore
 
-    loaded = _load(config)
+    loaded = load_config(config)
     spec = load_template(loaded.template_dirs, name)
     store = ImageStore(Path(loaded.state_dir))
     made = asyncio.run(store.ensure(spec.image, on_progress=settings.note))
     render.dump_item({"digest": made.digest, "disk": str(made.disk)}, settings)
 
 
-@image.command("ls", examples=EXAMPLES)
-@_config
-@click.pass_obj
-def ls(settings: Settings, config: Path | None) -> None:
-    """List the images on this host."""
-    from templated.drivers.image.store import ImageStore
+LS_EXAMPLES = """
+templated image ls
+templated image ls -o json | jq -r '.[] | select(.templates == []) | .digest'
+"""
 
+
+@image.command("ls", examples=LS_EXAMPLES)
+@click.pass_obj
+def ls(settings: Settings) -> None:
+    """List the daemon's images."""
+    views = settings.client().json(requests.list_images())
+    if settings.table and settings.quiet:
+        for view in views:
+            click.echo(view["digest"])
+        return
     images = [
         {
-            "digest": found.digest,
-            "built": datetime.fromtimestamp(found.built_at, UTC).isoformat(timespec="seconds"),
-            "mib": found.disk.stat().st_blocks * 512 >> 20,
+            "digest": view["digest"],
+            "built": view["built_at"],
+            "mib": view["size"] >> 20,
+            "suite": view["suite"],
+            "packages": view["packages"],
+            "templates": view["templates"],
         }
-        for found in ImageStore(Path(_load(config).state_dir)).list()
+        for view in views
     ]
     if settings.table:
-        render.table(["DIGEST", "BUILT", "MIB"], [list(row.values()) for row in images])
-        sys.stdout.flush()
+        columns = ("digest", "built", "mib")
+        render.table(
+            [name.upper() for name in columns],
+            [[row[name] for name in columns] for row in images],
+        )
     else:
         render.dump(images, settings)

@@ -13,7 +13,15 @@ import msgspec
 
 from templated.client.failures import nonsense
 from templated.client.requests import Request
-from templated.model.api import Event, ExecFrame, Info, Operation, OperationEvent, PoolView
+from templated.model.api import (
+    Event,
+    ExecFrame,
+    ImageView,
+    Info,
+    Operation,
+    OperationEvent,
+    PoolView,
+)
 from templated.model.clone import CloneView
 from templated.model.generation import TemplateView
 
@@ -24,6 +32,7 @@ _MODEL = {
         CloneView,
         Event,
         ExecFrame,
+        ImageView,
         Info,
         Operation,
         OperationEvent,

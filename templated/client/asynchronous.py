@@ -89,6 +89,7 @@ class AsyncClient:
     remove_template = _one(requests.remove_template)
     build_template = _one(requests.build_template)
     rollback = _one(requests.rollback)
+    list_images = _one(requests.list_images)
     list_pools = _one(requests.list_pools)
     show_pool = _one(requests.show_pool)
     set_pool = _one(requests.set_pool)

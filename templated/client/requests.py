@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from templated.model.api import (
         Event,
         ExecFrame,
+        ImageView,
         Info,
         Operation,
         OperationEvent,
@@ -239,6 +240,11 @@ def build_template(
 def rollback(name: str) -> Request[TemplateView]:
     """Make the generation before the active one the active one."""
     return Request("POST", "templates", name, "rollback", timeout=LONG)
+
+
+def list_images() -> Request[list[ImageView]]:
+    """The images that templates boot from, oldest first."""
+    return Request("GET", "images")
 
 
 # Pools

@@ -53,6 +53,20 @@ class PoolView(Struct, frozen=True, kw_only=True):
     """Why no members are made at present; empty when nothing is in the way."""
 
 
+class ImageView(Struct, frozen=True, kw_only=True):
+    """An image that the templates of this daemon can boot from."""
+
+    digest: str
+    suite: str
+    packages: tuple[str, ...]
+    size: int
+    """Bytes that its disk takes on the host."""
+    built_at: str
+    """RFC 3339, UTC."""
+    templates: tuple[str, ...]
+    """The templates whose active generation boots from it."""
+
+
 class BuildRequest(_Body, frozen=True, kw_only=True):
     """Build a template from its file in template_dirs, or from the YAML given here."""
 

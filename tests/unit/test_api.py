@@ -258,6 +258,62 @@ def test_about_the_daemon(tmp_path: Path) -> None:
     talk(tmp_path, talking)
 
 
+def test_images(tmp_path: Path) -> None:
+    """Those that are complete, with the templates that need them."""
+
+    async def talking(
+        session: aiohttp.ClientSession, running: Services, fake: FakeHypervisor
+    ) -> None:
+        # The template was frozen on an image named "none".
+        for name in ("none", "other", "incomplete"):
+            folder = Path(running.context.config.state_dir) / "images" / name
+            folder.mkdir(parents=True)
+            for file in ("disk.qcow2", "vmlinuz", "initrd"):
+                (folder / file).touch()
+            record: dict[str, Any] = {
+                "digest": name,
+                "built_at": 1.0 + (name == "other"),
+                "spec": {},
+            }
+            (folder / "image.json").write_text(json.dumps(record))
+        (folder / "initrd").unlink()
+        async with session.get("/v1/images") as answer:
+            images = await answer.json()
+        assert [(i["digest"], i["templates"]) for i in images] == [("none", ["t"]), ("other", [])]
+        assert images[0]["built_at"] == "1970-01-01T00:00:01+00:00"
+        assert (images[0]["suite"], images[0]["packages"]) == ("bookworm", [])
+
+    talk(tmp_path, talking)
+
+
+@pytest.mark.parametrize(
+    ("accept", "media"),
+    [
+        ("", "text/plain"),
+        ("*/*", "text/plain"),
+        ("application/openmetrics-text;version=1.0.0", "application/openmetrics-text"),
+    ],
+)
+def test_metrics(tmp_path: Path, accept: str, media: str) -> None:
+    """In the format that is asked for, with the same samples."""
+
+    async def talking(
+        session: aiohttp.ClientSession, running: Services, fake: FakeHypervisor
+    ) -> None:
+        await running.clones.create(CloneRequest(name="a"))
+        async with session.get("/metrics", headers={"Accept": accept}) as answer:
+            assert (answer.status, answer.content_type) == (200, media)
+            text = await answer.text()
+        for sample in (
+            'templated_clones{state="running",template="t"} 1.0',
+            'templated_clone_seconds_bucket{le="30.0",path="direct",template="t"} 1.0',
+            'templated_events_total{type="clone.running"} 1.0',
+        ):
+            assert sample in text
+
+    talk(tmp_path, talking)
+
+
 def test_an_operation(tmp_path: Path) -> None:
     """A build answers at once; its events end with why it failed: here no image can be stored."""
 

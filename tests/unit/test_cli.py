@@ -97,6 +97,36 @@ def test_clone_table(daemon: Daemon, capsys: Capture) -> None:
     ]
 
 
+IMAGE = {
+    "digest": "0123456789abcdef",
+    "suite": "bookworm",
+    "packages": ["python3"],
+    "size": 300 << 20,
+    "built_at": "2026-01-01T00:00:00+00:00",
+    "templates": ["python-fn"],
+}
+
+
+def test_images(daemon: Daemon, capsys: Capture) -> None:
+    """The daemon's, whichever configuration this user has."""
+    daemon.on("GET", "/v1/images", [IMAGE])
+    assert main(["image", "ls"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "DIGEST            BUILT                      MIB",
+        "0123456789abcdef  2026-01-01T00:00:00+00:00  300",
+    ]
+    assert main(["image", "ls", "-o", "json"]) == 0
+    (shown,) = json.loads(capsys.readouterr().out)
+    assert (shown["digest"], shown["built"], shown["mib"]) == (
+        IMAGE["digest"],
+        IMAGE["built_at"],
+        300,
+    )
+    assert shown["templates"] == ["python-fn"]
+    assert main(["image", "ls", "-q"]) == 0
+    assert capsys.readouterr().out == "0123456789abcdef\n"
+
+
 def test_quiet_prints_names(daemon: Daemon, capsys: Capture) -> None:
     assert main(["ls", "-q"]) == 0
     assert main(["-q", "template", "ls"]) == 0
