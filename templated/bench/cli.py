@@ -286,7 +286,7 @@ def _run(
 
     if plot is not None:
         pictures.check(plot)
-    progress = Progress(settings)
+    progress = ProgressLine(settings)
     try:
         with session(settings.client(), template, progress) as opened:
             host = opened.host()
@@ -306,7 +306,7 @@ def _run(
         settings.note(f"wrote {plot}")
 
 
-class Progress:
+class ProgressLine:
     """What is being done, on stderr: one line that changes on a terminal, else one now and then."""
 
     def __init__(self, settings: Settings) -> None:

@@ -34,7 +34,6 @@ COMMANDS = {
     "bench": "templated.bench.cli:bench",
     "completion": "templated.cli.completion:completion",
     "version": "templated.cli.info:version",
-    "man": "templated.cli.man:man",
 }
 
 EXAMPLES = """

@@ -1,8 +1,12 @@
-"""Manual pages, made from the command tree: what --help says is what `man` says."""
+"""Manual pages, made from the command tree: what --help says is what `man` says.
+
+scripts/man runs it.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +14,8 @@ import click
 
 from templated import __version__
 from templated.cli import exit_codes
-from templated.cli.options import GlobalOption, Settings, command
+from templated.cli.main import root
+from templated.cli.options import GlobalOption
 
 ENVIRONMENT = (
     ("TEMPLATED_SOCKET", "The daemon's socket, unless --socket is given."),
@@ -27,23 +32,16 @@ FILES = (
     ("~/.config/templated, $XDG_RUNTIME_DIR/templated", "The same without root, and so on."),
 )
 
-EXAMPLES = """
-templated man /usr/local/share/man/man1
-"""
 
-
-@command("man", examples=EXAMPLES, hidden=True)
-@click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
-@click.pass_context
-def man(context: click.Context, directory: Path) -> None:
+def main(directory: Path) -> None:
     """Write the manual pages into a directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name, text in pages(context.find_root().command).items():
+    for name, text in pages().items():
         (directory / name).write_text(text, encoding="utf-8")
-        context.ensure_object(Settings).note(f"wrote {directory / name}")
+        print(f"wrote {directory / name}", file=sys.stderr)
 
 
-def pages(root: click.Command) -> dict[str, str]:
+def pages() -> dict[str, str]:
     """All pages by file name: templated.1, and one for each command that help lists."""
     context = click.Context(root, info_name="templated", **root.context_settings)
     commands = {context.command_path: context, **{c.command_path: c for c in _children(context)}}
@@ -174,3 +172,7 @@ def _escape(text: str) -> str:
     text = text.replace("'", "\\(aq").replace("`", "\\(ga").replace("~", "\\(ti")
     text = text.replace("^", "\\(ha").replace('"', "\\(dq")
     return "\\&" + text if text.startswith((".", "'")) else text
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
