@@ -8,6 +8,7 @@ import inspect
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import msgspec
 import pytest
 
+import templated.client
 from templated.api import server
 from templated.api.route import Route
 from templated.api.routes import ROUTES
@@ -184,6 +186,29 @@ def test_importing_it_is_cheap() -> None:
         "from templated.client import AsyncClient; assert 'aiohttp' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30, check=True)
+
+
+def test_the_example(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of the module runs, and docs/api.md has the same."""
+    text = inspect.cleandoc(templated.client.__doc__ or "")
+    example = "".join(
+        line for line in text.splitlines(keepends=True) if line.startswith("    ") or line == "\n"
+    ).strip("\n")
+    assert example in (ROOT / "docs/api.md").read_text()
+    daemon.lines("POST", EXEC, OUTPUT, {"exit_code": 0, "done": True})
+    daemon.lines("GET", "/v1/events", EVENT)
+    monkeypatch.setenv("TEMPLATED_SOCKET", daemon.socket)
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent(example), names)  # noqa: S102
+    asyncio.run(names["watch"]())
+    assert capsys.readouterr().out.splitlines() == [
+        "10.77.0.3 116.2",
+        "stdout b'\\xffhi' None",
+        "None b'' 0",
+        "clone.running fn-123",
+    ]
 
 
 # Answers
