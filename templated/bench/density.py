@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from templated.bench.procfs import pss_kib
 from templated.bench.session import POOLED, Session, require_memory
 from templated.bench.stats import summarize
-from templated.drivers.host.meminfo import read_memory
-from templated.drivers.hypervisor.process import cpu_seconds
-from templated.errors import InvalidRequest
+from templated.drivers.host.procfs import Mapped, cpu_seconds, mapped_bytes, read_memory
+from templated.errors import HostError, InvalidRequest
 
 _STEPS = 8
 
@@ -35,19 +33,19 @@ def measure_density(session: Session, n: int, path: str, window: float) -> dict[
         pids.append(clone.pid)
         starts.append(clone.total_ms)
         if k in checkpoints:
-            pss = sum(pss_kib(pid)["pss"] for pid in pids)
+            pss = sum(memory_of(pid).proportional for pid in pids)
             point = {"k": k, "start_ms": starts[-1], "pss_mib": _mib(pss)}
             growth.append({**point, "available_mib": read_memory().available >> 20})
     session.progress(f"idle for {window:g} s")
     cpu = idle_cpu(pids, window)
-    rows = [pss_kib(pid) for pid in pids]
+    rows = [memory_of(pid) for pid in pids]
     return {
         "kind": "density",
         "template": session.template,
         "path": path,
         "n": n,
-        "pss_mib": summarize([row["pss"] / 1024 for row in rows]).as_dict(),
-        "private_mib": summarize([row["private"] / 1024 for row in rows]).as_dict(),
+        "pss_mib": summarize([row.proportional / (1 << 20) for row in rows]).as_dict(),
+        "private_mib": summarize([row.private / (1 << 20) for row in rows]).as_dict(),
         "marginal_mib": _slope(growth),
         "available_mib_each": round((before - read_memory().available) / n / (1 << 20), 1),
         "window_s": window,
@@ -56,6 +54,17 @@ def measure_density(session: Session, n: int, path: str, window: float) -> dict[
         "growth": growth,
         "samples_ms": starts,
     }
+
+
+def memory_of(pid: int) -> Mapped:
+    """The memory of a process. Raises HostError when it is gone or another user's."""
+    mapped = mapped_bytes(pid)
+    if mapped is None:
+        raise HostError(
+            f"cannot read /proc/{pid}/smaps_rollup",
+            hint="run the bench as the daemon's user, in its PID namespace",
+        )
+    return mapped
 
 
 def steps(n: int) -> set[int]:
@@ -117,5 +126,5 @@ def _slope(growth: list[dict[str, Any]]) -> float | None:
     return round(slope, 1)
 
 
-def _mib(kib: int) -> float:
-    return round(kib / 1024, 1)
+def _mib(size: int) -> float:
+    return round(size / (1 << 20), 1)

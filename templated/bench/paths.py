@@ -19,12 +19,11 @@ import msgspec
 from msgspec.structs import replace
 
 from templated.bench.floor import floor
-from templated.bench.procfs import host_cpu_seconds
 from templated.bench.session import POOLED, Row, Session
 from templated.bench.stats import summarize, summarize_rows
 from templated.bench.threads import run_threads
 from templated.client import Client
-from templated.drivers.hypervisor.process import cpu_seconds
+from templated.drivers.host.procfs import cpu_seconds, host_cpu_seconds
 from templated.errors import BuildError, HostError, TemplatedError
 from templated.model.spec import PoolSpec, TemplateSpec
 

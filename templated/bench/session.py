@@ -12,7 +12,7 @@ from typing import Any
 
 from templated.bench.interrupts import interruptible, uninterrupted
 from templated.client import Client
-from templated.drivers.host.meminfo import read_memory
+from templated.drivers.host.procfs import read_memory
 from templated.errors import HostError, InvalidRequest, RemoteError, TemplatedError, Timeout
 from templated.model.api import PoolView, TierView
 from templated.model.clone import CloneView

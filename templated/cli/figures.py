@@ -17,8 +17,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from templated.client import Client, requests
-from templated.drivers.host.usage import anonymous_bytes
-from templated.drivers.hypervisor.process import cpu_seconds, start_time
+from templated.drivers.host.procfs import anonymous_bytes, cpu_seconds, start_time
 
 _SHOWN = 8
 """Clones and events that a frame has at most."""

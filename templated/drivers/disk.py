@@ -6,49 +6,16 @@ A generation keeps one empty overlay over its layer 2. A clone's layer 3 is a co
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
 import shutil
 from pathlib import Path
 
+from templated.drivers.host.programs import run
 from templated.errors import HostError
-
-_TIMEOUT = 60.0
-
-
-async def run(*arguments: str, timeout: float = _TIMEOUT) -> str:
-    """Run a program and return its stdout; HostError with its last line when it fails."""
-    try:
-        child = await asyncio.create_subprocess_exec(
-            *arguments,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-    except FileNotFoundError:
-        raise HostError(
-            f"{arguments[0]} is not installed",
-            hint="run scripts/setup, or apt install qemu-utils",
-        ) from None
-    try:
-        async with asyncio.timeout(timeout):
-            out, err = await child.communicate()
-    except BaseException as error:
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-        await child.wait()
-        if isinstance(error, TimeoutError):
-            raise HostError(f"{arguments[0]} did not end within {timeout:g} s") from None
-        raise
-    if child.returncode != 0:
-        lines = err.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise HostError(f"{arguments[0]} failed: {lines[-1]}")
-    return out.decode(errors="replace")
 
 
 async def create_overlay(target: Path, backing: Path) -> None:
-    """Make an empty qcow2 layer over `backing`; nothing is left behind on failure."""
+    """Make an empty qcow2 layer over `backing`. Raises HostError; leaves no file then."""
     try:
         await run(
             *("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2"),

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from templated.drivers.configfile import load_template, template_files
+from templated.drivers.host.capabilities import may_raise_priority
 from templated.drivers.hypervisor.base import Hypervisor
-from templated.drivers.hypervisor.process import may_raise_priority
 from templated.drivers.image.store import ImageStore
 from templated.errors import HostError, TemplatedError
 from templated.model.config import Config

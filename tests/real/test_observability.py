@@ -26,7 +26,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from templated.drivers.host.usage import proportional_bytes
+from templated.drivers.host.procfs import mapped_bytes
 from tests.real.conftest import prepare
 from tests.real.harness import Daemon
 from tests.unit.observability import ALERTS, OBSERVABILITY, expressions, metrics_of, rules
@@ -292,7 +292,7 @@ def test_top(busy: Daemon, prometheus: Prometheus) -> None:
 def test_memory_of_clones_is_what_the_kernel_says(busy: Daemon, prometheus: Prometheus) -> None:
     """The mean is between the smallest and the biggest; the template's memory counts once."""
     pids = [clone["pid"] for clone in busy.json("ls") if clone["state"] == "running"]
-    pss = [proportional_bytes(pid) or 0 for pid in pids]
+    pss = [m.proportional if (m := mapped_bytes(pid)) else 0 for pid in pids]
     state = '{state="running"}'
     until(
         lambda: prometheus.has(f"templated_clone_memory_measured{state} == {len(pss)}"),

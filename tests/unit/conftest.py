@@ -16,9 +16,9 @@ def no_blocking_calls() -> Iterator[None]:
         for name in ("os.stat", "os.access", "os.scandir", "os.listdir"):
             watch.functions[name].deactivate()
         # /proc is memory.
-        process = "templated/drivers/hypervisor/process.py"
-        watch.functions["io.TextIOWrapper.read"].can_block_in(process, "_stat")
-        watch.functions["io.BufferedReader.read"].can_block_in(process, "command_line")
+        procfs = "templated/drivers/host/procfs.py"
+        watch.functions["io.TextIOWrapper.read"].can_block_in(procfs, "_stat")
+        watch.functions["io.BufferedReader.read"].can_block_in(procfs, "command_line")
         # When the journal closes, nothing else runs any more.
         lock = watch.functions["threading.Lock.acquire"]
         lock.can_block_in("templated/journal.py", "close")

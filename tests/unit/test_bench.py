@@ -20,18 +20,18 @@ from typing import Any, cast
 
 import pytest
 
-from templated.bench import interrupts, libvirtd, plot, procfs
+from templated.bench import interrupts, libvirtd, plot
 from templated.bench.cli import bench
 from templated.bench.compare import measure_compare
 from templated.bench.contenders.base import without_defer
 from templated.bench.contenders.virsh import domain_xml
-from templated.bench.density import steps
+from templated.bench.density import memory_of, steps
 from templated.bench.paths import in_threads, schedule
 from templated.bench.session import Session
 from templated.bench.stats import summarize, summarize_rows
 from templated.cli import exit_codes
 from templated.cli.main import main
-from templated.drivers.host.meminfo import Memory
+from templated.drivers.host.procfs import Memory
 from templated.drivers.hypervisor.base import Hardware
 from templated.errors import HostError, InvalidRequest
 from tests.unit.bench_daemon import Fleet, fleet
@@ -125,10 +125,10 @@ def test_checkpoints(n: int) -> None:
 
 
 def test_memory_of_a_process() -> None:
-    usage = procfs.pss_kib(os.getpid())
-    assert 0 < usage["private"] <= usage["pss"]
+    memory = memory_of(os.getpid())
+    assert 0 < memory.private <= memory.proportional
     with pytest.raises(HostError, match="cannot read /proc"):
-        procfs.pss_kib(1 << 30)
+        memory_of(1 << 30)
 
 
 def test_threads_stop_at_the_first_failure() -> None:

@@ -15,8 +15,9 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
-from templated.drivers.host import usage
+from templated.drivers.host.files import Space, file_system
 from templated.drivers.host.pressure import Pressure
+from templated.drivers.host.procfs import Mapped, anonymous_bytes, mapped_bytes
 from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.errors import HostError
 from templated.model.api import CloneRequest
@@ -44,7 +45,8 @@ def exposed(registry: CollectorRegistry) -> str:
 def fake_proc(root: Path, pid: int = 7) -> Path:
     """A /proc with one process."""
     (root / str(pid)).mkdir(parents=True)
-    (root / str(pid) / "smaps_rollup").write_text("5-7 ---p [rollup]\nRss: 90 kB\nPss: 40 kB\n")
+    rollup = "5-7 ---p [rollup]\nPss: 40 kB\nPrivate_Clean: 1 kB\nPrivate_Dirty: 2 kB\n"
+    (root / str(pid) / "smaps_rollup").write_text(rollup)
     (root / str(pid) / "statm").write_text("1000 90 50 1 0 60 0\n")
     return root
 
@@ -52,15 +54,15 @@ def fake_proc(root: Path, pid: int = 7) -> Path:
 def test_usage(tmp_path: Path) -> None:
     """Bytes out of kilobytes and pages."""
     proc = fake_proc(tmp_path)
-    assert usage.proportional_bytes(7, proc) == 40 * 1024
-    assert usage.anonymous_bytes(7, proc) == 40 * os.sysconf("SC_PAGE_SIZE")
+    assert mapped_bytes(7, proc) == Mapped(40 * 1024, 3 * 1024)
+    assert anonymous_bytes(7, proc) == 40 * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_usage_of_what_is_not_there(tmp_path: Path) -> None:
     """No process, no file, a kernel that does not tell: None."""
-    assert usage.proportional_bytes(7, tmp_path) is None
-    assert usage.anonymous_bytes(7, tmp_path) is None
-    assert usage.file_system(tmp_path / "gone") is None
+    assert mapped_bytes(7, tmp_path) is None
+    assert anonymous_bytes(7, tmp_path) is None
+    assert file_system(tmp_path / "gone") is None
 
 
 def test_this_host(tmp_path: Path) -> None:
@@ -68,14 +70,14 @@ def test_this_host(tmp_path: Path) -> None:
     reading = read_host(configured(tmp_path))
     assert reading.memory is not None and 0 < reading.memory.available <= reading.memory.total
     assert reading.places["state_dir"] is None, "it is not there yet"
-    pss = usage.proportional_bytes(os.getpid())
-    assert pss is not None and pss > 1 << 20
+    mapped = mapped_bytes(os.getpid())
+    assert mapped is not None and mapped.proportional > 1 << 20
 
 
 def test_what_the_host_does_not_tell() -> None:
     """No series is made up; ratios are between 0 and 1."""
     metrics = HostMetrics(registry := CollectorRegistry())
-    places = {"shm_dir": usage.Space(1, 4), "state_dir": None}
+    places = {"shm_dir": Space(1, 4), "state_dir": None}
     metrics.show_host(HostReading({"cpu": Pressure(12.5, 0.0), "io": None}, None, places))
     text = exposed(registry)
     assert 'templated_host_pressure_ratio{kind="some",resource="cpu"} 0.125' in text
@@ -152,7 +154,7 @@ def test_what_the_daemon_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(host_metrics, "read_host", fail_once)
     # The fake's pids are nobody's: ours stands for all.
-    monkeypatch.setattr(host_metrics, "proportional_bytes", lambda pid: 1000)
+    monkeypatch.setattr(host_metrics, "mapped_bytes", lambda pid: Mapped(1000, 0))
 
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
         await running.clones.create(CloneRequest(name="a", count=2))

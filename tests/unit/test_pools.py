@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from templated.drivers.host.meminfo import Memory
 from templated.drivers.host.pressure import Pressure
+from templated.drivers.host.procfs import Memory
 from templated.drivers.hypervisor.fake import FakeHypervisor, FakeMachine
 from templated.drivers.hypervisor.states import MachineState
 from templated.errors import Busy, HostError, InvalidRequest, NotFound, StartError

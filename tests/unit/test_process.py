@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from templated.drivers.hypervisor.process import Process, command_line, cpu_seconds, start_time
+from templated.drivers.host.procfs import command_line, cpu_seconds, start_time
+from templated.drivers.hypervisor.process import Process
 from templated.drivers.hypervisor.qemu import accel
 from templated.drivers.hypervisor.qemu.tsc import tsc_khz
 from templated.errors import HostError

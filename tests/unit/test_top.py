@@ -30,9 +30,9 @@ from templated.cli.figures import Frame, Scrape, Watcher, quantile
 from templated.cli.main import main
 from templated.cli.top_view import draw
 from templated.client import Client
-from templated.drivers.host.meminfo import Memory
+from templated.drivers.host.files import Space
 from templated.drivers.host.pressure import Pressure
-from templated.drivers.host.usage import Space
+from templated.drivers.host.procfs import Memory
 from templated.services.reports.metrics import Metrics
 from templated.services.upkeep.host_metrics import HostMetrics, HostReading
 from tests.unit.cli_daemon import CLONE, ROOT, Daemon, popen, serving

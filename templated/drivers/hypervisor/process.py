@@ -11,49 +11,17 @@ import contextlib
 import ctypes
 import functools
 import os
-import resource
 import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from templated.drivers.host.capabilities import may_raise_priority
+from templated.drivers.host.procfs import command_line, start_time
 from templated.errors import HostError
 
 _PR_SET_THP_DISABLE = 41  # linux/prctl.h
-_TICKS = os.sysconf("SC_CLK_TCK")
 _LOWEST = 19
-_CAP_SYS_NICE = 23  # linux/capability.h
-
-
-def start_time(pid: int) -> int | None:
-    """Start of a process in clock ticks since boot (proc(5), stat field 22); None if it is gone."""
-    fields = _stat(pid)
-    return int(fields[19]) if fields else None
-
-
-def _stat(pid: int) -> list[str] | None:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = text[text.rindex(")") + 2 :].split()
-    return None if fields[0] in "ZX" else fields
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process, in seconds; 0 when it is gone."""
-    fields = _stat(pid)
-    return (int(fields[11]) + int(fields[12])) / _TICKS if fields else 0.0
-
-
-def private_bytes(pid: int) -> int:
-    """Memory that no other process maps (proc(5), smaps_rollup), in bytes; 0 when it is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    private = [line for line in lines if line.startswith(("Private_Clean:", "Private_Dirty:"))]
-    return sum(int(line.split()[1]) << 10 for line in private)
 
 
 def background(pid: int, on: bool) -> None:
@@ -66,33 +34,6 @@ def background(pid: int, on: bool) -> None:
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
             os.setpriority(os.PRIO_PROCESS, int(thread), _LOWEST if on else 0)
-
-
-@functools.cache
-def may_raise_priority() -> bool:
-    """Whether nice can go down again: CAP_SYS_NICE, or an RLIMIT_NICE of 20 (getrlimit(2))."""
-    status = Path("/proc/self/status").read_text()
-    effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
-    if int(effective.split()[1], 16) >> _CAP_SYS_NICE & 1:
-        return True
-    soft, _ = resource.getrlimit(resource.RLIMIT_NICE)
-    return soft == resource.RLIM_INFINITY or soft >= 20
-
-
-def command_line(pid: int) -> list[str]:
-    """The arguments of a process; empty when it is gone."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def with_argument(words: set[str]) -> list[tuple[str, int]]:
-    """The processes that have one of these as an argument: word and pid. Reads all of /proc."""
-    if not words:
-        return []
-    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    return [(word, pid) for pid in pids for word in words.intersection(command_line(pid))]
 
 
 def use_small_pages() -> None:

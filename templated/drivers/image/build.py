@@ -1,6 +1,6 @@
 """How an image is made: mmdebstrap, an initial RAM disk, mkfs.ext4, qemu-img.
 
-What must see the owners of files runs in the namespaces of `image_process`; the rest writes
+What must see the owners of files runs in the namespaces of `namespaces.py`; the rest writes
 into the root directly, since what root owns in the image belongs to the user outside.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from templated.drivers.image.initramfs import build_initramfs, driver_order
-from templated.drivers.image.namespaces import check_tools, kill_group, start
+from templated.drivers.image.namespaces import check_tools, start
 from templated.errors import BuildError
 from templated.model.spec import ImageSpec
 from templated.model.units import size_bytes
@@ -214,17 +214,15 @@ class ImageBuild:
     ) -> AsyncIterator[str]:
         """Run a command and yield its output by lines; BuildError when it fails."""
         tail: list[str] = []
-        process = await start(command, namespace=namespace, folder=self._work, keep=(self._lock,))
-        assert process.stdout is not None
-        try:
+        keep = (self._lock,)
+        async with start(command, namespace=namespace, folder=self._work, keep=keep) as process:
+            assert process.stdout is not None
             async for raw in process.stdout:
                 log.write(raw)
                 line = raw.decode(errors="replace").strip()
                 tail = [*tail[-200:], line]
                 yield line
             code = await process.wait()
-        finally:
-            await kill_group(process)
         log.flush()
         if code != 0:
             raise self._failure(command[0], code, tail)

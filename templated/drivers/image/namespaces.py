@@ -9,32 +9,23 @@ neither processes nor mounts.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shutil
-import signal
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
+from templated.drivers.host.programs import missing, started
 from templated.errors import HostError
 
-_TOOLS = {
-    "mmdebstrap": "mmdebstrap",
-    "unshare": "util-linux",
-    "mkfs.ext4": "e2fsprogs",
-    "qemu-img": "qemu-utils",
-    "dpkg-deb": "dpkg",
-}
+_TOOLS = ("mmdebstrap", "unshare", "mkfs.ext4", "qemu-img", "dpkg-deb")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def check_tools() -> None:
-    """HostError that names the package when a program of the build is missing."""
-    for tool, package in _TOOLS.items():
+    """Raises HostError, with the package's name, when a program of the build is missing."""
+    for tool in _TOOLS:
         if shutil.which(tool, path=_PATH) is None:
-            raise HostError(
-                f"{tool} is not installed",
-                hint=f"apt install {package}, or run scripts/setup",
-            )
+            raise missing(tool)
     if os.geteuid() != 0 and shutil.which("newuidmap", path=_PATH) is None:
         raise HostError(
             "newuidmap is not installed, which a build without root needs",
@@ -48,42 +39,28 @@ def namespace_prefix() -> list[str]:
     return ["unshare", *user, "--mount", "--pid", "--fork", "--kill-child", "--"]
 
 
-async def start(
+def start(
     command: list[str], *, namespace: bool, folder: Path, keep: tuple[int, ...] = ()
-) -> asyncio.subprocess.Process:
-    """Start a program in its own process group, stdout and stderr in one pipe."""
-    environment = {
-        **os.environ,
-        "PATH": _PATH,
-        "LC_ALL": "C.UTF-8",
-        "TMPDIR": str(folder),
-    }
-    return await asyncio.create_subprocess_exec(
+) -> AbstractAsyncContextManager[asyncio.subprocess.Process]:
+    """A program of the build, as `programs.started`; `namespace`: as root of its own namespaces.
+
+    `folder` is for its temporary files; it inherits the descriptors `keep`.
+    """
+    environment = {**os.environ, "PATH": _PATH, "LC_ALL": "C.UTF-8", "TMPDIR": str(folder)}
+    return started(
         # The daemon's own umask is strict, and what is made here is for the guest.
         *("sh", "-c", 'umask 022; exec "$@"', "sh"),
         *(namespace_prefix() if namespace else []),
         *command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
         env=environment,
         cwd="/",
         pass_fds=keep,
-        start_new_session=True,
         limit=1 << 20,
     )
 
 
-async def kill_group(process: asyncio.subprocess.Process) -> None:
-    """Kill what is left of a process group, and reap its leader."""
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-
-
 async def remove_tree(path: Path) -> None:
-    """Delete a directory of a build; HostError when something is mounted in it.
+    """Delete a directory of a build. Raises HostError when something is mounted in it.
 
     Runs in the namespaces of a build, as some files may belong to its mapped users.
     """
@@ -92,11 +69,8 @@ async def remove_tree(path: Path) -> None:
             raise HostError(f"{path} has a mount in it", hint=f"umount {line.split(' ')[4]}")
     command = ["rm", "-rf", "--one-file-system", "--", str(path)]
     for _ in range(5):  # a process that was just killed may still be writing
-        process = await start(command, namespace=os.geteuid() != 0, folder=path.parent)
-        try:
+        async with start(command, namespace=os.geteuid() != 0, folder=path.parent) as process:
             await process.wait()
-        finally:
-            await kill_group(process)
         if not path.exists():
             return
         await asyncio.sleep(0.2)

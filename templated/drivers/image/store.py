@@ -23,6 +23,8 @@ from pathlib import Path
 
 import msgspec
 
+from templated.drivers.host.capabilities import CAP_SYS_ADMIN, CAP_SYS_CHROOT, has_capabilities
+from templated.drivers.host.files import fsync
 from templated.drivers.image.build import GUEST_FILES, ImageBuild, Progress
 from templated.drivers.image.namespaces import remove_tree
 from templated.errors import BuildError, HostError
@@ -30,7 +32,6 @@ from templated.model.spec import ImageSpec
 
 BUILDER_VERSION = 3
 _LOCK_INTERVAL = 0.2
-_CAP_SYS_CHROOT, _CAP_SYS_ADMIN = 18, 21
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,7 @@ def lacks_rights() -> bool:
     """
     if os.geteuid() != 0:
         return False
-    status = Path("/proc/self/status").read_text()
-    effective = int(status.split("CapEff:")[1].split()[0], 16)
-    return any(not effective >> bit & 1 for bit in (_CAP_SYS_CHROOT, _CAP_SYS_ADMIN))
+    return not has_capabilities(CAP_SYS_CHROOT, CAP_SYS_ADMIN)
 
 
 class ImageStore:
@@ -106,15 +105,6 @@ class ImageStore:
         names = [path.name for path in self._folder.iterdir() if not path.name.startswith(".")]
         images = [image for name in names if (image := self.get(name)) is not None]
         return sorted(images, key=lambda image: image.built_at)
-
-    def remove(self, digest: str) -> None:
-        """Delete an image; whether an overlay still needs it is for the caller to know."""
-        folder = self._folder / digest
-        if "/" in digest or digest.startswith("."):
-            raise ValueError(digest)
-        with contextlib.suppress(FileNotFoundError):
-            (folder / "image.json").unlink()
-            shutil.rmtree(folder)
 
     async def ensure(
         self, spec: ImageSpec, *, on_progress: Progress, timeout: float = 900.0
@@ -200,17 +190,9 @@ class ImageStore:
         (out / "image.json").write_bytes(msgspec.json.encode(record) + b"\n")
         for path in (*out.iterdir(), out):
             path.chmod(0o755 if path == out else 0o444)
-            _fsync(path)
+            fsync(path)
         target = self._folder / record.digest
         if target.exists():
             shutil.rmtree(target)  # incomplete, or `get` had found it
         out.rename(target)
-        _fsync(self._folder)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        fsync(self._folder)

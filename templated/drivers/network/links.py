@@ -102,13 +102,6 @@ class Links:
             self._ipr.link("set", index=index, master=master)
             self._ipr.brport("set", index=index, isolated=int(isolated))
 
-    def is_isolated(self, index: int) -> bool:
-        for message in _dump(lambda: self._ipr.brport("dump", index=index)):
-            if message["index"] == index:
-                info = message.get_attr("IFLA_PROTINFO")
-                return bool(info and info.get_attr("IFLA_BRPORT_ISOLATED"))
-        return False
-
     def set_up(self, index: int) -> None:
         with _os_errors():
             self._ipr.link("set", index=index, state="up")

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 
-from templated.errors import HostError
+from templated.drivers.host.programs import run_here
 
-_TIMEOUT_S = 20
+_TIMEOUT = 20.0
 
 
 def table_of(bridge: str) -> str:
@@ -91,20 +90,5 @@ def _apply(script: str) -> None:
 
 def _nft(arguments: list[str], script: str = "") -> str:
     """The output of nft, in the network namespace of the calling thread. Raises HostError."""
-    try:
-        done = subprocess.run(
-            ["nft", *arguments],
-            input=script,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
-    except FileNotFoundError:
-        raise HostError("there is no nft", hint="apt install nftables") from None
-    except subprocess.TimeoutExpired:
-        raise HostError(f"nft did not end within {_TIMEOUT_S} s") from None
-    if done.returncode != 0:
-        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
-        raise HostError(f"nft refused the rules: {reason}", hint="nf_tables must be in the kernel")
-    return done.stdout
+    hint = "nf_tables must be in the kernel"
+    return run_here("nft", *arguments, stdin=script, timeout=_TIMEOUT, hint=hint)

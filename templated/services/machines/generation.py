@@ -20,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 
+from templated.drivers.host.files import Stamp, stamp
 from templated.drivers.hypervisor.base import Hardware, SavedState
 from templated.errors import HostError
 from templated.model.generation import FileDigest, Manifest
@@ -37,7 +38,6 @@ DISK, EMPTY, MANIFEST, MEMORY, STATE = (
     "memory",
     "state",
 )
-Stamp = tuple[int, int, int]
 
 
 class Holder(enum.Enum):
@@ -185,7 +185,7 @@ class Generation:
 
     def changed(self) -> list[str]:
         """Names of frozen files that are not what was last verified. Costs one stat each."""
-        return [name for name, path in self.files().items() if _stamp(path) != self.stamps[path]]
+        return [name for name, path in self.files().items() if stamp(path) != self.stamps[path]]
 
     def runs_on(self) -> bool:
         """Whether VMs that have loaded their state still have all they use. Costs some stats.
@@ -203,7 +203,7 @@ class Generation:
             expected = self.manifest.files.get(name)
             if expected is None:
                 raise _damaged(self, f"its manifest says nothing of {name}")
-            before = _stamp(path)
+            before = stamp(path)
             if before is None:
                 raise _damaged(self, f"{path} is missing")
             size = path.stat().st_size
@@ -220,14 +220,6 @@ def _damaged(generation: Generation, what: str) -> HostError:
         f"generation {generation.id} of {template} cannot be used: {what}",
         hint=f"run: templated template build {template} (or: template rollback {template})",
     )
-
-
-def _stamp(path: Path) -> Stamp | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_size, status.st_ino, status.st_mtime_ns
 
 
 async def digest_file(path: Path) -> FileDigest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from templated.drivers.host.meminfo import Memory, read_memory
+from templated.drivers.host.procfs import Memory, read_memory
 from templated.errors import Busy
 
 _KEPT_FREE = 20

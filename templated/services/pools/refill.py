@@ -15,8 +15,8 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from templated.drivers.host.meminfo import read_memory
 from templated.drivers.host.pressure import RESOURCES, read_pressure
+from templated.drivers.host.procfs import read_memory
 from templated.drivers.hypervisor.states import MachineState
 from templated.errors import TemplatedError
 from templated.model.clone import StartPath

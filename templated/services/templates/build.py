@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 
 from templated.drivers import disk
+from templated.drivers.host.files import fsync
 from templated.drivers.hypervisor.base import Hardware, Kernel, Launch
 from templated.drivers.image.store import Image, image_digest, lacks_rights
 from templated.errors import BuildError, HostError, TemplatedError
@@ -189,7 +190,7 @@ class Build:
     async def _seal(self, manifest: Manifest) -> Manifest:
         """Make the layers read-only, digest them, and make the empty layer 3 that clones copy."""
         layer2 = self.directory / generations.DISK
-        await asyncio.to_thread(_fsync, layer2)
+        await asyncio.to_thread(fsync, layer2)
         files = {}
         paths = {
             generations.MEMORY: self.frozen / generations.MEMORY,
@@ -309,11 +310,6 @@ def _free_port() -> int:
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _fsync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _is_root() -> bool:

@@ -17,10 +17,9 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from templated.drivers.host.meminfo import Memory, read_memory
+from templated.drivers.host.files import Space, file_system
 from templated.drivers.host.pressure import RESOURCES, Pressure, read_pressure
-from templated.drivers.host.usage import Space, file_system, proportional_bytes
-from templated.drivers.hypervisor.process import cpu_seconds, start_time
+from templated.drivers.host.procfs import Memory, cpu_seconds, mapped_bytes, read_memory, start_time
 from templated.model.config import Config, LimitConfig
 from templated.services.clones.registry import Clones
 from templated.services.context import Context
@@ -209,7 +208,8 @@ class VmMeter:
         spent: dict[str, float] = defaultdict(float)
         for pid in [*new, *self._known][: self._per_round]:
             before = self._known.pop(pid, None)
-            now = _Reading(proportional_bytes(pid), cpu_seconds(pid))
+            mapped = mapped_bytes(pid)
+            now = _Reading(mapped.proportional if mapped else None, cpu_seconds(pid))
             since = before.cpu if before else self._unseen(pid, now)
             spent[templates[pid]] += max(0.0, now.cpu - since)
             self._known[pid] = now

@@ -14,12 +14,11 @@ import hashlib
 import os
 import platform
 import re
-import signal
 from pathlib import Path
 
 import msgspec
 
-from templated.drivers.disk import run
+from templated.drivers.host.programs import run, started
 from templated.drivers.hypervisor.base import Proof
 from templated.errors import HostError
 from templated.model.generation import QemuVersion
@@ -88,46 +87,26 @@ async def prove_kvm(binary: str, version: str, kernel: Path, initrd: Path, cache
 
 async def _run_proof(binary: str, kernel: Path, initrd: Path) -> str:
     """Empty when a guest printed the marker, else what happened instead."""
-    child = await asyncio.create_subprocess_exec(
+    command = (
         # A daemon that is killed meanwhile leaves nothing that ends it.
         *("timeout", "--signal=KILL", f"{PROOF_TIMEOUT + 2:g}"),
         *(binary, "-machine", "microvm,accel=kvm,x-option-roms=off,isa-serial=on"),
-        *(
-            "-cpu",
-            CPUS["kvm"],
-            "-m",
-            "128",
-            "-no-user-config",
-            "-nodefaults",
-            "-no-reboot",
-        ),
-        *("-display", "none", "-serial", "stdio", "-kernel", str(kernel)),
-        *(
-            "-initrd",
-            str(initrd),
-            "-append",
-            "console=ttyS0 reboot=t panic=-1 templated.proof",
-        ),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        start_new_session=True,
+        *("-cpu", CPUS["kvm"], "-m", "128", "-no-user-config", "-nodefaults", "-no-reboot"),
+        *("-display", "none", "-serial", "stdio", "-kernel", str(kernel), "-initrd", str(initrd)),
+        *("-append", "console=ttyS0 reboot=t panic=-1 templated.proof"),
     )
     seen = bytearray()
-    try:
-        async with asyncio.timeout(PROOF_TIMEOUT):
-            assert child.stdout is not None
-            while chunk := await child.stdout.read(4096):
-                seen += chunk
-                if PROOF_MARKER in seen:
-                    return ""
-        return f"QEMU ended with {await child.wait()}: {_last_line(seen)}"
-    except TimeoutError:
-        return f"a guest did not run within {PROOF_TIMEOUT:g} s; it got to: {_last_line(seen)}"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        await child.wait()
+    async with started(*command) as child:
+        try:
+            async with asyncio.timeout(PROOF_TIMEOUT):
+                assert child.stdout is not None
+                while chunk := await child.stdout.read(4096):
+                    seen += chunk
+                    if PROOF_MARKER in seen:
+                        return ""
+            return f"QEMU ended with {await child.wait()}: {_last_line(seen)}"
+        except TimeoutError:
+            return f"a guest did not run within {PROOF_TIMEOUT:g} s; it got to: {_last_line(seen)}"
 
 
 def _last_line(seen: bytearray) -> str:

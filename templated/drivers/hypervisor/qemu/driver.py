@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from templated.drivers.hypervisor import process
+from templated.drivers.host import procfs
 from templated.drivers.hypervisor.base import Launch, Machine, Places, Proof
-from templated.drivers.hypervisor.process import Process
+from templated.drivers.hypervisor.process import Process, use_small_pages
 from templated.drivers.hypervisor.qemu import accel
 from templated.drivers.hypervisor.qemu.command import inherited, qemu_arguments
 from templated.drivers.hypervisor.qemu.machine import QemuMachine
@@ -30,7 +30,7 @@ class Qemu:
         self._proving = asyncio.Lock()
 
     def prepare(self) -> None:
-        process.use_small_pages()
+        use_small_pages()
         tsc_khz()  # remembered from here on
 
     async def version(self) -> QemuVersion:
@@ -82,8 +82,8 @@ class Qemu:
 
     async def find(self, places: Mapping[str, Places]) -> dict[str, list[Machine]]:
         found: dict[str, list[Machine]] = defaultdict(list)
-        for uuid, pid in await asyncio.to_thread(process.with_argument, set(places)):
-            started = process.start_time(pid)
+        for uuid, pid in await asyncio.to_thread(procfs.with_argument, set(places)):
+            started = procfs.start_time(pid)
             machine = self.adopt(pid, started, places[uuid], uuid) if started else None
             if machine is not None:
                 found[uuid].append(machine)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 
+from templated.drivers.host import procfs
 from templated.drivers.hypervisor import process
 from templated.drivers.hypervisor.base import Places, SavedState
 from templated.drivers.hypervisor.process import Process
@@ -153,10 +154,11 @@ class QemuMachine(Life):
         return lines[-1].strip()[:_LINE] if lines else ""
 
     def cpu_seconds(self) -> float:
-        return process.cpu_seconds(self.pid)
+        return procfs.cpu_seconds(self.pid)
 
     def private_bytes(self) -> int:
-        return process.private_bytes(self.pid)
+        mapped = procfs.mapped_bytes(self.pid)
+        return mapped.private if mapped else 0
 
     def background(self, on: bool) -> None:
         process.background(self.pid, on)

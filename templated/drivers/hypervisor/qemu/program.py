@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 
+from templated.drivers.host.files import Stamp, stamp
 from templated.drivers.hypervisor.qemu import accel
 from templated.model.generation import QemuVersion
-
-Stamp = tuple[int, int]
 
 
 class Program:
@@ -27,9 +24,9 @@ class Program:
 
     async def version(self) -> QemuVersion:
         """Path and version; HostError when it is missing or is no QEMU."""
-        stamp = self._stamp()
-        if self._version is None or self._version[0] != stamp:
-            self._version = (stamp, await accel.qemu_version(self.path))
+        present = self._stamp()
+        if self._version is None or self._version[0] != present:
+            self._version = (present, await accel.qemu_version(self.path))
         return self._version[1]
 
     def is_version(self, version: str) -> bool:
@@ -45,16 +42,8 @@ class Program:
 
     def _stamp(self) -> Stamp | None:
         # Asked on each start: PATH is searched only when the program is not where it was.
-        stamp = _stamp(self._path)
-        if stamp is None:
+        found = stamp(self._path) if self._path else None
+        if found is None:
             self._path = shutil.which(self._binary)
-            stamp = _stamp(self._path)
-        return stamp
-
-
-def _stamp(path: str | None) -> Stamp | None:
-    if path is not None:
-        with contextlib.suppress(OSError):
-            status = os.stat(path)
-            return status.st_size, status.st_mtime_ns
-    return None
+            found = stamp(self._path) if self._path else None
+        return found

@@ -1,0 +1,44 @@
+"""Files and the file systems that hold them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+Stamp = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Space:
+    """Bytes of a file system: what can still be had, and all."""
+
+    free: int
+    size: int
+
+
+def file_system(path: Path) -> Space | None:
+    """The file system that `path` is on; free is what users without privileges can get."""
+    try:
+        status = os.statvfs(path)
+    except OSError:
+        return None
+    return Space(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize)
+
+
+def stamp(path: str | Path) -> Stamp | None:
+    """What changes when a file is written or replaced; None when there is none. Costs one stat."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_ino, status.st_mtime_ns
+
+
+def fsync(path: Path) -> None:
+    """Wait until the content of a file or a directory is on the disk. Blocks; raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
