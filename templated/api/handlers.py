@@ -16,7 +16,7 @@ from prometheus_client.aiohttp import make_aiohttp_handler
 
 from templated import __version__
 from templated.api.errors import body_of
-from templated.errors import HostError, InvalidRequest, TemplatedError
+from templated.errors import HostError, InvalidRequest
 from templated.model.api import (
     BuildRequest,
     CloneRequest,
@@ -130,12 +130,7 @@ async def events(request: web.Request) -> web.StreamResponse:
 
 
 async def list_templates(request: web.Request) -> web.Response:
-    templates = request.app[SERVICES].templates
-    views = []
-    for name in templates.names():
-        with contextlib.suppress(TemplatedError):
-            views.append(await templates.view(name))
-    return json_answer(views)
+    return json_answer(await request.app[SERVICES].templates.views())
 
 
 async def show_template(request: web.Request) -> web.Response:

@@ -7,6 +7,7 @@ subscribes (`on_serving`, `on_retired`, `on_removed`): the catalog knows nothing
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 from collections import Counter
@@ -358,6 +359,14 @@ class Templates:
             for template in self._templates.values()
             for known in template.known.values()
         )
+
+    async def views(self) -> list[TemplateView]:
+        """All templates as users see them, without their specs and manifests."""
+        found = []
+        for name in self.names():
+            with contextlib.suppress(TemplatedError):  # gone since
+                found.append(await self.view(name))
+        return found
 
     async def view(self, name: str, *, full: bool = False) -> TemplateView:
         """A template as users see it. Raises NotFound, or ConfigError when only its file is bad."""
