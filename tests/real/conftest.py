@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import tempfile
@@ -10,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from templated.drivers.image.store import Image, ImageStore
+from templated.model.spec import ImageSpec
 from tests.real.harness import Daemon
+
+pytest.register_assert_rewrite("tests.hypervisor_contract")
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +33,13 @@ def image_store() -> Iterator[Path]:
     (store / "images").mkdir()
     yield store
     shutil.rmtree(store, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def shared_image(image_store: Path) -> Image:
+    """The image of templates that ask for nothing special, python-fn among them."""
+    work = ImageStore(image_store).ensure(ImageSpec(), on_progress=lambda line: None)
+    return asyncio.run(work)
 
 
 def prepare(daemon: Daemon, image_store: Path) -> Daemon:

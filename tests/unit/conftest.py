@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 from blockbuster import blockbuster_ctx
 
+pytest.register_assert_rewrite("tests.hypervisor_contract")
+
 
 @pytest.fixture
 def no_blocking_calls() -> Iterator[None]:

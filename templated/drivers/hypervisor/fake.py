@@ -12,12 +12,20 @@ import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from templated.drivers.hypervisor.base import Launch, Machine, Places, Proof, SavedState
 from templated.drivers.hypervisor.fake_guest import FakeGuest
 from templated.drivers.hypervisor.states import ANSWERS, HELD, LIVE, WAITS, Life, MachineState
-from templated.errors import HostError, HypervisorError
+from templated.errors import HostError, HypervisorError, Timeout
 from templated.model.generation import QemuVersion
+
+REPLY_TIMEOUT = 10.0
+"""Seconds that a machine may be held at a step."""
+STEPS = (
+    *("connect", "expect_state", "restore", "resume", "pause", "status", "link"),
+    *("detach_network", "save", "quit", "destroy"),
+)
 
 
 class FakeHypervisor:
@@ -83,6 +91,12 @@ class FakeHypervisor:
         """Make every machine wait at a step, also at `destroy`, until the event is set."""
         return self._holds.setdefault(step, asyncio.Event())
 
+    def let_go(self) -> None:
+        """Hold no machine any more."""
+        for event in self._holds.values():
+            event.set()
+        self._holds.clear()
+
     def adopt(self, pid: int, start_time: int, places: Places, uuid: str) -> FakeMachine | None:
         """A machine that still runs."""
         machine = self.machines.get(pid)
@@ -144,13 +158,12 @@ class FakeMachine(Life):
 
     async def connect(self, timeout: float) -> None:
         self._require(MachineState.SPAWNED)
-        await self._step("connect")
+        await self._step("connect", timeout)
+        if self._guest is None:  # otherwise adopted: the guest's end is still there
+            if self.launch.memory is not None and self.launch.memory_shared:
+                await asyncio.to_thread(self.launch.memory.write_bytes, b"fake memory")
+            self._guest = FakeGuest(self._listener, lambda: self.fail, self._mismatch)
         self._move(self.says)
-        if self._guest is not None:
-            return  # adopted by another daemon: the guest's end is still there
-        if self.launch.memory is not None and self.launch.memory_shared:
-            await asyncio.to_thread(self.launch.memory.write_bytes, b"fake memory")
-        self._guest = FakeGuest(self._listener, lambda: self.fail, self._mismatch)
 
     async def expect_state(self) -> None:
         self._require(MachineState.WAITING)
@@ -161,7 +174,7 @@ class FakeMachine(Life):
         self._require(*WAITS)
         state.check()
         self._move(MachineState.LOADING)
-        await self._step("restore")
+        await self._step("restore", timeout)
         self._become(MachineState.PAUSED)
 
     async def resume(self) -> None:
@@ -191,17 +204,21 @@ class FakeMachine(Life):
     async def save(self, target: Path, timeout: float) -> None:
         self._require(MachineState.PAUSED)
         self._move(MachineState.SAVING)
-        await self._step("save")
-        await asyncio.to_thread(target.write_bytes, b"fake state")
+        await self._step("save", timeout)
+        try:
+            await asyncio.to_thread(target.write_bytes, b"fake state")
+        except OSError as error:
+            raise HypervisorError(f"the fake cannot write {target}: {error}") from error
         self._become(MachineState.SAVED)
 
     async def quit(self, timeout: float) -> None:
         self._require(*ANSWERS)
-        await self._step("quit")
+        await self._step("quit", timeout)
         await self.destroy()
 
     def kill(self) -> None:
-        self.end("was killed by the test")
+        if self.state is not MachineState.RELEASED:
+            self.end("was killed by the test")
 
     async def destroy(self) -> None:
         self._require(*HELD)
@@ -237,10 +254,25 @@ class FakeMachine(Life):
         self._move(state)
         self.says = state
 
-    async def _step(self, name: str) -> None:
+    async def _step(self, name: str, timeout: float | None = None) -> None:
         if name in self._holds:
             self.held_at = name
-            await self._holds[name].wait()
+            await self._held(name, REPLY_TIMEOUT if timeout is None else timeout)
             self.held_at = ""
         if self.fail == name:
             raise HypervisorError(f"the fake fails at {name}")
+
+    async def _held(self, step: str, timeout: float) -> None:
+        """Wait until the step is let go; Timeout, or HypervisorError when the machine ends."""
+        letting_go = asyncio.ensure_future(self._holds[step].wait())
+        ends: set[asyncio.Future[Any]] = {letting_go}
+        if step != "destroy":
+            ends.add(self.exited)
+        try:
+            done, _ = await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            letting_go.cancel()
+        if not done:
+            raise Timeout(f"no {step} within {timeout:g} s")
+        if letting_go not in done:
+            raise HypervisorError(self._ending())
