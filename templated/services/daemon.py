@@ -77,7 +77,10 @@ class Installation:
 
 @asynccontextmanager
 async def services(installation: Installation) -> AsyncIterator[Services]:
-    """All services, recovered and running. VMs go on when this ends."""
+    """All services, recovered and running. VMs go on when this ends.
+
+    Raises HostError when the journal or the network cannot be used; leaves nothing running then.
+    """
     journal = Journal(installation.layout.journal)
     await journal.open()
     context, tasks = _context(installation, journal), Tasks()

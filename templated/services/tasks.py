@@ -37,7 +37,7 @@ class Tasks:
         return task
 
     async def end(self) -> None:
-        """Cancel what runs, and wait until it has given back what it had."""
+        """Cancel what runs, and wait until it has given back what it had. Raises nothing."""
         running = set(self._running)
         for task in running:
             task.cancel()

@@ -22,7 +22,11 @@ log = logging.getLogger(__name__)
 
 
 async def recover(context: Context, clones: Clones) -> None:
-    """Bring the world and the journal together again, before the first request."""
+    """Bring the world and the journal together again, before the first request.
+
+    Raises HostError when the journal or the network cannot be used; leaves what it had not come
+    to as it was, for the next start.
+    """
     rows = await context.journal.clones()
     slots = {row.slot.id: row.slot for row in rows}
     orphans = await clones.adopt(rows)

@@ -288,7 +288,7 @@ class Clones:
         self._context.events.emit("clone.adopted", row.name, template=row.template)
 
     async def release(self) -> None:
-        """Let go of all VMs, which outlive the daemon."""
+        """Let go of all VMs, which outlive the daemon. Raises nothing that a VM does."""
         self._closing = True
         for clone in self._clones.values():
             if isinstance(clone, Running):

@@ -94,6 +94,8 @@ class Start:
         return started(self.clone, row, vm)
 
     # --- the ways -----------------------------------------------------------------------------
+    # Each raises HostError, HypervisorError, GuestError, IdentityError or Timeout, and leaves
+    # what it took on `undo`.
 
     async def warm(self, undo: Undo) -> Vm:
         """Wake and name a paused VM."""

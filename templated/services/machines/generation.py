@@ -70,7 +70,7 @@ class Leases:
         return not self._held.total()
 
     async def give_back(self, holder: Holder) -> None:
-        """For `Lease` alone."""
+        """For `Lease` alone. Raises what `freed` raises; leaves the lease given back."""
         self._held[holder] -= 1
         if self.free and self.freed is not None:
             await self.freed()
@@ -195,9 +195,9 @@ class Generation:
         return set(self.changed()) <= {STATE}
 
     async def verify(self) -> None:
-        """Digest all frozen files; HostError names the first one that is not as it was frozen.
+        """Digest all frozen files, in a thread.
 
-        Blocks nothing: hashing runs in a thread.
+        Raises HostError, which names the first file that is not as it was frozen.
         """
         for name, path in self.files().items():
             expected = self.manifest.files.get(name)
@@ -223,7 +223,7 @@ def _damaged(generation: Generation, what: str) -> HostError:
 
 
 async def digest_file(path: Path) -> FileDigest:
-    """Size and SHA-256 of a file; HostError when it cannot be read."""
+    """Size and SHA-256 of a file. Raises HostError when it cannot be read."""
 
     def work() -> FileDigest:
         try:
@@ -282,7 +282,10 @@ async def load(
 
 
 async def remove_files(layout: Layout, template: str, generation: str) -> None:
-    """Delete everything of a generation. Clones that still map its memory keep their mapping."""
+    """Delete everything of a generation. Clones that still map its memory keep their mapping.
+
+    Raises nothing; leaves what cannot be deleted.
+    """
     for directory in (
         layout.frozen(template, generation),
         layout.generation(template, generation),

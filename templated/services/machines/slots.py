@@ -83,7 +83,10 @@ class Slots:
         self._wanted = asyncio.Event()
 
     async def take(self, layer: Layer) -> PreparedSlot:
-        """A ready slot, or one made now; the caller gives it back with `drop`."""
+        """A ready slot, or one made now; the caller gives it back with `give_back`.
+
+        Raises as `make` does.
+        """
         self._wanted.set()
         waiting = self._ready.get(layer.generation)
         if waiting:
@@ -91,7 +94,11 @@ class Slots:
         return await self.make(layer)
 
     async def make(self, layer: Layer) -> PreparedSlot:
-        """Make a slot with all its things; on failure, or when cancelled, nothing of it is left."""
+        """Make a slot with all its things.
+
+        Raises HostError, Busy when the subnet has no address left; leaves nothing of the slot
+        then, nor when it is cancelled.
+        """
         # Threads cannot be cancelled: what they make would be lost. So this is done to its end.
         making = asyncio.ensure_future(self._make(layer))
         try:
@@ -119,7 +126,10 @@ class Slots:
         return PreparedSlot(slot, places, overlay, port, control, agent)
 
     async def drop(self, slot_id: str) -> None:
-        """Give back everything that a slot holds, its journal rows last. Idempotent."""
+        """Give back everything that a slot holds, its journal rows last. Idempotent.
+
+        Raises HostError; leaves the rows then, so that it can be tried again.
+        """
         await self._network.drop_port(slot_id)
         await asyncio.to_thread(self._forget, slot_id)
 
@@ -129,14 +139,19 @@ class Slots:
         self._wanted.set()
 
     async def retire(self, generation: str) -> None:
-        """Give back the ready slots of a generation that nobody will ask for any more."""
+        """Give back the ready slots of a generation that nobody will ask for any more.
+
+        Raises nothing; leaves the rows of slots that cannot be given back now.
+        """
         self._layers.pop(generation, None)
         for prepared in self._ready.pop(generation, ()):
-            prepared.close()
-            await self.drop(prepared.slot.id)
+            await give_back(self, prepared)
 
     async def refill(self) -> None:
-        """Keep the deques filled until cancelled. A failure is logged and tried again later."""
+        """Keep the deques filled until cancelled.
+
+        Raises nothing: a failure is logged, and tried again later.
+        """
         while True:
             await self._wanted.wait()
             self._wanted.clear()
@@ -159,7 +174,7 @@ class Slots:
                 self._ready[generation].append(prepared)
 
     async def close(self) -> None:
-        """Give back all ready slots."""
+        """Give back all ready slots, as `retire` does. Raises nothing."""
         for generation in list(self._ready):
             await self.retire(generation)
 

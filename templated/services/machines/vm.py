@@ -32,13 +32,17 @@ class Vm:
         """Wait for the control channel; the agent's port is connected at the same time.
 
         The port must be connected before state is restored: the frozen guest knows it as open.
+        Raises GuestError, HypervisorError or Timeout; leaves the process running.
         """
         await self.agent.connect()
         await self.machine.connect(timeout)
         self.process = (self.machine.pid, self.machine.start_time)
 
     async def boot(self, timeout: float) -> None:
-        """Wait until the agent of a booting guest answers."""
+        """Wait until the agent of a booting guest answers.
+
+        Raises GuestError after `timeout` seconds, or when the VM ended; leaves the VM as it is.
+        """
         deadline = time.monotonic() + timeout
         last = "its agent never answered"
         while (left := deadline - time.monotonic()) > 0:
@@ -46,7 +50,7 @@ class Vm:
                 async with asyncio.timeout(left):
                     await self._ping_or_exit(min(left, 1.0))
                 return
-            except (GuestError, TimeoutError, TemplatedError) as error:
+            except (TimeoutError, TemplatedError) as error:
                 if self.machine.exited.done():
                     raise
                 last = str(error) or last
@@ -68,14 +72,17 @@ class Vm:
         raise GuestError(f"the VM {how}: {words}" if words else f"the VM {how}")
 
     async def destroy(self) -> None:
-        """End the VM at once and let go of everything of it. Idempotent."""
+        """End the VM at once and let go of everything of it. Idempotent.
+
+        Raises Timeout when its process does not end; leaves the agent's connection closed.
+        """
         try:
             await self.machine.destroy()
         finally:
             await self.agent.close()
 
     async def release(self) -> None:
-        """Let go of a VM that outlives the daemon."""
+        """Let go of a VM that outlives the daemon. Raises nothing."""
         await self.agent.close()
         await self.machine.release()
 

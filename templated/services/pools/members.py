@@ -102,7 +102,7 @@ class Pools:
         """Why a pool is not filled at present, in one line."""
 
     async def open(self) -> None:
-        """Find again the sizes that were set at run time."""
+        """Find again the sizes that were set at run time. Raises HostError."""
         self._set = await self._context.journal.pool_sizes()
         self.refresh()
 
@@ -184,14 +184,14 @@ class Pools:
         await member.lease.end()
 
     async def retire(self, generation: str) -> None:
-        """End all members of a generation that serves no more."""
+        """End all members of a generation that serves no more. Raises nothing."""
         members = [m for m in self.members() if m.generation.id == generation]
         taken = [member for member in members if self.withdraw(member)]
         await asyncio.gather(*(self.discard(member) for member in taken))
         self.refresh()
 
     async def close(self) -> None:
-        """End all members."""
+        """End all members. Raises nothing; leaves pools that take no new ones."""
         self._closing = True
         taken = [member for member in self.members() if self.withdraw(member)]
         await asyncio.gather(*(self.discard(member) for member in taken))
@@ -258,7 +258,10 @@ class Pools:
         return self.view(template)
 
     async def forget(self, template: str) -> None:
-        """Forget the sizes that were set for a template that is removed."""
+        """Forget the sizes that were set for a template that is removed.
+
+        Raises HostError; leaves them forgotten until the daemon's next start then.
+        """
         self._set.pop(template, None)
         await self._context.journal.set_pool(template, None)
         self.refresh()

@@ -71,7 +71,7 @@ class Refill:
         self._blocked: dict[str, str] = {}
 
     async def run(self) -> None:
-        """Fill and shrink the pools until cancelled."""
+        """Fill and shrink the pools until cancelled. Raises nothing: requests go on without pools."""
         while True:
             # Not wait_for: before Python 3.12 it can lose a cancellation (bpo-37658).
             with contextlib.suppress(TimeoutError):
@@ -86,7 +86,7 @@ class Refill:
                 log.exception("cannot look after the pools")
 
     async def watch(self) -> None:
-        """Replace members that are too old or not well until cancelled."""
+        """Replace members that are too old or not well until cancelled. Raises nothing."""
         while True:
             await asyncio.sleep(self._interval)
             try:
@@ -232,7 +232,10 @@ class Refill:
                 self._tasks.spawn(self._pools.discard(member), "discarding a pool member")
 
     async def check(self, pool: Pool) -> None:
-        """Replace members that do not answer, and one of those that are too old."""
+        """Replace members that do not answer, and one of those that are too old.
+
+        Raises nothing that a member's end raises.
+        """
         for member in self._pools.ready(pool):
             if not await self._well(member) and self._pools.withdraw(member):
                 self._pools.lost(member, "unhealthy", "it does not answer as it should")

@@ -361,7 +361,10 @@ class Templates:
         )
 
     async def views(self) -> list[TemplateView]:
-        """All templates as users see them, without their specs and manifests."""
+        """All templates as users see them, without their specs and manifests.
+
+        Raises nothing: one whose file is gone meanwhile is left out.
+        """
         found = []
         for name in self.names():
             with contextlib.suppress(TemplatedError):  # gone since

@@ -11,7 +11,7 @@ from templated.services.templates.catalog import Templates
 
 
 async def image_views(images: ImageStore, templates: Templates) -> list[ImageView]:
-    """The complete images, oldest first."""
+    """The complete images, oldest first. Raises nothing: incomplete ones are left out."""
     found = await asyncio.to_thread(_sizes, images)
     needed: dict[str, list[str]] = {}
     for name in templates.built():

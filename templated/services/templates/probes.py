@@ -51,7 +51,7 @@ class _NotYet(Exception):
 async def run_probes(
     target: Target, probes: Iterable[Probe], report: ProbeReport
 ) -> tuple[ProbeResult, ...]:
-    """Run probes in order. ProbeError names the first that does not pass, and what it saw."""
+    """Run probes in order. Raises ProbeError, which names the first that does not pass."""
     return tuple([await _run_probe(target, probe, report) for probe in probes])
 
 

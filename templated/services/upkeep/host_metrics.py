@@ -1,4 +1,4 @@
-"""Metrics that nothing happens for: they are looked at in intervals, beside the start path.
+"""Metrics that no event changes: they are read in intervals, beside the start path.
 
 Reading is done in a thread and publishing on the event loop, so that a scrape, which runs there
 too, never sees half of a sample.
@@ -237,7 +237,7 @@ def running_vms(pools: Pools, clones: Clones) -> list[Sampled]:
 
 
 async def watch(context: Context, templates: Templates, pools: Pools, clones: Clones) -> None:
-    """Keep the metrics of host, VMs and templates up to date, until cancelled."""
+    """Keep the metrics of host, VMs and templates up to date, until cancelled. Raises nothing."""
     metrics = HostMetrics(context.metrics.registry)
     metrics.show_limits(context.config.limits)
     meter = VmMeter()

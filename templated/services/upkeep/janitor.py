@@ -15,6 +15,8 @@ _KEEP = 256 << 10
 async def keep_logs_short(slots: Path) -> None:
     """Cut console logs that grew over SERIAL_LIMIT bytes to their end, until cancelled.
 
+    Raises nothing: a log can go away at any moment.
+
     QEMU appends (O_APPEND), so a file can be cut under it without a hole.
     """
     while True:
