@@ -262,6 +262,23 @@ class HypervisorContract:
 
         rig.play(scenario())
 
+    def test_a_state_by_descriptor(self, rig: Rig) -> None:
+        """The VM inherits what the launch names; whoever opened it may close it at once."""
+
+        async def scenario() -> None:
+            path = rig.state().path
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            async with (
+                rig.launch(rig.frozen) as launch,
+                rig.spawned(replace(launch, fds=(fd,))) as machine,
+            ):
+                os.close(fd)
+                await machine.connect(BOUND)
+                await machine.restore(SavedState(path, "fd", fd), BOUND)
+                assert machine.state is PAUSED
+
+        rig.play(scenario())
+
     def test_a_clone_that_agrees_ahead(self, rig: Rig) -> None:
         """What can be agreed before the state is asked for, is; and the state is then loaded."""
 
@@ -426,6 +443,7 @@ class HypervisorContract:
             async with rig.clone() as machine:
                 with rig.immortal(machine), rig.hurry(), pytest.raises(Timeout):
                     await machine.destroy()
+                assert not machine.exited.done()
                 await machine.destroy()
                 assert machine.state is ENDED
 

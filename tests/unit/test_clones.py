@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from templated.drivers.hypervisor import fake as fake_hypervisor
 from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.drivers.hypervisor.qemu.driver import Qemu
 from templated.errors import Busy, Conflict, HostError, InvalidRequest, NotFound, StartError
@@ -453,6 +454,36 @@ def test_another_qemu_than_the_one_that_froze(tmp_path: Path) -> None:
             await running.clones.create(CloneRequest(name="a"))
 
     play(tmp_path, scenario)
+
+
+def test_an_orphan_that_does_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It keeps its slot, so that nobody gets its address, until a restart can end it."""
+    monkeypatch.setattr(fake_hypervisor, "REPLY_TIMEOUT", 0.1)
+    left: list[str] = []
+
+    async def slots(running: Services) -> set[str]:
+        return {slot.id for slot in await running.context.journal.free_slots()}
+
+    async def interrupted(running: Services, fake: FakeHypervisor) -> None:
+        generation = running.templates.serving("t")
+        prepared = await running.context.slots.make(generation.layer)
+        fake.spawn(running.context.starter.launch(prepared, generation.hardware))
+        prepared.close()
+        left.append(prepared.slot.id)
+        fake.hold("destroy")
+
+    async def stuck(running: Services, fake: FakeHypervisor) -> None:
+        assert left[0] in await slots(running)
+        assert running.context.layout.vm(left[0]).directory.is_dir()
+        assert f"slot {left[0]} stays: no destroy within 0.1 s" in caplog.text
+        fake.let_go()
+
+    async def ended(running: Services, fake: FakeHypervisor) -> None:
+        assert left[0] not in await slots(running) and not fake.running()
+
+    play(tmp_path, interrupted, stuck, ended)
 
 
 def test_an_orphaned_process_is_ended(tmp_path: Path) -> None:

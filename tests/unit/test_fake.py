@@ -44,7 +44,13 @@ class FakeRig(Rig):
         finally:
             self.hypervisor.let_go()
 
-    immortal = silent
+    @contextmanager
+    def immortal(self, machine: Machine) -> Iterator[None]:
+        self.hypervisor.hold("destroy")
+        try:
+            yield
+        finally:
+            self.hypervisor.let_go()
 
     @contextmanager
     def hurry(self) -> Iterator[None]:

@@ -149,7 +149,7 @@ class Machine(Protocol):
     def start_time(self) -> int:
         """The process's start in clock ticks since boot, so that a reused pid is told apart.
 
-        The first call may block for some milliseconds unless the control channel is connected.
+        Known once it is connected; asked for earlier, it may block for some milliseconds.
         """
 
     async def connect(self, timeout: float) -> None:

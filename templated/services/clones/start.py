@@ -198,7 +198,7 @@ class Start:
 
     def _row(self, vm: Vm) -> CloneRow:
         """What the journal keeps: from here on a restart keeps the VM."""
-        clone, (pid, pid_start) = self.clone, vm.process
+        clone = self.clone
         return CloneRow(
             name=clone.name,
             slot=vm.slot,
@@ -206,8 +206,8 @@ class Start:
             state=CloneState.RUNNING,
             path=clone.path,
             created=clone.created,
-            pid=pid,
-            pid_start=pid_start,
+            pid=vm.machine.pid,
+            pid_start=vm.machine.start_time,
             phases=dict(self.clock.phases_ms),
             total_ms=self.clock.total_ms(),
         )

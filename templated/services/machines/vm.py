@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from templated.drivers.guest import Agent
-from templated.drivers.hypervisor.base import Hypervisor, Launch, Machine, Places, SavedState
+from templated.drivers.hypervisor.base import Machine, Places, SavedState
 from templated.errors import GuestError, HostError, TemplatedError
 from templated.model.clone import Slot
 
@@ -23,8 +23,6 @@ class Vm:
         self.places = places
         self.machine = machine
         self.agent = Agent(places.agent)
-        self.process = (machine.pid, 0)
-        """Pid and, once connected, start time: together they tell the process for good."""
         self.state: SavedState | None = None
         """What it is to restore, for a VM that waits for that."""
 
@@ -36,7 +34,6 @@ class Vm:
         """
         await self.agent.connect()
         await self.machine.connect(timeout)
-        self.process = (self.machine.pid, self.machine.start_time)
 
     async def boot(self, timeout: float) -> None:
         """Wait until the agent of a booting guest answers.
@@ -85,11 +82,6 @@ class Vm:
         """Let go of a VM that outlives the daemon. Raises nothing."""
         await self.agent.close()
         await self.machine.release()
-
-
-def spawn(hypervisor: Hypervisor, slot: Slot, launch: Launch) -> Vm:
-    """Start a VM; HostError when the hypervisor cannot be started."""
-    return Vm(slot, launch.places, hypervisor.spawn(launch))
 
 
 def tail(path: Path, lines: int, limit: int = 16 << 10) -> list[str]:

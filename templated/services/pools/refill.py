@@ -71,7 +71,7 @@ class Refill:
         self._blocked: dict[str, str] = {}
 
     async def run(self) -> None:
-        """Fill and shrink the pools until cancelled. Raises nothing: requests go on without pools."""
+        """Fill and shrink the pools until cancelled. Raises nothing; requests go on without."""
         while True:
             # Not wait_for: before Python 3.12 it can lose a cancellation (bpo-37658).
             with contextlib.suppress(TimeoutError):

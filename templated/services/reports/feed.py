@@ -38,7 +38,7 @@ class Feed(Generic[T]):
         return list(self._items)
 
     async def follow(self) -> AsyncIterator[T]:
-        """What is still kept and what comes from now on, until the feed is closed. Raises nothing."""
+        """What is still kept and what comes from now on, until closed. Raises nothing."""
         position = 0
         while True:
             while position < self._added:

@@ -7,6 +7,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from templated.drivers.hypervisor.base import Places
+
 INTERVAL = 5.0
 SERIAL_LIMIT = 4 << 20
 _KEEP = 256 << 10
@@ -17,7 +19,7 @@ async def keep_logs_short(slots: Path) -> None:
 
     Raises nothing: a log can go away at any moment.
 
-    QEMU appends (O_APPEND), so a file can be cut under it without a hole.
+    Hypervisors append (O_APPEND), so a file can be cut under it without a hole.
     """
     while True:
         await asyncio.sleep(INTERVAL)
@@ -27,11 +29,12 @@ async def keep_logs_short(slots: Path) -> None:
 def _sweep(slots: Path) -> None:
     with contextlib.suppress(OSError):
         for directory in slots.iterdir():
-            for name in ("serial.log", "qemu.log"):
+            places = Places(directory, directory)
+            for path in (places.serial_log, places.log):
                 # A log can go away, with its clone, at any moment.
                 with contextlib.suppress(OSError):
-                    if (directory / name).stat().st_size > SERIAL_LIMIT:
-                        cut(directory / name)
+                    if path.stat().st_size > SERIAL_LIMIT:
+                        cut(path)
 
 
 def cut(path: Path) -> None:

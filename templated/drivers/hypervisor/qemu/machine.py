@@ -70,6 +70,7 @@ class QemuMachine(Life):
     async def connect(self, timeout: float) -> None:
         self._require(MachineState.SPAWNED)
         await self._guarded(self._qmp.connect(str(self._places.control)), timeout, "QMP greeting")
+        _ = self.start_time  # remembered now: execve is over, so nobody waits for it
         self._move(self._first or await self._found())
 
     async def expect_state(self) -> None:
