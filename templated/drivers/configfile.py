@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,26 +19,45 @@ T = TypeVar("T")
 _MAX_BYTES = 1 << 20
 
 
+@dataclass(frozen=True)
+class _Document:
+    """A file's values, and the nodes that know the lines of them."""
+
+    source: str
+    node: yaml.Node | None
+    data: Any
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, which could name each other exponentially often."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="an alias; write it out", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
 def load_config(path: Path | None) -> Config:
     """Read the configuration, or the defaults when no path is given and no file is there."""
     base = defaults(os.environ, os.geteuid())
     chosen = path or default_config_path(os.environ, os.geteuid())
     if path is None and not chosen.exists():
         return msgspec.convert(base, Config)
-    text = _read(chosen)
-    given = _parse(text, str(chosen)) or {}
+    document = _parse(_read(chosen), str(chosen))
+    given = document.data or {}
     if not isinstance(given, dict):
         raise ConfigError(
             f"{chosen}: a configuration is a mapping of keys to values", hint="as in accel: auto"
         )
     if "runtime_dir" in given and "socket" not in given:
         base["socket"] = f"{given['runtime_dir']}/templated.sock"
-    return _convert({**base, **given}, Config, text, str(chosen))
+    return _convert(replace(document, data={**base, **given}), Config)
 
 
 def parse_template(text: str, source: str) -> TemplateSpec:
     """A template from YAML text; ConfigError names `source`, the line and the field."""
-    return _convert(_parse(text, source), TemplateSpec, text, source)
+    return _convert(_parse(text, source), TemplateSpec)
 
 
 def template_files(directories: tuple[str, ...]) -> dict[str, Path]:
@@ -85,15 +105,14 @@ def _read(path: Path) -> str:
         ) from error
 
 
-def _parse(text: str, source: str) -> Any:
+def _parse(text: str, source: str) -> _Document:
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_duplicates(node, source, set())
-        if _expanded(node, {}) > _MAX_BYTES:
-            raise ValueError("its aliases name each other too often")
-        data = yaml.safe_load(text)
-        msgspec.json.encode(data)  # what cannot be told over the API is refused here
-        return data
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        _refuse_duplicates(node, source)
+        data = None if node is None else loader.construct_document(node)
+        msgspec.json.encode(data)  # what the API could not report is refused here
+        return _Document(source, node, data)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -103,17 +122,11 @@ def _parse(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: not YAML: {error}", hint="check its syntax") from error
 
 
-def _refuse_duplicates(node: yaml.Node | None, source: str, visited: set[int]) -> None:
-    """YAML forbids a key that stands twice; PyYAML takes the last one silently.
-
-    `visited` holds the nodes seen: aliases of aliases would else be walked exponentially often.
-    """
-    if id(node) in visited:
-        return
-    visited.add(id(node))
+def _refuse_duplicates(node: yaml.Node | None, source: str) -> None:
+    """YAML forbids a key that stands twice; PyYAML takes the last one silently."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _refuse_duplicates(item, source, visited)
+            _refuse_duplicates(item, source)
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
@@ -125,36 +138,22 @@ def _refuse_duplicates(node: yaml.Node | None, source: str, visited: set[int]) -
                 )
             if isinstance(key, yaml.ScalarNode):
                 seen.add(key.value)
-            _refuse_duplicates(value, source, visited)
+            _refuse_duplicates(value, source)
 
 
-def _expanded(node: yaml.Node | None, known: dict[int, int]) -> int:
-    """How many nodes there are once every alias is written out; each node is counted once."""
-    if id(node) not in known:
-        known[id(node)] = 1  # of one that holds itself, which is refused later
-        inner: list[yaml.Node] = []
-        if isinstance(node, yaml.SequenceNode):
-            inner = node.value
-        elif isinstance(node, yaml.MappingNode):
-            inner = [part for pair in node.value for part in pair]
-        known[id(node)] += sum(_expanded(part, known) for part in inner)
-    return known[id(node)]
-
-
-def _convert(data: Any, kind: type[T], text: str, source: str) -> T:
+def _convert(document: _Document, kind: type[T]) -> T:
     try:
-        return msgspec.convert(data, kind)
+        return msgspec.convert(document.data, kind)
     except msgspec.ValidationError as error:
         message = str(error)
-        line = _line_of(text, message)
-        where = f"{source}:{line}" if line else source
+        line = _line_of(document.node, message)
+        where = f"{document.source}:{line}" if line else document.source
         raise ConfigError(f"{where}: {message}", hint="see the manual for the keys") from error
 
 
-def _line_of(text: str, message: str) -> int | None:
+def _line_of(node: yaml.Node | None, message: str) -> int | None:
     """The line of the field that an error's `$.path` names, or of the unknown key itself."""
     path = re.search(r"at `\$([^`]*)`", message)
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
     steps = re.findall(r"\.([\w-]+)|\[(\d+)\]", path[1]) if path else []
     if unknown := re.search(r"unknown field `([^`]*)`", message):
         steps.append((unknown[1], ""))

@@ -141,9 +141,9 @@ def test_sockets_fit_their_path(tmp_path: Path) -> None:
 
 
 def test_aliases_of_aliases(tmp_path: Path) -> None:
-    """Nested YAML aliases name each other exponentially often; each is looked at once."""
+    """They could name each other exponentially often: none is taken."""
     lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60)]
     path = tmp_path / "c.yaml"
     path.write_text("\n".join(lines))
-    with pytest.raises(ConfigError, match="too often"):
+    with pytest.raises(ConfigError, match=r"c\.yaml:2: not YAML: an alias"):
         load_config(path)
