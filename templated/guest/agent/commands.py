@@ -34,6 +34,9 @@ TYPE_CHECKING = False  # a module less in every guest
 if TYPE_CHECKING:
     from typing import Any
 
+SPARE = 100_000
+"""Bytes; below the size from which malloc(3) gives memory back at once."""
+
 
 class Agent(Port):
     """The agent on a port. `serve` runs until `stop` is set."""
@@ -182,6 +185,9 @@ class Agent(Port):
         self._hooks = self._system.hooks()  # none can come while it is frozen
         gc.collect()
         gc.freeze()
+        # Leaves the heap room for what comes next: more of it from the kernel would be code that
+        # each clone has to translate.
+        _ = b" " * SPARE
         self._parked = not self.sources
         return {"executions": len(self.sources)}
 
