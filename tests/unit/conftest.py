@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from blockbuster import blockbuster_ctx
+
+from tests.unit.cli_daemon import Daemon, serving
 
 pytest.register_assert_rewrite("tests.hypervisor_contract")
 
@@ -25,3 +28,11 @@ def no_blocking_calls() -> Iterator[None]:
         lock = watch.functions["threading.Lock.acquire"]
         lock.can_block_in("templated/journal.py", "close")
         yield
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+    """A daemon that knows one clone and one template; the environment points at its socket."""
+    with serving(tmp_path / "d.sock") as served:
+        monkeypatch.setenv("TEMPLATED_SOCKET", served.socket)
+        yield served

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -23,6 +24,7 @@ from templated.drivers.guest import Confirmation, IdentityOrder, Step
 from templated.drivers.hypervisor.fake_guest import FakeSystem
 from templated.guest.agent.commands import Agent
 from templated.guest.agent.kernel import System
+from templated.guest.agent.port import QUEUE_LIMIT
 from templated.guest.agent.wire import PAGE, QUICK, QUICK_DATA, QUICK_HEAD
 
 ROOT = Path(__file__).parents[2]
@@ -170,11 +172,15 @@ def test_exec_gives_stdin_and_both_outputs(host: Host) -> None:
     assert output == {(1, "stdout"): b"out in v /tmp\n", (1, "stderr"): b"err\n"}
 
 
-def test_exec_timeout_kills_the_group(host: Host) -> None:
-    begin = time.monotonic()
-    result, _ = host.run("sh", "-c", "sleep 60; true", timeout=0.3)
+def test_exec_timeout_kills_the_group(host: Host, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "held")
+    held = os.open(tmp_path / "held", os.O_RDONLY | os.O_NONBLOCK)
+    script = f"exec 3>{tmp_path}/held; echo >&3; sleep 600 & sleep 600"
+    result, _ = host.run("sh", "-c", script, timeout=0.3)
     assert result == {"exit_code": None, "signal": 9, "timed_out": True}
-    assert time.monotonic() - begin < 5
+    os.set_blocking(held, True)
+    with open(held, "rb") as pipe:  # it ends when nobody of the group has it open any more
+        assert pipe.read() == b"\n"
 
 
 def test_exec_of_what_is_missing(host: Host) -> None:
@@ -187,17 +193,18 @@ def test_exec_of_what_is_missing(host: Host) -> None:
 def test_exec_large_output_is_complete_though_the_host_is_slow(host: Host) -> None:
     body = {"id": 7, "cmd": "exec", "argv": ["head", "-c", "20000000", "/dev/zero"]}
     host.write(json.dumps(body).encode() + b"\n")
-    time.sleep(0.5)
-    assert host.agent.queued < 3 << 20
+    while host.agent.queued < QUEUE_LIMIT:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert host.agent.queued < 3 * QUEUE_LIMIT
     _, output = host.collect(7)
     assert len(output[7, "stdout"]) == 20000000
 
 
 def test_exec_ends_though_a_grandchild_keeps_the_pipe(host: Host) -> None:
-    begin = time.monotonic()
-    result, output = host.run("sh", "-c", "sleep 4 & echo done")
-    assert result["exit_code"] == 0 and output == b"done\n"
-    assert time.monotonic() - begin < 3
+    result, output = host.run("sh", "-c", "sleep 600 & echo $!")
+    assert result["exit_code"] == 0
+    os.kill(int(output), signal.SIGKILL)  # it still runs
 
 
 def test_two_execs_at_a_time_and_a_ping_between(host: Host) -> None:
@@ -252,14 +259,16 @@ def confirmed(reply: dict[str, Any]) -> Confirmation:
 
 def test_identify_reports_what_it_reads_back(host: Host, tmp_path: Path) -> None:
     wanted = identity()
+    begin = time.monotonic()
     assert host.request("quiesce")["ok"]
     time.sleep(0.2)
     seen = confirmed(host.request("identify", **wanted.fields()))
+    passed = time.monotonic() - begin
     for name in ("hostname", "machine_id", "boot_id", "uuid", "mac", "ip", "prefix"):
         assert getattr(seen, name) == getattr(wanted, name)
     names = [name for name, _ in host.system.calls]
     assert names == ["sync", "entropy", "clock", "address"]
-    assert 1000.2 <= dict(host.system.calls)["clock"] < 1001
+    assert 1000.2 <= dict(host.system.calls)["clock"] <= 1000 + passed
     assert dict(host.system.calls)["entropy"] == struct.pack("ii", 512, 64) + bytes(range(64))
     texts = {
         "hostname": "clone-1\n",
@@ -278,12 +287,14 @@ def test_identify_reports_what_it_reads_back(host: Host, tmp_path: Path) -> None
 def test_identify_again_leaves_nothing_of_the_longer_name(host: Host, tmp_path: Path) -> None:
     """And the clock that it is given counts from the end of the first."""
     host.request("quiesce")
+    begin = time.monotonic()
     host.request("identify", **identity(hostname="a-much-longer-name", gateway="10.1.0.9").fields())
     seen = confirmed(host.request("identify", **identity(hostname="b", dns=[]).fields()))
+    passed = time.monotonic() - begin
     assert seen.hostname == "b" and (tmp_path / "hostname").read_text() == "b\n"
     assert (tmp_path / "hosts").read_text() == "127.0.0.1 localhost\n10.1.2.3 b\n"
     name, clock = host.system.calls[-2]
-    assert name == "clock" and 1000.0 < clock < 1010.0
+    assert name == "clock" and 1000.0 < clock <= 1000 + passed
 
 
 @pytest.mark.parametrize("parks", [False, True])
@@ -292,6 +303,7 @@ def test_a_claim_gives_a_name_to_who_has_the_rest(tmp_path: Path, parks: bool) -
     host = Host(tmp_path, parks=parks)
     first = identity(hostname="waiting")
     host.request("identify", **first.fields())
+    begin = time.monotonic()
     host.request("identify", **replace(first, step=Step.REHEARSAL, hostname="r").fields())
     host.system.calls.clear()
     time.sleep(0.1)
@@ -299,11 +311,12 @@ def test_a_claim_gives_a_name_to_who_has_the_rest(tmp_path: Path, parks: bool) -
         first, step=Step.CLAIM, hostname="clone-7", time=2000.0, mac="02:00:00:00:00:09"
     )
     seen = confirmed(host.request("identify", **claim.fields()))
+    passed = time.monotonic() - begin
     assert seen.hostname == "clone-7" and seen.mac == first.mac, "the MAC is not the claim's"
     for key in ("machine_id", "boot_id", "uuid", "ip", "prefix"):
         assert getattr(seen, key) == getattr(first, key)
     assert [name for name, _ in host.system.calls] == ["entropy", "clock"]
-    assert 2000.1 <= dict(host.system.calls)["clock"] < 2010
+    assert 2000.1 <= dict(host.system.calls)["clock"] <= 2000 + passed
     assert (tmp_path / "hostname").read_text() == "clone-7\n"
     assert (tmp_path / "hosts").read_text() == "127.0.0.1 localhost\n10.1.2.3 clone-7\n"
     assert json.loads((tmp_path / "identity.json").read_text())["hostname"] == "clone-7"
@@ -371,11 +384,11 @@ def test_reconnection_drops_the_old_connection(tmp_path: Path) -> None:
     os.write(first, b'{"id": 2, "cmd": "pi')
     agent.turn(1)
     os.close(first)
-    begin = time.monotonic()
-    cpu = time.process_time()
-    while time.monotonic() - begin < 1 or agent.sources:
+    end, turns = time.monotonic() + 1, 0
+    while time.monotonic() < end or agent.sources:
         agent.turn(0.2)
-    assert time.process_time() - cpu < 0.2  # a hang-up that lasts is no busy loop
+        turns += 1
+    assert turns < 20, "a hang-up that lasts is no busy loop"
     second = os.open(tmp_path / "in", os.O_WRONLY)
     os.write(second, b'\n{"id": 3, "cmd": "ping"}\n')
     agent.turn(1)

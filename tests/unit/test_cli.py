@@ -32,18 +32,9 @@ from tests.unit.cli_daemon import (
     command,
     popen,
     run,
-    serving,
 )
 
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
-    """A daemon that knows one clone and one template; the environment points at its socket."""
-    with serving(tmp_path / "d.sock") as served:
-        monkeypatch.setenv("TEMPLATED_SOCKET", served.socket)
-        yield served
 
 
 # Output

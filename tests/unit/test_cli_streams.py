@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,11 @@ import pytest
 
 from templated.cli import exit_codes
 from templated.cli.main import main
-from tests.unit.cli_daemon import TEMPLATE, Daemon, b64, popen, run, serving
+from tests.unit.cli_daemon import TEMPLATE, Daemon, b64, popen, run
 
 BUILD = "/v1/templates/python-fn/build"
 EVENTS = "/v1/operations/op1/events"
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
-    """A daemon that knows one clone and one template; the environment points at its socket."""
-    with serving(tmp_path / "d.sock") as served:
-        monkeypatch.setenv("TEMPLATED_SOCKET", served.socket)
-        yield served
 
 
 # exec

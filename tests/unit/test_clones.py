@@ -17,7 +17,7 @@ from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.drivers.hypervisor.qemu.driver import Qemu
 from templated.errors import Busy, Conflict, HostError, InvalidRequest, NotFound, StartError
 from templated.model.api import CloneRequest
-from templated.model.clone import CloneState
+from templated.model.clone import CloneState, CloneView
 from templated.services.daemon import Services
 from tests.unit.fake_daemon import GENERATION, configured, daemon, play, run, until
 
@@ -278,14 +278,16 @@ def test_while_it_starts(tmp_path: Path) -> None:
 def test_a_restart_in_the_middle_of_a_start(tmp_path: Path) -> None:
     """A daemon that is stopped gives back what it was starting; the next one finds nothing."""
 
+    starts: list[asyncio.Future[list[CloneView]]] = []
+
     async def first(running: Services, fake: FakeHypervisor) -> None:
         fake.hold("restore")
-        starts = [running.clones.create(CloneRequest(name=name)) for name in "ab"]
-        tasks = [asyncio.ensure_future(start) for start in starts]
+        for name in "ab":
+            starts.append(asyncio.ensure_future(running.clones.create(CloneRequest(name=name))))
         await until(lambda: len([m for m in fake.running() if m.held_at]) == 2)
-        assert len(tasks) == 2
 
     async def second(running: Services, fake: FakeHypervisor) -> None:
+        assert [start.cancelled() for start in starts] == [True, True]
         assert fake.running() == [] and await held(running) == (0, 0, set())
         fake.hold("restore").set()
         await running.clones.create(CloneRequest(name="a"))

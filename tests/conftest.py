@@ -1,0 +1,19 @@
+"""A bound on the time of every test: one that hangs fails, and its fixtures clean up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+# Seconds, by the folder; setup.cfg has the default. The first test of a run makes images.
+_BOUNDS = {"real": 600, "debian13": 1800, "lab": 1800}
+_TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each test the bound of its folder, unless it has one of its own."""
+    for item in items:
+        bound = _BOUNDS.get(item.path.relative_to(_TESTS).parts[0])
+        if bound is not None and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(bound))
