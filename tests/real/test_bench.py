@@ -37,13 +37,18 @@ def bench(host: Daemon) -> Iterator[Daemon]:
 
 
 def _left() -> set[str]:
-    """Files of benchmarks, and processes that name one; anything of an earlier run included."""
+    """Files of benchmarks, and processes that name one; anything of an earlier run included.
+
+    Processes of another namespace are not ours: the tests may run in a Debian 13 at the same time.
+    """
     places = [*Path("/tmp").glob("tpl.*"), *Path("/tmp").glob("templated-bench-*")]
     places += Path("/dev/shm").glob("*/templated-bench-*")
     places += Path("/dev/shm").glob("*/*/templated-bench-*")
     found = {str(place) for place in places}
     for entry in Path("/proc").iterdir():
         try:
+            if (entry / "ns/pid").readlink() != Path("/proc/self/ns/pid").readlink():
+                continue
             line = (entry / "cmdline").read_bytes().decode(errors="replace")
         except OSError:
             continue
