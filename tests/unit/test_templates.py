@@ -10,13 +10,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from templated.drivers.host.procfs import Memory
 from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.errors import BuildError, Conflict, HostError, InvalidRequest, NotFound
-from templated.model.api import BuildRequest, CloneRequest
+from templated.model.api import BuildRequest, CloneRequest, PoolRequest
+from templated.model.clone import StartPath
 from templated.model.generation import FileDigest, GenerationState
 from templated.services.daemon import Services
 from templated.services.machines import generation as generations
 from templated.services.machines.generation import MANIFEST_FORMAT, Generation
+from templated.services.pools import capacity, refill
 from templated.services.reports.operations import Progress
 from templated.services.templates import catalog as templates
 from templated.services.templates.build import Build
@@ -355,5 +358,90 @@ def test_a_broken_file_is_shown(tmp_path: Path) -> None:
         await asyncio.to_thread((tmp_path / "u.yaml").write_text, "name: u\nx: 1\n")
         view = await running.templates.view("u")
         assert "unknown field" in view.problem
+
+    play(tmp_path, scenario)
+
+
+def test_a_member_that_is_being_made_holds_its_generation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A retired generation is removed when the last VM that loads it has ended, and not before."""
+    for module in (capacity, refill):
+        monkeypatch.setattr(module, "read_memory", lambda: Memory(64 << 30, 32 << 30))
+    monkeypatch.setattr(refill, "read_pressure", lambda _: None)
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        gate = fake.hold("restore")
+        await running.pools.set("t", PoolRequest(warm=1))
+        await until(lambda: fake.running() and fake.running()[0].held_at)
+        del fake._holds["restore"]
+        frozen = running.context.layout.frozen("t", GENERATION)
+        await built(running, SECOND)
+        await built(running, THIRD)
+        assert (await known(running))[GENERATION] == (GenerationState.RETIRED, False)
+        assert frozen.exists()
+        gate.set()
+        await until(lambda: not frozen.exists())
+        assert set(await known(running)) == {SECOND, THIRD}
+        await until(lambda: not running.pools.missing(("t", StartPath.WARM)))
+
+    play(tmp_path, scenario)
+
+
+def test_a_removal_that_fails_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left serves nobody, says why, and can be removed again."""
+
+    async def full(*_: object) -> None:
+        raise HostError("the journal cannot be used: disk full")
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(running.context.journal, "drop_generation", full)
+            with pytest.raises(HostError, match="disk full"):
+                await running.templates.remove("t")
+        with pytest.raises(HostError, match=r"its removal did not end: .*disk full"):
+            await running.clones.create(CloneRequest(name="a"))
+        assert "disk full" in (await running.templates.view("t")).problem
+        await running.templates.remove("t")
+        assert await known_or_none(running) is None
+        assert await running.context.journal.generations() == []
+
+    play(tmp_path, scenario)
+
+
+async def known_or_none(running: Services) -> dict[str, tuple[GenerationState, bool]] | None:
+    try:
+        return await known(running)
+    except NotFound:
+        return None
+
+
+def test_nothing_starts_while_a_template_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clones, builds and a second removal are refused in one line until it is gone."""
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        go = asyncio.Event()
+        drop = running.context.journal.drop_generation
+
+        async def slowly(generation_id: str) -> None:
+            await go.wait()
+            await drop(generation_id)
+
+        monkeypatch.setattr(running.context.journal, "drop_generation", slowly)
+        removing = asyncio.ensure_future(running.templates.remove("t"))
+        await asyncio.sleep(0.05)
+        for refused in (
+            running.clones.create(CloneRequest(name="a")),
+            running.templates.build(SPEC, Progress()),
+            running.templates.remove("t"),
+            running.templates.rollback("t"),
+        ):
+            with pytest.raises(Conflict, match="template t is being removed"):
+                await refused
+        go.set()
+        await removing
+        assert running.clones.views() == [] and running.pools.views() == []
 
     play(tmp_path, scenario)
