@@ -26,7 +26,7 @@ from templated.services.clones.clone import Running, Starting, started
 from templated.services.context import Context
 from templated.services.machines.boot import boot_kernel, image_overlay
 from templated.services.machines.clock import PhaseClock
-from templated.services.machines.slots import Layer, PreparedSlot, give_back
+from templated.services.machines.slots import Layer, PreparedSlot
 from templated.services.machines.vm import Vm
 from templated.services.pools.members import Member, Pools
 from templated.services.templates.catalog import Templates
@@ -162,12 +162,9 @@ class Start:
     async def _slot(self, layer: Layer, undo: Undo) -> PreparedSlot:
         with self.clock(Phase.ALLOCATE):
             prepared = await self.context.slots.take(layer)
-        undo.push_async_callback(self._give_back, prepared)
+        undo.push_async_callback(self.context.slots.give_back, prepared)
         self.clone.slot = prepared.slot
         return prepared
-
-    async def _give_back(self, prepared: PreparedSlot) -> None:
-        await asyncio.shield(give_back(self.context.slots, prepared))
 
     async def _member(self, tier: StartPath, undo: Undo) -> Member:
         generation = self.clone.generation

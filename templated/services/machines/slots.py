@@ -133,6 +133,24 @@ class Slots:
         await self._network.drop_port(slot_id)
         await asyncio.to_thread(self._forget, slot_id)
 
+    async def give_back(self, prepared: PreparedSlot) -> None:
+        """End the VM of a slot that gets no owner, and drop the slot; to the end, once begun.
+
+        Raises nothing, as nobody waits for it. Leaves the slot's row when the VM does not end or
+        a part cannot be removed: its address is not used again before the daemon's next start,
+        which tries again.
+        """
+        await asyncio.shield(self._take_down(prepared))
+
+    async def _take_down(self, prepared: PreparedSlot) -> None:
+        prepared.close()
+        try:
+            if prepared.vm is not None:
+                await prepared.vm.destroy()
+            await self.drop(prepared.slot.id)
+        except (TemplatedError, OSError) as error:
+            log.warning("cannot take down slot %s: %s", prepared.slot.id, error)
+
     def serve(self, layer: Layer) -> None:
         """Keep slots of this generation ready from now on."""
         self._layers[layer.generation] = layer
@@ -145,7 +163,7 @@ class Slots:
         """
         self._layers.pop(generation, None)
         for prepared in self._ready.pop(generation, ()):
-            await give_back(self, prepared)
+            await self.give_back(prepared)
 
     async def refill(self) -> None:
         """Keep the deques filled until cancelled.
@@ -205,22 +223,6 @@ class Slots:
     def _forget(self, slot_id: str) -> None:
         _remove(self._layout.vm(slot_id))
         self._journal.drop_slot(slot_id)
-
-
-async def give_back(slots: Slots, prepared: PreparedSlot) -> None:
-    """End the VM of a slot that gets no owner, and give the slot back.
-
-    Never raises, as nobody waits for it. Leaves the slot's row when the VM does not end or a
-    part cannot be removed: its address is not used again before the daemon's next start, which
-    tries again.
-    """
-    try:
-        if prepared.vm is not None:
-            await prepared.vm.destroy()
-        prepared.close()
-        await slots.drop(prepared.slot.id)
-    except (TemplatedError, OSError) as error:
-        log.warning("cannot take down slot %s: %s", prepared.slot.id, error)
 
 
 def _files(places: Places, empty: Path, overlay: Path) -> tuple[socket.socket, socket.socket]:

@@ -38,7 +38,7 @@ class Starter:
     """How this host brings a VM up.
 
     Whatever a method raises, and when it is cancelled, it leaves the VM on its slot for the slot's
-    owner, who gives back both (`slots.give_back`). The bound on the whole is the caller's too.
+    owner, who gives back both (`Slots.give_back`). The bound on the whole is the caller's too.
     """
 
     hypervisor: Hypervisor

@@ -23,7 +23,7 @@ from templated.model.lifecycle import move
 from templated.model.spec import PoolSpec
 from templated.services.context import Context
 from templated.services.machines.generation import Generation, Lease
-from templated.services.machines.slots import PreparedSlot, give_back
+from templated.services.machines.slots import PreparedSlot
 from templated.services.machines.vm import Vm
 from templated.services.pools.capacity import Demand, require_room
 from templated.services.tasks import Tasks
@@ -180,7 +180,7 @@ class Pools:
         Raises Defect for one that still waits, or was discarded already.
         """
         member.move(MemberState.DISCARDED)
-        await give_back(self._context.slots, member.prepared)
+        await self._context.slots.give_back(member.prepared)
         await member.lease.end()
 
     async def retire(self, generation: str) -> None:

@@ -24,7 +24,7 @@ from templated.model.units import seconds
 from templated.services.context import Context
 from templated.services.machines.clock import PhaseClock
 from templated.services.machines.generation import Generation, Holder
-from templated.services.machines.slots import PreparedSlot, give_back
+from templated.services.machines.slots import PreparedSlot
 from templated.services.machines.vm import Vm
 from templated.services.pools.capacity import kept_free
 from templated.services.pools.members import Member, Pool, Pools
@@ -156,7 +156,7 @@ class Refill:
             lease = generation.leases.take(Holder.MEMBER)
             undo.push_async_callback(lease.end)
             prepared = await self._context.slots.make(generation.layer)
-            undo.push_async_callback(self._give_back, prepared)
+            undo.push_async_callback(self._context.slots.give_back, prepared)
             async with within(generation.terms.restored_s, "making it"):
                 vm, lag = await self._bring_up(prepared, generation, tier)
             size = await asyncio.to_thread(vm.machine.private_bytes)
@@ -174,9 +174,6 @@ class Refill:
             lag = await starter.warm(vm, generation, f"warm-{prepared.slot.id}")
         vm.machine.background(False)
         return vm, lag
-
-    async def _give_back(self, prepared: PreparedSlot) -> None:
-        await asyncio.shield(give_back(self._context.slots, prepared))
 
     def _failed(self, pool: Pool, error: Exception) -> None:
         known = isinstance(error, TemplatedError)

@@ -35,7 +35,7 @@ from templated.services.machines import generation as generations
 from templated.services.machines.boot import boot_kernel, image_overlay
 from templated.services.machines.clock import PhaseClock
 from templated.services.machines.generation import Generation, Terms, digest_file, freeze_file
-from templated.services.machines.slots import Layer, PreparedSlot, give_back
+from templated.services.machines.slots import Layer, PreparedSlot
 from templated.services.machines.vm import Vm, require_space, tail
 from templated.services.reports.operations import Progress
 from templated.services.templates.probes import Target, forwarded_ports, run_probes
@@ -243,7 +243,7 @@ class Build:
         try:
             yield prepared
         finally:
-            await asyncio.shield(give_back(slots, prepared))
+            await slots.give_back(prepared)
 
     @asynccontextmanager
     async def _tail_on_failure(self, prepared: PreparedSlot) -> AsyncIterator[None]:
