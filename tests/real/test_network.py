@@ -452,7 +452,7 @@ def test_nat_has_one_table_that_goes_at_close(ns: Namespace) -> None:
 
 def test_a_missing_nft_leaves_no_bridge(ns: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
-    with pytest.raises(HostError, match="no nft") as caught:
+    with pytest.raises(HostError, match="nft is not installed") as caught:
         asyncio.run(ns.network(antispoof=True).open())
     monkeypatch.undo()
     assert "apt install" in caught.value.hint

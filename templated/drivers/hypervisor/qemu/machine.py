@@ -71,7 +71,11 @@ class QemuMachine(Life):
         self._require(MachineState.SPAWNED)
         await self._guarded(self._qmp.connect(str(self._places.control)), timeout, "QMP greeting")
         _ = self.start_time  # remembered now: execve is over, so nobody waits for it
-        self._move(self._first or await self._found())
+        try:
+            self._move(self._first or await self._found())
+        except BaseException:
+            await self._disconnect()  # so that it can be tried again
+            raise
 
     async def expect_state(self) -> None:
         self._require(MachineState.WAITING)
