@@ -39,6 +39,8 @@ class Daemon:
             "template_dirs": [str(self.templates)],
             "accel": "tcg",
             "metrics": None,
+            # Pools are filled whatever else this host does.
+            "pools": {"pressure": {"cpu": 100, "memory": 100, "io": 100}},
             **config,
         }
         self.process: subprocess.Popen[bytes] | None = None
