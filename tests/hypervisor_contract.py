@@ -141,6 +141,7 @@ class Rig(ABC):
                     vcpus=1,
                     accel="tcg",
                     cpu=self.hypervisor.cpu("tcg"),
+                    version=(await self.hypervisor.version()).version,
                 ),
                 places=places,
                 memory=base.memory if base else directory / "memory",
@@ -270,7 +271,7 @@ class HypervisorContract:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             async with (
                 rig.launch(rig.frozen) as launch,
-                rig.spawned(replace(launch, fds=(fd,))) as machine,
+                rig.spawned(replace(launch, state_fd=fd)) as machine,
             ):
                 os.close(fd)
                 await machine.connect(BOUND)

@@ -21,8 +21,10 @@ from typing import Any
 
 from templated.bench.interrupts import deferred
 from templated.drivers.guest import ENTROPY_BYTES, IdentityOrder, Step
-from templated.drivers.hypervisor.base import Launch, Places
-from templated.drivers.hypervisor.qemu.command import qemu_arguments
+from templated.drivers.hypervisor.base import Launch, Places, SavedState
+from templated.drivers.hypervisor.qemu.command import inherited, qemu_arguments
+from templated.drivers.hypervisor.qemu.features import features
+from templated.drivers.hypervisor.qemu.machine import incoming_uri
 from templated.drivers.network import Port, make_network
 from templated.errors import GuestError, HypervisorError, Timeout
 from templated.model.network import AddressPlan, UserNetwork
@@ -124,7 +126,6 @@ class Bare:
     ) -> None:
         self.places = places
         self.launch = launch
-        self._state = next(iter(launch.fds), None)
         self._child = child
         self.watch = watch
         self._lines = contextlib.ExitStack()
@@ -151,7 +152,9 @@ class Bare:
     def restore(self, state: Path) -> None:
         """Load a device state into a QEMU that waits for it, as the daemon does."""
         self.ignore_shared()
-        uri = f"exec:exec cat {state}" if self._state is None else f"fd:{self._state}"
+        fd = self.launch.state_fd
+        saved = SavedState(state, "exec" if fd is None else "fd", fd)
+        uri = incoming_uri(saved, features(self.launch.hardware.version))
         self.qmp.command("migrate-incoming", {"uri": uri})
         self.migrated()
 
@@ -211,26 +214,29 @@ class Stage:
         when the sockets listen and just before the process is made.
         """
         places = Places(self.directory, self.directory)
-        with _listening(places.control) as control, _listening(places.agent) as agent:
+        with (
+            _listening(places.control) as control,
+            _listening(places.agent) as agent,
+            contextlib.ExitStack() as stack,
+        ):
             launch = self._launch(places, memory, control, agent)
+            launch = replace(launch, state_fd=self._opened(stack))
             arguments = edit(qemu_arguments(self.qemu, launch))
-            with contextlib.ExitStack() as stack:
-                with deferred():
-                    watch = Stopwatch()
-                    launch = replace(launch, fds=self._opened(stack))
-                    child = _spawn(arguments, (launch.control_fd, launch.agent_fd, *launch.fds))
-                    stack.callback(_end, child)
-                vm = Bare(places, launch, child, watch)
-                stack.callback(vm.close)
-                yield vm
+            with deferred():
+                watch = Stopwatch()
+                child = _spawn(arguments, inherited(launch))
+                stack.callback(_end, child)
+            vm = Bare(places, launch, child, watch)
+            stack.callback(vm.close)
+            yield vm
 
-    def _opened(self, stack: contextlib.ExitStack) -> tuple[int, ...]:
+    def _opened(self, stack: contextlib.ExitStack) -> int | None:
         """The saved state, for a QEMU that inherits it."""
         if self.transport != "fd":
-            return ()
+            return None
         state = os.open(self.generation.frozen / STATE, os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, state)
-        return (state,)
+        return state
 
     def _launch(
         self, places: Places, memory: Path | None, control: socket.socket, agent: socket.socket

@@ -25,7 +25,6 @@ Status = Literal["PASS", "WARN", "FAIL"]
 _MIN_SHM = 256 << 20
 _MIN_DISK = 2 << 30
 _MIN_FILES = 4096
-_TESTED_QEMU = (7, 2)
 
 
 @dataclass(frozen=True)
@@ -60,17 +59,18 @@ def run_checks(config: Config) -> list[Check]:
 
 
 def _qemu(config: Config) -> Iterator[Check]:
+    hypervisor = make_hypervisor(config)
     try:
-        version = asyncio.run(make_hypervisor(config).version()).version
+        version = asyncio.run(hypervisor.version()).version
     except HostError as error:
         yield Check("qemu", "FAIL", error.message, "apt install qemu-system-x86")
         return
-    parts = tuple(int(p) for p in version.split(".")[:2] if p.isdigit())
-    if parts < _TESTED_QEMU:
-        fix = "use QEMU 7.2 or later"
-        yield Check("qemu", "WARN", f"{config.qemu} {version} is older than what is tested", fix)
+    support = hypervisor.support(version)
+    if not support.host:
+        fix = f"use a QEMU that is proven: {support.proven}"
+        yield Check("qemu", "WARN", f"{config.qemu} {version} is not one that is proven", fix)
     else:
-        yield Check("qemu", "PASS", f"{config.qemu} {version}")
+        yield Check("qemu", "PASS", f"{config.qemu} {version}, proven as that of {support.host}")
 
 
 def _accelerator(config: Config) -> Iterator[Check]:

@@ -159,7 +159,7 @@ class Daemon:
         """Processes that have our places on their command line, but for the daemon."""
         return [
             pid
-            for pid, arguments in _processes()
+            for pid, arguments in processes()
             if f"{self.places}/" in arguments and "qemu-system" in arguments
         ]
 
@@ -198,7 +198,8 @@ class Daemon:
         return held
 
 
-def _processes() -> Iterator[tuple[int, str]]:
+def processes() -> Iterator[tuple[int, str]]:
+    """Processes and their command lines, words separated by spaces."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):

@@ -19,9 +19,11 @@ import msgspec
 import pytest
 
 from templated.drivers.guest import Confirmation, IdentityOrder
+from templated.drivers.hypervisor.qemu.command import MACHINES
 from templated.drivers.image.store import Image, ImageStore, image_digest
 from templated.errors import BuildError
 from templated.model.spec import ImageSpec
+from tests.real.harness import processes
 
 pytestmark = pytest.mark.real
 SPEC = ImageSpec()
@@ -44,7 +46,6 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
 def machine(image: Image, folder: Path, kind: str, append: str = "") -> Iterator[Path]:
     """A booting VM; yields the file that its serial console is written to."""
     overlay, serial, bus = folder / "disk", folder / "serial", "device"
-    kinds = {"microvm": "microvm,x-option-roms=off,isa-serial=on", "q35": "q35"}
     if kind == "q35":
         bus = "pci"
     backing = ["-b", str(image.disk), "-F", "qcow2", str(overlay)]
@@ -53,7 +54,7 @@ def machine(image: Image, folder: Path, kind: str, append: str = "") -> Iterator
     megahertz = Path("/proc/cpuinfo").read_text().split("cpu MHz\t\t: ")[1].split("\n")[0]
     line = f"console=ttyS0 quiet reboot=t panic=-1 tsc_early_khz={int(float(megahertz) * 1000)}"
     command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"]
-    command += ["-M", kinds[kind], "-accel", "tcg", "-cpu", "qemu64,+arat", "-m", "128"]
+    command += ["-M", MACHINES[kind], "-accel", "tcg", "-cpu", "qemu64,+arat", "-m", "128"]
     command += ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-no-reboot"]
     command += ["-append", f"{line} {append}", "-serial", f"file:{serial}"]
     command += ["-drive", f"file={overlay},if=none,id=d,format=qcow2"]
@@ -177,5 +178,4 @@ def test_unreachable_mirror(tmp_path: Path) -> None:
 def test_timeout_leaves_nothing(tmp_path: Path) -> None:
     error = fail(SPEC, tmp_path, timeout=4)
     assert "within 4 s" in error.message
-    listing = subprocess.run(["ps", "axww"], check=True, capture_output=True, text=True).stdout
-    assert str(tmp_path) not in listing
+    assert not [line for _, line in processes() if str(tmp_path) in line]

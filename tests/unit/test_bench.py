@@ -341,7 +341,9 @@ def test_domain(tmp_path: Path, machine: str, cpu: str, addresses: int) -> None:
     manifest = SimpleNamespace(
         kernel="/images/a&b/vmlinuz", kernel_cmdline="x='<1>'", qemu=SimpleNamespace(path="/q")
     )
-    hardware = Hardware(type=machine, memory_bytes=1 << 27, vcpus=2, accel="tcg", cpu=cpu)
+    hardware = Hardware(
+        type=machine, memory_bytes=1 << 27, vcpus=2, accel="tcg", cpu=cpu, version="7.2.22"
+    )
     generation: Any = SimpleNamespace(hardware=hardware, manifest=manifest)
     domain = ET.fromstring(domain_xml(generation, tmp_path))  # noqa: S314  # ours
     assert domain.get("type") == "qemu"

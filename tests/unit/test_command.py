@@ -22,7 +22,7 @@ LAUNCH = Launch(
     slot="0123456789",
     uuid="5e0c0a8e-6f5e-4a63-9d3f-0d6a1f6b2c11",
     mac="02:34:e3:00:00:03",
-    hardware=Hardware("microvm", 128 << 20, 1, "tcg", "qemu64,+arat"),
+    hardware=Hardware("microvm", 128 << 20, 1, "tcg", "qemu64,+arat", "7.2.22"),
     places=Places(Path("/state/slots/0123456789"), Path("/run/t/vm/0123456789")),
     memory=Path("/dev/shm/t/python-fn/g/memory"),
     memory_shared=False,
@@ -31,6 +31,7 @@ LAUNCH = Launch(
     control_fd=7,
     agent_fd=8,
 )
+NEW = replace(LAUNCH.hardware, version="10.0.13")
 BOOT = Kernel(Path("/images/i/vmlinuz"), Path("/images/i/initrd"), "console=ttyS0 quiet")
 CASES = {
     "microvm-restore": LAUNCH,
@@ -43,7 +44,11 @@ CASES = {
     "kvm": replace(
         LAUNCH, hardware=replace(LAUNCH.hardware, accel="kvm", cpu="host,migratable=on")
     ),
-    "tap-and-fd": replace(LAUNCH, network=Tap(9), fds=(10,)),
+    "tap-and-fd": replace(LAUNCH, network=Tap(9), state_fd=10),
+    "fd": replace(LAUNCH, state_fd=9),
+    "10.0-restore": replace(LAUNCH, hardware=NEW),
+    "10.0-fd": replace(LAUNCH, hardware=NEW, state_fd=9),
+    "10.0-boot": replace(LAUNCH, hardware=NEW, boot=BOOT, memory_shared=True),
     "forwards": replace(
         LAUNCH,
         network=replace(

@@ -13,6 +13,7 @@ from templated.bench.contenders.base import Once, load_frozen, shared_memory, wi
 from templated.bench.floor import stage
 from templated.bench.session import Session
 from templated.drivers.disk import copy_overlay
+from templated.drivers.hypervisor.qemu.features import features
 from templated.errors import HypervisorError
 
 _NAME = "frozen"
@@ -37,6 +38,8 @@ class LoadVm:
             copy_overlay(places.generation.layer.empty, disk)
             with places.spawned(places.generation.memory) as vm:
                 load_frozen(places, vm)
+                if features(places.generation.manifest.qemu.version).set_active:
+                    vm.qmp.command("blockdev-set-active", {"active": True})
                 said = vm.qmp.command("human-monitor-command", {"command-line": f"savevm {_NAME}"})
                 if said.strip():
                     raise HypervisorError(f"savevm: {said.strip()}")

@@ -18,7 +18,7 @@ from templated.bench.bare import BOUND, Line, Stopwatch, identity
 from templated.bench.contenders.base import Once, shared_memory
 from templated.bench.libvirtd import Libvirtd, private_libvirtd
 from templated.bench.session import Session
-from templated.drivers.hypervisor.qemu.command import AGENT_PORT
+from templated.drivers.hypervisor.qemu.command import AGENT_PORT, MACHINES
 from templated.errors import HostError, HypervisorError, TemplatedError, Timeout
 from templated.model.units import seconds
 from templated.services.machines.generation import Generation
@@ -140,7 +140,7 @@ def domain_xml(generation: Generation, places: Path) -> str:
     """
     hardware, manifest = generation.hardware, generation.manifest
     where = "<address type='virtio-mmio'/>" if hardware.type == "microvm" else ""
-    extra = "x-option-roms=off,isa-serial=on,rtc=on" if hardware.type == "microvm" else "smm=off"
+    machine, _, extra = MACHINES[hardware.type].partition(",")
     kernel = Path(manifest.kernel)
     kind = "kvm" if hardware.accel == "kvm" else "qemu"
     return f"""
@@ -149,7 +149,7 @@ def domain_xml(generation: Generation, places: Path) -> str:
   <memory unit='b'>{hardware.memory_bytes}</memory>
   <vcpu>{hardware.vcpus}</vcpu>
   <os>
-    <type arch='x86_64' machine='{hardware.type}'>hvm</type>
+    <type arch='x86_64' machine='{machine}'>hvm</type>
     <kernel>{escape(str(kernel))}</kernel>
     <initrd>{escape(str(kernel.with_name("initrd")))}</initrd>
     <cmdline>{escape(manifest.kernel_cmdline)}</cmdline>

@@ -29,6 +29,8 @@ class Hardware:
     vcpus: int
     accel: str
     cpu: str
+    version: str
+    """The hypervisor's: its devices, and thus their saved state, are those of its version."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ class Launch:
     control_fd: int
     agent_fd: int
     """Of the listening sockets `places.control` and `places.agent`; the VM inherits them."""
-    fds: tuple[int, ...] = ()
-    """Further descriptors that the VM inherits."""
+    state_fd: int | None = None
+    """The saved state, for the transport `fd`; the VM inherits it."""
     code: Path | None = None
     """A second, read-only disk: a raw image. It is part of the hardware: a clone has one exactly
     when its template had one, of whatever content."""
@@ -226,6 +228,18 @@ class Machine(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Support:
+    """What is known of one version of a hypervisor."""
+
+    host: str
+    """The host that this version is from and that all tests run on; empty: it is not proven."""
+    proven: str
+    """All proven versions, for people."""
+    read_only_memory: bool
+    """Clones open the template's memory for reading only."""
+
+
 class Hypervisor(Protocol):
     """Starts and finds machines, and knows what runs guests on this host.
 
@@ -246,6 +260,9 @@ class Hypervisor(Protocol):
 
     def is_version(self, version: str) -> bool:
         """Whether the program is known to be of this version. Costs a stat."""
+
+    def support(self, version: str) -> Support:
+        """What is known of a version."""
 
     def kvm_problem(self) -> str:
         """Why KVM cannot be used; empty when its device opens, which proves nothing yet."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from templated.drivers.hypervisor.base import Launch, Machine, Places, Proof, SavedState
+from templated.drivers.hypervisor.base import Launch, Machine, Places, Proof, SavedState, Support
 from templated.drivers.hypervisor.fake_guest import FakeGuest
 from templated.drivers.hypervisor.states import ANSWERS, HELD, LIVE, WAITS, Life, MachineState
 from templated.errors import HostError, HypervisorError, Timeout
@@ -56,6 +56,9 @@ class FakeHypervisor:
 
     def is_version(self, version: str) -> bool:
         return version == self.installed
+
+    def support(self, version: str) -> Support:
+        return Support(host="the tests", proven="none", read_only_memory=False)
 
     def kvm_problem(self) -> str:
         return "the fake has no KVM"

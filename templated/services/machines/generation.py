@@ -172,6 +172,7 @@ class Generation:
             vcpus=machine.vcpus,
             accel=self.manifest.accel,
             cpu=self.manifest.cpu,
+            version=self.manifest.qemu.version,
         )
 
     def state(self, transport: str) -> SavedState:

@@ -90,7 +90,7 @@ class Starter:
                 state = replace(state, fd=os.open(state.path, os.O_RDONLY | os.O_CLOEXEC))
                 assert state.fd is not None
                 files.callback(os.close, state.fd)
-                launch = replace(launch, fds=(*launch.fds, state.fd))
+                launch = replace(launch, state_fd=state.fd)
             vm = self._spawn(prepared, launch)
         if background:
             vm.machine.background(True)

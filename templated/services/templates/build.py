@@ -94,7 +94,7 @@ class Build:
             self._require_rights()
             image = await self.context.images.ensure(self.spec.image, on_progress=self.progress.log)
         with self._phase("accelerator"):
-            hardware = await self._hardware(image)
+            hardware = await self._hardware(image, qemu)
         self.progress.log(f"accelerator: {hardware.accel}")
         memory = hardware.memory_bytes + _SHM_SLACK
         require_space(self.context.layout.shm, memory, f"template {self.spec.name}")
@@ -123,7 +123,7 @@ class Build:
                 hint=f"run: systemctl start templated-image@{self.spec.name}",
             )
 
-    async def _hardware(self, image: Image) -> Hardware:
+    async def _hardware(self, image: Image, qemu: QemuVersion) -> Hardware:
         accel = await self.context.host.accelerator(image)
         machine = self.spec.machine
         return Hardware(
@@ -132,6 +132,7 @@ class Build:
             vcpus=machine.vcpus,
             accel=accel,
             cpu=self.context.hypervisor.cpu(accel),
+            version=qemu.version,
         )
 
     async def _base(self, image: Image, hardware: Hardware, qemu: QemuVersion) -> Manifest:
@@ -192,14 +193,16 @@ class Build:
         layer2 = self.directory / generations.DISK
         await asyncio.to_thread(fsync, layer2)
         files = {}
+        support = self.context.hypervisor.support(manifest.qemu.version)
         paths = {
             generations.MEMORY: self.frozen / generations.MEMORY,
             generations.STATE: self.frozen / generations.STATE,
             generations.DISK: layer2,
         }
         for name, path in paths.items():
-            # QEMU 7.2 opens a private memory file for writing too; only root still can then.
-            freeze_file(path) if name != generations.MEMORY or _is_root() else path.chmod(0o600)
+            # Some QEMUs open a private memory file for writing too; only root still can then.
+            opened_to_write = name == generations.MEMORY and not support.read_only_memory
+            freeze_file(path) if _is_root() or not opened_to_write else path.chmod(0o600)
             files[name] = await digest_file(path)
         await disk.create_overlay(self.directory / generations.EMPTY, layer2)
         freeze_file(self.directory / generations.EMPTY)

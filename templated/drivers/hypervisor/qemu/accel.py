@@ -20,6 +20,7 @@ import msgspec
 
 from templated.drivers.host.programs import run, started
 from templated.drivers.hypervisor.base import Proof
+from templated.drivers.hypervisor.qemu.command import MACHINES
 from templated.errors import HostError
 from templated.model.generation import QemuVersion
 
@@ -90,10 +91,7 @@ async def _run_proof(binary: str, kernel: Path, initrd: Path) -> str:
     command = (
         # A daemon that is killed meanwhile leaves nothing that ends it.
         *("timeout", "--signal=KILL", f"{PROOF_TIMEOUT + 2:g}"),
-        *(binary, "-machine", "microvm,accel=kvm,x-option-roms=off,isa-serial=on"),
-        *("-cpu", CPUS["kvm"], "-m", "128", "-no-user-config", "-nodefaults", "-no-reboot"),
-        *("-display", "none", "-serial", "stdio", "-kernel", str(kernel), "-initrd", str(initrd)),
-        *("-append", "console=ttyS0 reboot=t panic=-1 templated.proof"),
+        *proof_arguments(binary, kernel, initrd),
     )
     seen = bytearray()
     async with started(*command) as child:
@@ -107,6 +105,20 @@ async def _run_proof(binary: str, kernel: Path, initrd: Path) -> str:
             return f"QEMU ended with {await child.wait()}: {_last_line(seen)}"
         except TimeoutError:
             return f"a guest did not run within {PROOF_TIMEOUT:g} s; it got to: {_last_line(seen)}"
+
+
+def proof_arguments(
+    binary: str, kernel: Path, initrd: Path, accel: str = "kvm", append: str = ""
+) -> list[str]:
+    """A QEMU that boots a microvm as guests get it, as far as the marker on its stdout."""
+    cmdline = f"console=ttyS0 reboot=t panic=-1 templated.proof {append}".strip()
+    return [
+        binary,
+        *("-machine", MACHINES["microvm"], "-accel", accel, "-cpu", CPUS[accel], "-m", "128"),
+        *("-no-user-config", "-nodefaults", "-no-reboot", "-display", "none"),
+        *("-serial", "stdio", "-kernel", str(kernel), "-initrd", str(initrd)),
+        *("-append", cmdline),
+    ]
 
 
 def _last_line(seen: bytearray) -> str:

@@ -1,23 +1,28 @@
 """QEMU's command line, as a pure function of a Launch; golden files in the tests hold it.
 
-Sources: QEMU 7.2's manual, "System Emulation: Invocation" and "'microvm' virtual platform";
-docs/devel/migration.rst for `x-ignore-shared`.
+Sources: QEMU 7.2's and 10.0's manuals, "System Emulation: Invocation" and "'microvm' virtual
+platform"; docs/devel/migration for `x-ignore-shared`. What depends on the version is in `features`.
 """
 
 from __future__ import annotations
 
 from templated.drivers.hypervisor.base import Hardware, Launch
+from templated.drivers.hypervisor.qemu.features import features
 from templated.model.network import Attachment, Forward, Tap
 
 AGENT_PORT = "templated.agent.0"
 CODE_SERIAL = "templated-code"
 """How the guest knows the second disk: /sys/block/vdb/serial."""
 
-_MACHINES = {
-    # No firmware tables, no PCI, no option ROMs: the state file is 64 KB and the boot short.
-    "microvm": "microvm,x-option-roms=off,isa-serial=on,rtc=on",
-    "q35": "q35,smm=off,vmport=off",
-}
+STATE_FILE = "/dev/fdset/1"
+"""The saved state's descriptor, as a QEMU that takes `file:` names it."""
+
+# No PCI and no option ROMs: the state file is 64 KB and the boot short. Without option ROMs only
+# qboot can start a kernel. It has to be named: by default microvm with ACPI has the SeaBIOS of
+# bios-microvm.bin, which is a link to qboot in Debian 12 and SeaBIOS in Debian 13.
+_MICROVM = "firmware=qboot.rom,x-option-roms=off,isa-serial=on,rtc=on"
+MACHINES = {"microvm": f"microvm,{_MICROVM}", "q35": "q35,smm=off,vmport=off"}
+"""`-machine`, by a template's `machine.type`. Of a guest's boot, too, that proves something."""
 
 
 def qemu_arguments(qemu: str, launch: Launch) -> list[str]:
@@ -35,6 +40,8 @@ def qemu_arguments(qemu: str, launch: Launch) -> list[str]:
         *_devices(launch),
     ]
     if launch.boot is None:
+        if launch.state_fd is not None and features(hardware.version).file_uri:
+            arguments += ["-add-fd", f"fd={launch.state_fd},set=1"]
         arguments += ["-incoming", "defer"]
     else:
         arguments += [
@@ -51,23 +58,27 @@ def qemu_arguments(qemu: str, launch: Launch) -> list[str]:
 
 def _machine(launch: Launch) -> list[str]:
     hardware = launch.hardware
-    share = "on" if launch.memory_shared else "off"
-    backend = f"memory-backend-ram,id=ram,size={hardware.memory_bytes}"
-    if launch.memory is not None:
-        path = _escaped(launch.memory)
-        backend = f"memory-backend-file,id=ram,size={hardware.memory_bytes},mem-path={path}"
-        backend += f",share={share}"
     return [
-        *(
-            "-machine",
-            f"{_MACHINES[hardware.type]},memory-backend=ram",
-        ),
+        *("-machine", f"{MACHINES[hardware.type]},memory-backend=ram"),
         *("-accel", _accelerator(hardware)),
         *("-cpu", hardware.cpu),
         *("-smp", str(hardware.vcpus)),
         *("-m", f"{hardware.memory_bytes >> 10}k"),
-        *("-object", backend),
+        *("-object", _memory(launch)),
     ]
+
+
+def _memory(launch: Launch) -> str:
+    hardware = launch.hardware
+    if launch.memory is None:
+        return f"memory-backend-ram,id=ram,size={hardware.memory_bytes}"
+    path = _escaped(launch.memory)
+    backend = f"memory-backend-file,id=ram,size={hardware.memory_bytes},mem-path={path}"
+    if launch.memory_shared:
+        return f"{backend},share=on"
+    # A private mapping of a file that QEMU, and who breaks out into it, cannot write.
+    read_only = ",readonly=on,rom=off" if features(hardware.version).read_only_memory else ""
+    return f"{backend},share=off{read_only}"
 
 
 def _accelerator(hardware: Hardware) -> str:
@@ -160,7 +171,8 @@ def _hostfwd(forward: Forward, guest: str) -> str:
 def inherited(launch: Launch) -> tuple[int, ...]:
     """The descriptors that the command line names: QEMU must have them under these numbers."""
     network = (launch.network.fd,) if isinstance(launch.network, Tap) else ()
-    return (launch.control_fd, launch.agent_fd, *network, *launch.fds)
+    state = () if launch.state_fd is None else (launch.state_fd,)
+    return (launch.control_fd, launch.agent_fd, *network, *state)
 
 
 def _escaped(value: object) -> str:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from templated.drivers.host import procfs
-from templated.drivers.hypervisor.base import Launch, Machine, Places, Proof
+from templated.drivers.hypervisor.base import Launch, Machine, Places, Proof, Support
 from templated.drivers.hypervisor.process import Process, use_small_pages
 from templated.drivers.hypervisor.qemu import accel
 from templated.drivers.hypervisor.qemu.command import inherited, qemu_arguments
+from templated.drivers.hypervisor.qemu.features import PROVEN, features, proven, release
 from templated.drivers.hypervisor.qemu.machine import QemuMachine
 from templated.drivers.hypervisor.qemu.program import Program
 from templated.drivers.hypervisor.qemu.tsc import tsc_khz
@@ -38,6 +39,13 @@ class Qemu:
 
     def is_version(self, version: str) -> bool:
         return self._program.is_version(version)
+
+    def support(self, version: str) -> Support:
+        return Support(
+            host=PROVEN.get(release(version), ""),
+            proven=proven(),
+            read_only_memory=features(version).read_only_memory,
+        )
 
     def kvm_problem(self) -> str:
         return accel.kvm_opens()
@@ -74,11 +82,12 @@ class Qemu:
         arguments = qemu_arguments(self._binary, launch)
         child = Process.spawn(arguments, log=launch.places.log, fds=inherited(launch))
         first = MachineState.WAITING if launch.boot is None else MachineState.RUNNING
-        return QemuMachine(child, launch.places, first)
+        return QemuMachine(child, launch.places, features(launch.hardware.version), first)
 
     def adopt(self, pid: int, start_time: int, places: Places, uuid: str) -> QemuMachine | None:
         found = Process.adopt(pid, start_time, uuid)
-        return QemuMachine(found, places, None) if found else None
+        # Which QEMU it is nobody needs to know any more: it neither loads nor saves a state.
+        return QemuMachine(found, places, features(""), None) if found else None
 
     async def find(self, places: Mapping[str, Places]) -> dict[str, list[Machine]]:
         found: dict[str, list[Machine]] = defaultdict(list)

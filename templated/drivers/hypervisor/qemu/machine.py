@@ -18,6 +18,8 @@ from templated.drivers.host import procfs
 from templated.drivers.hypervisor import process
 from templated.drivers.hypervisor.base import Places, SavedState
 from templated.drivers.hypervisor.process import Process
+from templated.drivers.hypervisor.qemu.command import STATE_FILE
+from templated.drivers.hypervisor.qemu.features import Features
 from templated.drivers.hypervisor.states import ANSWERS, HELD, LIVE, WAITS, Life, MachineState
 from templated.errors import HypervisorError, Timeout
 
@@ -54,10 +56,13 @@ class _Client(QMPClient):
 class QemuMachine(Life):
     """One QEMU process and its QMP connection."""
 
-    def __init__(self, child: Process, places: Places, first: MachineState | None) -> None:
+    def __init__(
+        self, child: Process, places: Places, can: Features, first: MachineState | None
+    ) -> None:
         """`first` is what its VM does once it is connected; None: QEMU is asked for it."""
         self._process = child
         self._places = places
+        self._can = can
         self._first = first
         self._qmp = _Client(places.sockets.name)
         self.pid = child.pid
@@ -87,10 +92,7 @@ class QemuMachine(Life):
         state.check()
         agreed = self.state is MachineState.EXPECTING
         self._move(MachineState.LOADING)
-        if state.transport == "fd":
-            uri = f"fd:{state.fd}"
-        else:
-            uri = f"exec:exec cat {shlex.quote(str(state.path))}"
+        uri = incoming_uri(state, self._can)
         async with self._migration_events() as events:
             commands = [] if agreed else [self._ignore_shared_memory()]
             commands.append(self._migrate_incoming(uri))
@@ -125,8 +127,11 @@ class QemuMachine(Life):
         self._require(MachineState.PAUSED)
         self._move(MachineState.SAVING)
         await self._ignore_shared_memory()
+        uri = f"exec:exec cat > {shlex.quote(str(target))}"
+        if self._can.file_uri:
+            uri = f"file:{target}"
         async with self._migration_events() as events:
-            await self._execute("migrate", {"uri": f"exec:exec cat > {shlex.quote(str(target))}"})
+            await self._execute("migrate", {"uri": uri})
             await self._guarded(self._completed(events), timeout, "save")
         self._move(MachineState.SAVED)
 
@@ -257,3 +262,10 @@ class QemuMachine(Life):
     async def _ends_soon(self) -> bool:
         await asyncio.wait({self.exited}, timeout=0.5)
         return self.exited.done()
+
+
+def incoming_uri(state: SavedState, can: Features) -> str:
+    """Where QEMU reads a saved state from: the argument of `migrate-incoming`."""
+    if state.transport != "fd":
+        return f"exec:exec cat {shlex.quote(str(state.path))}"
+    return f"file:{STATE_FILE}" if can.file_uri else f"fd:{state.fd}"
