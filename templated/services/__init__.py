@@ -1,1 +1,1 @@
-"""The state machines: templates and their generations, clones and their slots."""
+"""Templates and their generations, clones and their slots: the parts that have states."""

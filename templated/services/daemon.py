@@ -112,7 +112,7 @@ async def services(installation: Installation) -> AsyncIterator[Services]:
 
 
 def _subscribe(slots: Slots, templates: Templates, pools: Pools) -> None:
-    """Who wants to know that a generation serves, or serves no more."""
+    """Report to slots and pools when a generation begins to serve, and when it no longer does."""
     templates.on_serving.append(lambda generation: slots.serve(generation.layer))
     templates.on_serving.append(lambda _: pools.refresh())
     templates.on_retired += [pools.retire, slots.retire]
@@ -120,7 +120,7 @@ def _subscribe(slots: Slots, templates: Templates, pools: Pools) -> None:
 
 
 def make_hypervisor(config: Config) -> Hypervisor:
-    """The hypervisor that the configuration names. The only place that knows which there are."""
+    """The hypervisor that the configuration names. The only place that knows them all."""
     return Qemu(config.qemu, Layout(config).kvm_proof)
 
 

@@ -1,4 +1,4 @@
-"""What this host can and cannot do. Every finding that is not good says how to mend it."""
+"""What this host can and cannot do. Every finding that is not good says how to fix it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _qemu(config: Config) -> Iterator[Check]:
 
 
 def _accelerator(config: Config) -> Iterator[Check]:
-    """The device proves nothing; only a guest that runs does."""
+    """Check by running a guest: that /dev/kvm is there proves nothing."""
     hypervisor = make_hypervisor(config)
     if config.accel == "tcg":
         yield Check("accelerator", "PASS", "tcg, as configured")

@@ -67,7 +67,7 @@ class Layout:
         return self.state / "overlays" / f"{digest}.qcow2"
 
     def remove_partial_overlays(self) -> None:
-        """Remove what a daemon that was killed left half made."""
+        """Remove the incomplete layers that a killed daemon left."""
         for partial in (self.state / "overlays").glob("*.part"):
             partial.unlink(missing_ok=True)
 

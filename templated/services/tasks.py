@@ -1,6 +1,6 @@
 """The daemon's background work: the one place that guards tasks.
 
-What fails in a task never ends the daemon: it is logged here, or raised to whoever waits for it.
+A task that fails never ends the daemon: its error is logged here, or raised to its caller.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Tasks:
         self._running: set[asyncio.Task[Any]] = set()
 
     def spawn(self, work: Coroutine[Any, Any, object], name: str) -> None:
-        """Run `work` beside everything else; what it raises is logged under `name`."""
+        """Run `work` in the background; an error is logged under `name`."""
         self._begin(work, name).add_done_callback(_report)
 
     async def run(self, work: Coroutine[Any, Any, T], name: str | None = None) -> T:
@@ -37,7 +37,7 @@ class Tasks:
         return task
 
     async def end(self) -> None:
-        """Cancel what runs, and wait until it has given back what it had. Raises nothing."""
+        """Cancel all tasks, and wait until they have given back what they hold. Raises nothing."""
         running = set(self._running)
         for task in running:
             task.cancel()

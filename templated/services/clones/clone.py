@@ -32,7 +32,7 @@ class Clone:
 
     @property
     def pid(self) -> int | None:
-        """Of its hypervisor, while it has one that is the clone's."""
+        """The pid of its hypervisor, while the clone owns one."""
         return None
 
     @property
@@ -77,7 +77,7 @@ class Starting(Clone):
 
     generation: Generation
     slot: Slot | None = None
-    """Known once one is allotted."""
+    """Set once a slot is allotted."""
 
     @property
     def allotted(self) -> Slot | None:
@@ -153,5 +153,5 @@ def adopted(clone: Started, vm: Vm) -> Running:
 
 
 def _facts(clone: Clone) -> dict[str, Any]:
-    """What a clone keeps from state to state."""
+    """The fields that a clone keeps from state to state."""
     return {field.name: getattr(clone, field.name) for field in fields(Clone)}

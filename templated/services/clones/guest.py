@@ -1,4 +1,4 @@
-"""What can be done in a running clone, and seen of it: commands, files, its console."""
+"""Access to what is in a clone: its commands, its files and its console."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class Guests:
     ) -> AsyncIterator[ExecFrame]:
         """Run a command: its output as it comes, then one frame that is `done`.
 
-        Whatever happens to the command is in that frame: also that the guest does not answer, or
-        that its output was not read. It is killed after `timeout` seconds, and it goes on when
-        the caller stops reading.
+        That frame says how the command ended, also when the guest does not answer or when its
+        output was not read. The command is killed after `timeout` seconds; it goes on when the
+        caller stops reading.
         """
         agent = self._agent(name)
         return _frames(agent.exec(argv, timeout=timeout, stdin=stdin, env=env))
 
     async def put(self, name: str, path: str, content: bytes, mode: int) -> None:
-        """Write a file. Raises Timeout or GuestError; leaves what was there before, then."""
+        """Write a file. Raises Timeout or GuestError; leaves the old file then."""
         await self._agent(name).put(path, content, mode, _FILE_TIMEOUT)
 
     async def get(self, name: str, path: str) -> bytes:
@@ -54,11 +54,11 @@ class Guests:
         return await self._agent(name).get(path, _FILE_TIMEOUT)
 
     def logs(self, name: str, lines: int) -> bytes:
-        """The last lines of a console, also of a clone that runs no more."""
+        """The last lines of a console, also of a clone that no longer runs."""
         return _text(self._clones.serial_log(name, lines))
 
     def follow_logs(self, name: str, lines: int) -> AsyncIterator[bytes]:
-        """The last lines of a console and then what comes, until the clone is removed."""
+        """The last lines of a console, then new ones, until the clone is removed."""
         return _follow(self._clones.running(name).places.serial_log, lines)
 
     def _agent(self, name: str) -> Agent:

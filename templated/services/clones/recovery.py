@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 
 
 async def recover(context: Context, clones: Clones) -> None:
-    """Bring the world and the journal together again, before the first request.
+    """Make the host agree with the journal again, before the first request.
 
-    Raises HostError when the journal or the network cannot be used; leaves what it had not come
-    to as it was, for the next start.
+    Raises HostError when the journal or the network cannot be used; leaves what it has not
+    reached as it was, for the next start.
     """
     rows = await context.journal.clones()
     slots = {row.slot.id: row.slot for row in rows}
@@ -46,7 +46,7 @@ async def recover(context: Context, clones: Clones) -> None:
 
 
 async def _destroyed(context: Context, slot: Slot, machines: Sequence[Machine]) -> bool:
-    """End what is left of a VM, also when nobody wrote its pid down, and give its slot back.
+    """End what is left of a VM, also when its pid was not recorded, and give its slot back.
 
     False when it does not end: its slot stays, so that nobody gets its address, and the next
     start of the daemon tries again. Raises HostError when the slot cannot be given back.

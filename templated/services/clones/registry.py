@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _CLAIMS_PER_CPU = 2
 _ADOPTIONS, _ADOPTION_TIMEOUT = 32, 10.0
 LOG_BYTES = 256 << 10
-"""What is shown of a console at most."""
+"""The most that is shown of a console, in bytes."""
 
 
 class Clones:
@@ -66,7 +66,7 @@ class Clones:
         demanded = StartPath(request.path) if request.path else None
         starting = self._reserve(names, request.template, demanded)
         with self._context.metrics.starting(len(names)):
-            # Whoever asked may go away; the starts go on, or are undone, all the same.
+            # The caller may go away; the starts still go on, or are undone.
             clones = await self._tasks.run(self._all_or_none(starting, demanded, clock.started))
         return [clone.view() for clone in clones]
 
@@ -111,8 +111,7 @@ class Clones:
     async def _start(
         self, clone: Starting, demanded: StartPath | None, requested: float
     ) -> Running:
-        clock = PhaseClock()
-        clock.started = requested
+        clock = PhaseClock(requested)
         start = Start(self._context, self._templates, self._pools, self._turns, clone, clock)
         try:
             with self._pools.request():
@@ -217,8 +216,8 @@ class Clones:
         if clone.state is not CloneState.REMOVING:
             clone.move(CloneState.REMOVING)
         if isinstance(clone, Running):
-            # Its end takes longer than the row. Should the daemon end in between, a dead clone is
-            # left, for `rm` to be tried again.
+            # A VM takes longer to end than its row to be written. When the daemon ends in
+            # between, it leaves a dead clone, and `rm` can be tried again.
             clone.vm.machine.kill()
         await self._context.journal.clone_state(clone.slot.id, CloneState.REMOVING)
         if isinstance(clone, Running):
@@ -288,7 +287,7 @@ class Clones:
         self._context.events.emit("clone.adopted", row.name, template=row.template)
 
     async def release(self) -> None:
-        """Let go of all VMs, which outlive the daemon. Raises nothing that a VM does."""
+        """Release all VMs, which outlive the daemon. Raises nothing."""
         self._closing = True
         for clone in self._clones.values():
             if isinstance(clone, Running):

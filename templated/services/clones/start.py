@@ -5,9 +5,9 @@
     direct    a hypervisor is started on a slot, restored, woken and named
     cold      a VM boots from its image, as the template's base VM did
 
-`Start.run` tries them in turn, the fastest first, unless one was demanded. What a way takes is on
-one exit stack: when it fails, everything is given back before the next one is tried. A clone
-exists from the moment that its row is in the journal, which is after its guest has confirmed.
+`Start.run` tries them in turn, the fastest first, unless one was demanded. All that a way takes is
+on one exit stack: when it fails, everything is given back before the next one is tried. A clone
+exists as soon as its row is in the journal, which is after its guest has confirmed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import TracebackType
 
 from templated.errors import Busy, HostError, TemplatedError
 from templated.journal import CloneRow
-from templated.model.clone import CloneState, Phase, StartPath
+from templated.model.clone import CloneState, StartPath
 from templated.services.clones.clone import Running, Starting, started
 from templated.services.context import Context
 from templated.services.machines.boot import boot_kernel, image_overlay
@@ -64,8 +65,8 @@ class Start:
     async def run(self, demanded: StartPath | None) -> Running:
         """Bring the clone up by the fastest way that works, or by the one demanded.
 
-        Raises what the last way failed by: a TemplatedError, Busy when a pool was demanded that
-        has no member; leaves nothing of the clone then, neither a row nor a VM nor a slot.
+        Raises the error of the last way, a TemplatedError: Busy when a pool was demanded that has
+        no member. Leaves nothing of the clone then, neither a row nor a VM nor a slot.
         """
         failed: TemplatedError | None = None
         for path in (demanded,) if demanded else FASTEST_FIRST:
@@ -75,7 +76,7 @@ class Start:
                 except _NoneReady as error:
                     failed = failed or error
                     break
-                except HostError:  # the disk, a frozen file: another way would fare alike
+                except HostError:  # the disk, a frozen file: another way would fail as well
                     raise
                 except TemplatedError as error:
                     failed = error
@@ -100,27 +101,32 @@ class Start:
     async def warm(self, undo: Undo) -> Vm:
         """Wake and name a paused VM."""
         member = await self._member(StartPath.WARM, undo)
-        terms, starter = self.clone.generation.terms, self.context.starter
-        async with self._turn(self.turns.claims, terms.identify_s):
-            await self._check(loads_state=False)
-            await starter.claim(member.vm, terms, self.clone.name, member.lag, self.clock)
+        generation, starter = self.clone.generation, self.context.starter
+        async with self.turns.claims, _bound(generation.terms.identify_s):
+            await self.templates.check(generation, loads_state=False)
+            self.clock.allotted()
+            await starter.claim(
+                member.vm, generation.terms, self.clone.name, member.lag, self.clock
+            )
         return member.vm
 
     async def standby(self, undo: Undo) -> Vm:
         """Restore into a hypervisor that waits for it."""
         member = await self._member(StartPath.STANDBY, undo)
         generation, starter = self.clone.generation, self.context.starter
-        async with self._turn(self.turns.claims, generation.terms.restored_s):
-            await self._check(loads_state=True)
+        async with self.turns.claims, _bound(generation.terms.restored_s):
+            await self.templates.check(generation, loads_state=True)
+            self.clock.allotted()
             await starter.finish(member.vm, generation, self.clone.name, self.clock)
         return member.vm
 
     async def direct(self, undo: Undo) -> Vm:
         """Start a hypervisor, and restore into it."""
         generation, starter = self.clone.generation, self.context.starter
-        async with self._turn(self.turns.starts, generation.terms.restored_s):
-            await self._check(loads_state=True)
+        async with self.turns.starts, _bound(generation.terms.restored_s):
+            await self.templates.check(generation, loads_state=True)
             prepared = await self._slot(generation.layer, undo)
+            self.clock.allotted()
             return await starter.direct(prepared, generation, self.clone.name, self.clock)
 
     async def cold(self, undo: Undo) -> Vm:
@@ -133,35 +139,19 @@ class Start:
                 f"image {manifest.image} is gone",
                 hint=f"run: templated template build {generation.template}",
             )
-        async with self._turn(self.turns.starts, terms.booted_s):
+        async with self.turns.starts, _bound(terms.booted_s):
             empty = await image_overlay(self.context.layout, image)
             # Not a layer that slots are kept ready for.
             prepared = await self._slot(Layer(f"cold-{image.digest}", empty), undo)
             launch = starter.launch(prepared, generation.hardware)
             kernel = boot_kernel(self.context.hypervisor, image, manifest.spec, manifest.accel)
+            self.clock.allotted()
             return await starter.boot(prepared, launch, kernel, terms, self.clone.name, self.clock)
 
     # --- what they take -----------------------------------------------------------------------
 
-    @contextlib.asynccontextmanager
-    async def _turn(self, turns: asyncio.Semaphore, bound_s: float) -> AsyncIterator[None]:
-        """Wait for a turn, then bound what is done in it."""
-        with self.clock(Phase.ALLOCATE):
-            await turns.acquire()
-        try:
-            async with within(bound_s, "the start", hint="see start_timeout, identity.timeout"):
-                yield
-        finally:
-            turns.release()
-
-    async def _check(self, *, loads_state: bool) -> None:
-        """Refuse frozen files that are no longer what was frozen: a few stat calls."""
-        with self.clock(Phase.ALLOCATE):
-            await self.templates.check(self.clone.generation, loads_state=loads_state)
-
     async def _slot(self, layer: Layer, undo: Undo) -> PreparedSlot:
-        with self.clock(Phase.ALLOCATE):
-            prepared = await self.context.slots.take(layer)
+        prepared = await self.context.slots.take(layer)
         undo.push_async_callback(self.context.slots.give_back, prepared)
         self.clone.slot = prepared.slot
         return prepared
@@ -188,13 +178,13 @@ class Start:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """A member that was taken and is of no more use."""
+        """Discard a member whose start failed, and count it when the member was at fault."""
         if isinstance(error, TemplatedError) and not isinstance(error, HostError):
             self.pools.lost(member, "claim", error.message)
         await asyncio.shield(self.pools.discard(member))
 
     def _row(self, vm: Vm) -> CloneRow:
-        """What the journal keeps: from here on a restart keeps the VM."""
+        """The clone's row for the journal. Once it is written, a restart keeps the VM."""
         clone = self.clone
         return CloneRow(
             name=clone.name,
@@ -208,3 +198,7 @@ class Start:
             phases=dict(self.clock.phases_ms),
             total_ms=self.clock.total_ms(),
         )
+
+
+def _bound(seconds: float) -> AbstractAsyncContextManager[None]:
+    return within(seconds, "the start", hint="see start_timeout and identity.timeout")

@@ -1,4 +1,4 @@
-"""What a VM boots when nothing is restored into it: the base VM of a template, and cold clones."""
+"""Full boots, in which nothing is restored: the base VM of a template, and cold clones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KERNEL_CMDLINE = "console=ttyS0 quiet loglevel=4 reboot=t panic=-1 ipv6.disable=
 
 
 def boot_kernel(hypervisor: Hypervisor, image: Image, spec: TemplateSpec, accel: str) -> Kernel:
-    """What a full boot of this template starts."""
+    """The kernel that a full boot of this template starts."""
     parts = KERNEL_CMDLINE, hypervisor.kernel_arguments(accel), spec.machine.cmdline
     cmdline = " ".join(part for part in parts if part)
     return Kernel(image.kernel, image.initrd, cmdline)

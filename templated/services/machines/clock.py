@@ -28,7 +28,7 @@ class PhaseClock:
         self.phases_ms[phase.value] = round(self.phases_ms.get(phase.value, 0.0) + spent, 3)
 
     def again(self) -> None:
-        """Another way is tried: its phases count, the time since the request goes on."""
+        """Begin another way: only its phases count, but the time since the request goes on."""
         self.phases_ms.clear()
 
     def total_ms(self) -> float:

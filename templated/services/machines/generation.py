@@ -53,7 +53,7 @@ class Leases:
     def __init__(self) -> None:
         self._held: Counter[Holder] = Counter()
         self.freed: Callable[[], Awaitable[None]] | None = None
-        """Called when the last lease has ended; what it raises reaches whoever ended it."""
+        """Called when the last lease has ended; raises its errors to the caller who ended it."""
 
     def take(self, holder: Holder) -> Lease:
         """One more VM needs the files, until its lease ends."""
@@ -70,7 +70,7 @@ class Leases:
         return not self._held.total()
 
     async def give_back(self, holder: Holder) -> None:
-        """For `Lease` alone. Raises what `freed` raises; leaves the lease given back."""
+        """Called by `Lease` alone. Raises as `freed` does; leaves the lease given back."""
         self._held[holder] -= 1
         if self.free and self.freed is not None:
             await self.freed()
@@ -85,7 +85,7 @@ class Lease:
     _ended: bool = False
 
     async def end(self) -> None:
-        """The VM needs them no more. Idempotent. The last one of a retired generation removes it.
+        """Give up the files. Idempotent. The last lease of a retired generation removes it.
 
         Raises HostError when that removal fails; leaves the lease ended.
         """
@@ -96,7 +96,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a spec says of every start, parsed once: bounds in seconds, and the guest's DNS."""
+    """A spec's settings for every start, parsed once: bounds in seconds, and the guest's DNS."""
 
     start_s: float
     boot_s: float
@@ -154,7 +154,7 @@ class Generation:
 
     @functools.cached_property
     def layer(self) -> Layer:
-        """What a slot's disk layer 3 is made from."""
+        """The source of a slot's disk layer 3."""
         return Layer(self.id, self.directory / EMPTY)
 
     @functools.cached_property
@@ -164,7 +164,7 @@ class Generation:
 
     @functools.cached_property
     def hardware(self) -> Hardware:
-        """What the template had, and every clone must have."""
+        """The hardware that the template had, and every clone must have."""
         machine = self.manifest.spec.machine
         return Hardware(
             type=machine.type,
@@ -186,12 +186,17 @@ class Generation:
 
     def changed(self) -> list[str]:
         """Names of frozen files that are not what was last verified. Costs one stat each."""
-        return [name for name, path in self.files().items() if stamp(path) != self.stamps[path]]
+        return [name for name, path in self._paths.items() if stamp(path) != self.stamps[path]]
+
+    @functools.cached_property
+    def _paths(self) -> dict[str, Path]:
+        # Joined once: it is asked on each start.
+        return self.files()
 
     def runs_on(self) -> bool:
-        """Whether VMs that have loaded their state still have all they use. Costs some stats.
+        """Whether the files that running VMs read are unchanged. Costs some stat calls.
 
-        Memory and disk are read by VMs that run; the saved state is not.
+        Running VMs read memory and disk; the saved state was read when they were restored.
         """
         return set(self.changed()) <= {STATE}
 

@@ -29,9 +29,9 @@ async def identify(
 ) -> None:
     """Give the guest its identity; return only when it has read all of it back.
 
-    `time_at_mark` is what the host's wall clock would have said when the guest set its mark, had
-    the guest not been stopped since: it can compute the time from it, however long this message
-    takes. Raises IdentityError, GuestError or Timeout; leaves a VM that must be destroyed.
+    `time_at_mark` is the host's wall clock now, less the seconds that the guest has run since it
+    set its mark. The guest adds those seconds itself, so this message may take any time. Raises
+    IdentityError, GuestError or Timeout; leaves a VM that must be destroyed.
     """
     order = _order(vm, plan, terms, hostname, time_at_mark, step)
     sent = time.time()
@@ -106,5 +106,5 @@ async def _shift_clock(vm: Vm, terms: Terms, shift: float) -> tuple[float, float
 
 
 def _clock_error(guest_time: float, sent: float, received: float) -> float:
-    """Seconds by which the guest's answer lies outside of the time it was asked in."""
+    """Seconds by which the guest's time lies before the question or after the answer."""
     return max(sent - guest_time, guest_time - received, 0.0)

@@ -33,7 +33,7 @@ _RETRY_AFTER = 5.0
 
 @dataclass(frozen=True)
 class Layer:
-    """What a slot's disk layer 3 is made from: an empty overlay to copy."""
+    """The source of a slot's disk layer 3: an empty overlay to copy."""
 
     generation: str
     empty: Path
@@ -99,7 +99,7 @@ class Slots:
         Raises HostError, Busy when the subnet has no address left; leaves nothing of the slot
         then, nor when it is cancelled.
         """
-        # Threads cannot be cancelled: what they make would be lost. So this is done to its end.
+        # Threads cannot be cancelled, and what they make would be lost: this runs to its end.
         making = asyncio.ensure_future(self._make(layer))
         try:
             return await asyncio.shield(making)
@@ -157,7 +157,7 @@ class Slots:
         self._wanted.set()
 
     async def retire(self, generation: str) -> None:
-        """Give back the ready slots of a generation that nobody will ask for any more.
+        """Give back the ready slots of a generation that is not used any more.
 
         Raises nothing; leaves the rows of slots that cannot be given back now.
         """
@@ -241,7 +241,7 @@ def _files(places: Places, empty: Path, overlay: Path) -> tuple[socket.socket, s
 
 
 def _listen(path: Path) -> socket.socket:
-    """A socket that QEMU inherits: whoever connects before QEMU runs waits in its backlog."""
+    """A socket that QEMU inherits: a client that connects early waits in its backlog."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         listener.bind(str(path))

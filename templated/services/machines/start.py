@@ -1,6 +1,6 @@
 """How one VM comes up: from a prepared slot to a guest that has confirmed its own identity.
 
-Everything here is on the path of a clone's start. Whatever could be done before was done in
+Everything here is on the path of a clone's start. All that can be done earlier is done in
 `slots` (overlay, sockets, port) and `generation` (digests, manifest, bounds).
 """
 
@@ -25,20 +25,21 @@ from templated.services.machines.identify import correct_clock, identify
 from templated.services.machines.slots import PreparedSlot
 from templated.services.machines.vm import Vm
 
-# A claim does what was rehearsed. A name that is shorter than the one before runs other code in
-# the guest than a longer one, so both are rehearsed.
+# Each of these names is set once before a warm VM is paused, so that its claim only runs code
+# that has run before. A name that is shorter than the last one runs other code in the guest than
+# a longer one, so there is one of each.
 REHEARSED = ("a-name-that-is-longer-than-most-names-of-clones", "a")
 REHEARSALS = 2
 REST = 0.1
-"""Seconds that a guest has to finish what follows, so that it need not when it is woken."""
+"""Seconds for a guest to finish its work before it is paused, so that its claim is not slower."""
 
 
 @dataclass(frozen=True)
 class Starter:
     """How this host brings a VM up.
 
-    Whatever a method raises, and when it is cancelled, it leaves the VM on its slot for the slot's
-    owner, who gives back both (`Slots.give_back`). The bound on the whole is the caller's too.
+    A method that raises or is cancelled leaves the VM on its slot. The slot's owner gives back
+    both (`Slots.give_back`), and bounds the time of the whole.
     """
 
     hypervisor: Hypervisor
@@ -79,8 +80,9 @@ class Starter:
     ) -> Vm:
         """A hypervisor that waits for the generation's state.
 
-        `background` is for one that nobody waits for yet: it yields to everything else, and is
-        asked now what `restore` would otherwise ask. Raises HostError, HypervisorError or Timeout.
+        `background` is for one that nobody waits for yet: it runs at the lowest priority, and
+        prepares now what `restore` would otherwise do first. Raises HostError, HypervisorError or
+        Timeout.
         """
         launch = self.launch(prepared, generation.hardware, forwards=forwards)
         launch = replace(launch, memory=generation.memory)
@@ -135,7 +137,7 @@ class Starter:
 
         The guest has its slot's identity and the placeholder `hostname`, and has rehearsed what
         a claim does, which under TCG makes the next one several times faster. Returns the lag:
-        seconds that the guest ran after it set the mark which its clock will be set by.
+        seconds that the guest ran after it set the mark from which its clock will be set.
         Raises as `finish` does.
         """
         clock, terms = PhaseClock(), generation.terms
@@ -218,7 +220,7 @@ class Starter:
             with clock(Phase.IDENTIFY):
                 await asking
         if took > terms.clock_tolerance_s:
-            # The guest was told the time of before it ran: it may be late by as much.
+            # The guest's time was taken before it ran: its clock may be late by that much.
             await correct_clock(vm, terms)
 
 

@@ -24,7 +24,7 @@ class Vm:
         self.machine = machine
         self.agent = Agent(places.agent)
         self.state: SavedState | None = None
-        """What it is to restore, for a VM that waits for that."""
+        """The state that it must restore, while it waits to do so."""
 
     async def connect(self, timeout: float) -> None:
         """Wait for the control channel; the agent's port is connected at the same time.
@@ -69,7 +69,7 @@ class Vm:
         raise GuestError(f"the VM {how}: {words}" if words else f"the VM {how}")
 
     async def destroy(self) -> None:
-        """End the VM at once and let go of everything of it. Idempotent.
+        """End the VM at once and release all that belongs to it. Idempotent.
 
         Raises Timeout when its process does not end; leaves the agent's connection closed.
         """
@@ -79,7 +79,7 @@ class Vm:
             await self.agent.close()
 
     async def release(self) -> None:
-        """Let go of a VM that outlives the daemon. Raises nothing."""
+        """Release a VM that outlives the daemon. Raises nothing."""
         await self.agent.close()
         await self.machine.release()
 

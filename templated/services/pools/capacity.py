@@ -1,4 +1,4 @@
-"""What the host can hold: the arithmetic behind a refused pool size."""
+"""How many pool members the host can hold: the arithmetic behind a refused pool size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LEAST_FREE = 256 << 20
 
 @dataclass(frozen=True)
 class Demand:
-    """Members of one pool: how many there are to be, how many there are, what one costs."""
+    """Members of one pool: how many it must have, how many it has, and the bytes that one costs."""
 
     what: str
     count: int
@@ -29,9 +29,9 @@ def kept_free(memory: Memory) -> int:
 
 
 def require_room(demands: Sequence[Demand], addresses: int, memory: Memory | None = None) -> None:
-    """Busy, with the arithmetic, when the host has not the memory or the addresses.
+    """Raises Busy, with the arithmetic, when the host lacks the memory or the addresses.
 
-    Guests that write more than the canary did need more than this: it is the least they take.
+    This is the least that members take: guests that write more than the canary did need more.
     """
     total = sum(demand.count for demand in demands)
     if total > addresses:

@@ -1,7 +1,7 @@
 """Pools: VMs that are ready before anyone asks, taken by a pop from a deque.
 
-A member is a slot with a VM and without a clone's row: whatever happens to the daemon, the next
-one finds its VM by the slot's UUID and ends it. What makes a member a clone is one transaction,
+A member is a slot with a VM and without a clone's row: however the daemon ends, the next one
+finds the VM by the slot's UUID and ends it. One transaction makes a member a clone,
 `Journal.new_clone`. `refill` keeps the pools at their sizes.
 """
 
@@ -40,13 +40,13 @@ class MemberState(enum.Enum):
     """Where a pool's member is in its life."""
 
     MADE = "made"
-    """Ready, and still the maker's."""
+    """Ready, but not in a pool yet: its maker owns it."""
     WAITING = "waiting"
     """In its pool: the next request can have it."""
     TAKEN = "taken"
-    """Out of its pool, and whoever took it answers for it: it becomes a clone, or is discarded."""
+    """Out of its pool: who took it owns it, and makes it a clone or discards it."""
     DISCARDED = "discarded"
-    """On its way out, with all that it had."""
+    """Being removed, with all that it had."""
 
 
 MEMBER_TRANSITIONS: dict[MemberState, frozenset[MemberState]] = {
@@ -67,7 +67,7 @@ class Member:
     vm: Vm
     lease: Lease
     lag: float = 0.0
-    """Of a warm one: seconds that its guest ran between its clock's mark and its pause."""
+    """For a warm member, the seconds that its guest ran between its clock's mark and its pause."""
     made: float = field(default_factory=time.monotonic)
     state: MemberState = MemberState.MADE
 
@@ -102,7 +102,7 @@ class Pools:
         """Why a pool is not filled at present, in one line."""
 
     async def open(self) -> None:
-        """Find again the sizes that were set at run time. Raises HostError."""
+        """Read the sizes that were set at run time. Raises HostError."""
         self._set = await self._context.journal.pool_sizes()
         self.refresh()
 
@@ -121,7 +121,7 @@ class Pools:
                 self.idle.set()
 
     def take(self, generation: Generation, tier: StartPath) -> Member | None:
-        """A ready member, which is then the caller's; None when there is none. Counts the miss."""
+        """A ready member, which the caller then owns. Counts a miss when there is none: None."""
         pool = (generation.template, tier)
         self.wanted.set()
         while self._ready[pool]:
@@ -135,7 +135,7 @@ class Pools:
         return None
 
     def offer(self, member: Member) -> bool:
-        """Take a new member in; false when it is not wanted any more, and still the maker's."""
+        """Take in a new member. False when it is no longer wanted: then its maker still owns it."""
         serving = self._templates.generation(member.pool[0])
         current = serving is not None and serving.id == member.generation.id
         wanted = current and self.missing(member.pool) > 0
@@ -156,7 +156,7 @@ class Pools:
         self._tasks.spawn(self.discard(member), "discarding a pool member")
 
     def lost(self, member: Member, reason: str, how: str) -> None:
-        """Count and report a member that is of no more use."""
+        """Count and report a member that can no longer be used."""
         template, tier = member.pool
         self._context.metrics.refill_failures.labels(template, tier, reason).inc()
         self._context.events.emit(
@@ -165,7 +165,7 @@ class Pools:
         self.wanted.set()
 
     def withdraw(self, member: Member) -> bool:
-        """Take a certain member out, as its caller's; false when it has been taken already."""
+        """Take out this member, which the caller then owns. False when it was taken already."""
         try:
             self._ready[member.pool].remove(member)
         except ValueError:
@@ -175,7 +175,7 @@ class Pools:
         return True
 
     async def discard(self, member: Member) -> None:
-        """End a member that the caller has, and give back all that it had.
+        """End a member that the caller owns, and give back all that it had.
 
         Raises Defect for one that still waits, or was discarded already.
         """
@@ -184,20 +184,20 @@ class Pools:
         await member.lease.end()
 
     async def retire(self, generation: str) -> None:
-        """End all members of a generation that serves no more. Raises nothing."""
+        """End all members of a generation that no longer serves. Raises nothing."""
         members = [m for m in self.members() if m.generation.id == generation]
         taken = [member for member in members if self.withdraw(member)]
         await asyncio.gather(*(self.discard(member) for member in taken))
         self.refresh()
 
     async def close(self) -> None:
-        """End all members. Raises nothing; leaves pools that take no new ones."""
+        """End all members, and take in no new ones. Raises nothing."""
         self._closing = True
         taken = [member for member in self.members() if self.withdraw(member)]
         await asyncio.gather(*(self.discard(member) for member in taken))
 
     def members(self) -> Iterator[Member]:
-        """All that wait."""
+        """All members that wait."""
         for waiting in list(self._ready.values()):
             yield from list(waiting)
 
@@ -233,7 +233,7 @@ class Pools:
         self._bytes[member.generation.id, member.tier] = size
 
     def cost(self, generation: Generation, tier: StartPath) -> int:
-        """Memory that one more member takes, in bytes: as measured, else as the canary took."""
+        """Memory that one more member takes, in bytes: as measured, or as the canary took."""
         return self._bytes.get((generation.id, tier), generation.manifest.clone_bytes)
 
     async def set(self, template: str, request: PoolRequest) -> PoolView:
@@ -260,7 +260,7 @@ class Pools:
     async def forget(self, template: str) -> None:
         """Forget the sizes that were set for a template that is removed.
 
-        Raises HostError; leaves them forgotten until the daemon's next start then.
+        Raises HostError; then they are forgotten only until the daemon's next start.
         """
         self._set.pop(template, None)
         await self._context.journal.set_pool(template, None)
@@ -295,7 +295,7 @@ class Pools:
         )
 
     def refresh(self) -> None:
-        """Sizes may have changed: set all gauges anew, and have the pools looked after."""
+        """Set all gauges anew and wake `refill`, as sizes may have changed."""
         self.wanted.set()
         metrics = self._context.metrics
         metrics.pool_size.clear()

@@ -49,7 +49,7 @@ class _Backoff:
     why: str = ""
 
     def failed(self, why: str) -> None:
-        """Once more: wait twice as long as the last time."""
+        """Count one more failure: wait twice as long as the last time."""
         self.failures, self.why = self.failures + 1, why
         self.until = time.monotonic() + min(_LONGEST_BACKOFF, 2.0 ** (self.failures - 1))
 
@@ -71,7 +71,7 @@ class Refill:
         self._blocked: dict[str, str] = {}
 
     async def run(self) -> None:
-        """Fill and shrink the pools until cancelled. Raises nothing; requests go on without."""
+        """Fill and shrink the pools until cancelled. Raises nothing."""
         while True:
             # Not wait_for: before Python 3.12 it can lose a cancellation (bpo-37658).
             with contextlib.suppress(TimeoutError):
@@ -86,7 +86,7 @@ class Refill:
                 log.exception("cannot look after the pools")
 
     async def watch(self) -> None:
-        """Replace members that are too old or not well until cancelled. Raises nothing."""
+        """Replace members that are too old or do not answer, until cancelled. Raises nothing."""
         while True:
             await asyncio.sleep(self._interval)
             try:
@@ -96,13 +96,13 @@ class Refill:
                 log.exception("cannot check the pools")
 
     async def _let_requests_go_first(self) -> None:
-        """Wait until no request is under way, but not for ever: there may always be one."""
+        """Wait until no request is under way, but with a bound: there may always be one."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SOON):
                 await self._pools.idle.wait()
 
     def _patience(self) -> float:
-        """Seconds until something may be done that no event announces."""
+        """Seconds until there may be work that no event reports."""
         waiting = any(self._pools.missing(pool) > 0 for pool in self._pools.pools())
         return _SOON if waiting and not self._making.total() else self._interval
 
@@ -125,7 +125,7 @@ class Refill:
         return self._lacking(pool) > 0 and self._backoff_of(pool).until <= time.monotonic()
 
     def _backoff_of(self, pool: Pool) -> _Backoff:
-        """The back-off of a pool; that of an earlier generation says nothing of the next."""
+        """The back-off of a pool; that of an earlier generation does not count for the next."""
         serving = self._templates.active(pool[0]).id
         backoff = self._backoff.get(pool)
         if backoff is None or backoff.generation != serving:
@@ -135,7 +135,7 @@ class Refill:
     # --- making -------------------------------------------------------------------------------
 
     async def _make(self, pool: Pool) -> None:
-        """Make one member. Raises nothing: what goes wrong is counted, and tried again later."""
+        """Make one member. Raises nothing: a failure is counted, and tried again later."""
         clock = PhaseClock()
         try:
             member = await self._member(self._templates.serving(pool[0]), pool[1])
@@ -150,7 +150,7 @@ class Refill:
             self._pools.wanted.set()
 
     async def _member(self, generation: Generation, tier: StartPath) -> Member:
-        """A member that is ready. Raises what its start failed by; leaves nothing of it then."""
+        """A member that is ready. Raises the error of its start; leaves nothing of it then."""
         await self._templates.check(generation, loads_state=True)
         async with contextlib.AsyncExitStack() as undo:
             lease = generation.leases.take(Holder.MEMBER)
@@ -188,7 +188,7 @@ class Refill:
     # --- the host -----------------------------------------------------------------------------
 
     def _look_at_host(self) -> None:
-        """Find out what speaks against making members now."""
+        """Find out whether the host has room and time for new members now."""
         blocked = {}
         limits = self._context.config.pools.pressure
         for resource in RESOURCES:
@@ -222,7 +222,7 @@ class Refill:
     # --- members that wait --------------------------------------------------------------------
 
     def _shrink(self) -> None:
-        """End what is too many."""
+        """End the members that are too many."""
         for pool in self._pools.pools():
             for member in self._pools.ready(pool)[: max(0, -self._pools.missing(pool))]:
                 self._pools.withdraw(member)
@@ -231,7 +231,7 @@ class Refill:
     async def check(self, pool: Pool) -> None:
         """Replace members that do not answer, and one of those that are too old.
 
-        Raises nothing that a member's end raises.
+        Ending a member raises nothing.
         """
         for member in self._pools.ready(pool):
             if not await self._well(member) and self._pools.withdraw(member):

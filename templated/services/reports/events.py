@@ -1,4 +1,4 @@
-"""What happened, for `templated events`."""
+"""Events of clones and templates, for `templated events`."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ class EventBus:
         return self._feed.follow()
 
     def close(self) -> None:
-        """End all followers, and those who come later once they have what is kept. Idempotent."""
+        """End all followers; later ones end after the events that are kept. Idempotent."""
         self._feed.close()

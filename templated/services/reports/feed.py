@@ -13,7 +13,7 @@ T = TypeVar("T")
 class Feed(Generic[T]):
     """Keeps the last items (all with `kept` None) and hands them and new ones to followers.
 
-    A follower that does not read loses the oldest items, never the daemon its memory.
+    A follower that does not read loses the oldest items, so that the daemon's memory stays bounded.
     """
 
     def __init__(self, kept: int | None = None) -> None:
@@ -29,16 +29,16 @@ class Feed(Generic[T]):
         self._wake()
 
     def close(self) -> None:
-        """End all followers once they have what is kept, also those who come later. Idempotent."""
+        """End all followers, also later ones, after the items that are kept. Idempotent."""
         self._closed = True
         self._wake()
 
     def items(self) -> list[T]:
-        """What is still kept, oldest first."""
+        """The items that are still kept, oldest first."""
         return list(self._items)
 
     async def follow(self) -> AsyncIterator[T]:
-        """What is still kept and what comes from now on, until closed. Raises nothing."""
+        """The items that are still kept, then new ones, until closed. Raises nothing."""
         position = 0
         while True:
             while position < self._added:

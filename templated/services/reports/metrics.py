@@ -24,7 +24,7 @@ START_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1),
     *(0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30),
 )
-# Codes of what a start fails by; others appear when they happen.
+# Codes of the usual failures of a start; others appear when they happen.
 _START_REASONS = ("guest", "host", "hypervisor", "identity", "internal", "timeout")
 _TIERS = ("standby", "warm")
 BUILD_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -66,12 +66,12 @@ class Metrics:
         )
         self.starts_in_progress = Gauge(
             "templated_clone_starts_in_progress",
-            "Clones asked for that are not up yet, those too that wait for their turn.",
+            "Requested clones that are not up yet, including those that wait for their turn.",
             registry=self.registry,
         )
         self.events = Counter(
             "templated_events",
-            "What happened to clones and templates; `templated events` tells to which.",
+            "Events of clones and templates; `templated events` says of which.",
             ("type",),
             registry=self.registry,
         )
@@ -92,13 +92,13 @@ class Metrics:
         )
         self.pool_target = Gauge(
             "templated_pool_target",
-            "Members that a pool is to have.",
+            "Members that a pool must have.",
             tier,
             registry=self.registry,
         )
         self.pool_misses = Counter(
             "templated_pool_misses",
-            "Requests that found a pool empty which is to have members.",
+            "Requests that found a pool empty that must have members.",
             tier,
             registry=self.registry,
         )
@@ -151,14 +151,14 @@ class Metrics:
         )
         self.build_info = Gauge(
             "templated_build_info",
-            "1; the labels tell what runs.",
+            "1; the labels say what runs.",
             ("version", "python_version"),
             registry=self.registry,
         )
         self.build_info.labels(__version__, platform.python_version()).set(1)
 
     def expect(self, template: str) -> None:
-        """Show zeros for what may fail of a template: a series that begins with 1 has no rate."""
+        """Show zeros for a template's failures: a series that begins with 1 has no rate."""
         for reason in _START_REASONS:
             self.failures.labels(template, reason)
         for tier in _TIERS:
@@ -186,7 +186,7 @@ class Metrics:
             self.starts_in_progress.dec(clones)
 
     def count_clones(self, states: Callable[[], Mapping[tuple[str, str], int]]) -> None:
-        """Have clones counted, by template and state, when the metrics are read and only then."""
+        """Count clones, by template and state, by this function whenever the metrics are read."""
         self.clones.states = states
 
     def observe_start(
@@ -199,7 +199,7 @@ class Metrics:
 
 
 class _CloneStates(Gauge):
-    """A gauge that is set from what is true whenever it is read."""
+    """A gauge that is computed whenever it is read."""
 
     states: Callable[[], Mapping[tuple[str, str], int]] = dict
 

@@ -1,4 +1,4 @@
-"""Long work that a request starts and does not wait for: it can be followed and looked up."""
+"""Long work that a request starts but does not wait for: users can follow it and look it up."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ Work = Callable[[Progress], Awaitable[dict[str, Any]]]
 
 
 class Operations:
-    """Runs long work in the background and remembers the last of it."""
+    """Runs long work in the background and remembers the latest operations."""
 
     def __init__(self, tasks: Tasks) -> None:
         self._tasks = tasks

@@ -1,7 +1,7 @@
 """One build of a template: boot the base VM, probe it, freeze it, prove it by a canary.
 
-The build works in directories that nothing else knows, so a failure at any point only has to
-remove them; the previous generation serves all the while.
+The build works in directories that nothing else uses. After a failure only these must be removed;
+the previous generation serves all the while.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Build:
     ) -> tuple[ProbeResult, ...]:
         if isinstance(self.context.config.network, BridgeNetwork):
             ports = {port: (vm.slot.ip, port) for port in ports}
-        # What a console showed while booting, it does not show again after a restore.
+        # A console does not show its boot messages again after a restore.
         probes = [p for p in self.spec.probes if not (canary and isinstance(p, SerialProbe))]
         results = await run_probes(Target(vm, ports), probes, self.progress.probe)
         for result in () if canary else results:
@@ -179,7 +179,7 @@ class Build:
         await machine.set_link(False)
         await vm.agent.quiesce(_QUIESCE_TIMEOUT)
         marked = time.monotonic()
-        # The agent goes back to waiting, and the kernel finishes what it has put off.
+        # The agent goes back to waiting, and the kernel finishes work that it put off.
         await asyncio.sleep(_SETTLE)
         await machine.pause()
         lag = time.monotonic() - marked

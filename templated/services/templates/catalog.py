@@ -1,7 +1,7 @@
-"""The catalog of templates: which generation serves, building the next one, going back, removing.
+"""The catalog of templates: the generation that serves, build, rollback and removal.
 
-Who wants to know that a generation serves, that one serves no more, or that a template is gone,
-subscribes (`on_serving`, `on_retired`, `on_removed`): the catalog knows nothing of slots or pools.
+Others subscribe to learn that a generation serves, that one no longer serves, or that a template
+is gone (`on_serving`, `on_retired`, `on_removed`): the catalog knows neither slots nor pools.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Templates:
         self.on_serving: list[Callable[[Generation], None]] = []
         """Called with a generation that serves from now on."""
         self.on_retired: list[Callable[[str], Awaitable[None]]] = []
-        """Called with the id of a generation that serves no more: give back what is ready of it."""
+        """Called with the id of a generation that no longer serves: ready slots and VMs must go."""
         self.on_removed: list[Callable[[str], Awaitable[None]]] = []
         """Called with the name of a template whose generations are gone."""
 
     async def open(self) -> None:
-        """Find again what an earlier daemon knew; unfinished builds are removed.
+        """Read the templates that an earlier daemon left; unfinished builds are removed.
 
         Raises HostError when the journal cannot be read. Nothing serves before `load`.
         """
@@ -68,7 +68,7 @@ class Templates:
     async def load(self) -> None:
         """Verify the active generations, after clones have taken their leases; serve them.
 
-        What cannot be used leaves its template broken, and does not raise.
+        A generation that cannot be used leaves its template broken, and raises nothing.
         """
         for template in list(self._templates.values()):
             if template.active is not None:
@@ -117,7 +117,7 @@ class Templates:
         ]
 
     def lease(self, generation_id: str, holder: Holder) -> Lease:
-        """A lease for a VM of an earlier daemon; of a generation that is not known any more too."""
+        """A lease for a VM of an earlier daemon, also of a generation that is no longer known."""
         for template in self._templates.values():
             if generation_id in template.known:
                 return template.known[generation_id].leases.take(holder)
@@ -128,7 +128,7 @@ class Templates:
 
         One whose files or QEMU were touched is digested again, and when it changed its template
         is left broken. A VM that has loaded its state already (not `loads_state`) only needs
-        memory and disk as they were.
+        memory and disk unchanged.
         """
         try:
             self.serving(generation.template)
@@ -212,7 +212,7 @@ class Templates:
         reason = error.message if isinstance(error, TemplatedError) else repr(error)
         self._context.events.emit("template.build_failed", name, reason=reason)
         self._context.metrics.build_failures.labels(name, _code(error)).inc()
-        # Stopped in the middle of the activation: what the journal calls active stays.
+        # Stopped in the middle of the activation: a generation that the journal calls active stays.
         if (await self._context.journal.active()).get(name) != build.id:
             await build.discard()
 
@@ -324,7 +324,7 @@ class Templates:
         await self._freed(template, known)
 
     async def _freed(self, template: Template, known: Known) -> None:
-        """The last clone or member of a generation let go of it, or it was retired."""
+        """Remove a retired generation once no clone or member uses it."""
         if not known.unwanted:
             return
         known.going = True

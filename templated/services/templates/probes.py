@@ -243,8 +243,8 @@ async def _settle(vm: Vm, probe: SettleProbe) -> str:
 
 
 async def _found(pattern: str, text: str) -> str | None:
-    """What a pattern matches. In a thread, without the interpreter's lock and with a bound: some
-    patterns take for ever on some texts.
+    """The text that a pattern matches. Some patterns take for ever on some texts, so this runs in a
+    thread, without the interpreter's lock and with a bound.
     """
     compiled = regex.compile(pattern)
     try:

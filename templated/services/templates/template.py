@@ -35,21 +35,21 @@ class Known:
 
     @property
     def unwanted(self) -> bool:
-        """Whether it was only kept for clones, and there are none any more."""
+        """Whether it was kept only for its VMs, and all of them have ended."""
         retired = self.row.state is GenerationState.RETIRED
         return retired and self.leases.free and not self.going
 
 
 @dataclass(eq=False)
 class Template:
-    """One template. That it is being built is apart from its state: it can serve meanwhile."""
+    """One template. Whether it is being built is not in its state, as it can serve meanwhile."""
 
     name: str
     state: TemplateState = TemplateState.UNBUILT
     active: str | None = None
     """The id of the generation that the journal calls active."""
     generation: Generation | None = None
-    """The active one, once it was loaded and verified; None when it could not be."""
+    """The active generation, once it was loaded and verified; None when that failed."""
     problem: str = ""
     """Why it is broken, in one line; empty otherwise."""
     building: bool = False
@@ -69,7 +69,7 @@ class Template:
         self.problem = problem
 
     def remove(self) -> None:
-        """Nothing starts from it from now on, and no build begins."""
+        """From now on nothing starts from it, and no build begins."""
         self._move(TemplateState.REMOVING)
 
     def _move(self, state: TemplateState) -> None:

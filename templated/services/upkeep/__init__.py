@@ -1,1 +1,1 @@
-"""What is looked after in intervals, beside requests."""
+"""Work that is done in intervals, beside requests."""

@@ -1,7 +1,7 @@
-"""Metrics that no event changes: they are read in intervals, beside the start path.
+"""Metrics of the host and its VMs, read in intervals, apart from the start path.
 
-Reading is done in a thread and publishing on the event loop, so that a scrape, which runs there
-too, never sees half of a sample.
+They are read in a thread and published on the event loop. A scrape runs on the loop too, so it
+never sees half of a sample.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class HostReading:
-    """One look at the host; None is what it does not tell."""
+    """One look at the host; a value that the host does not report is None."""
 
     pressure: Mapping[str, Pressure | None]
     memory: Memory | None
@@ -77,7 +77,7 @@ class HostMetrics:
         self._host()
         self.serving = self._gauge(
             "templated_template_serving",
-            "1 when clones can be started from the template, as far as is known; else 0.",
+            "1 when clones can be started from the template, as far as is known; otherwise 0.",
             "template",
         )
         self.generations = self._gauge(
@@ -147,7 +147,7 @@ class HostMetrics:
         self.clones_limit.set(limits.clones)
 
     def show_host(self, reading: HostReading) -> None:
-        """Publish one look at the host; what it did not tell keeps its last value."""
+        """Publish one look at the host; a value that it did not report stays as it was."""
         for resource, pressure in reading.pressure.items():
             if pressure is not None:
                 self.pressure.labels(resource, "some").set(pressure.some / 100)
@@ -188,10 +188,10 @@ class _Reading:
 
 
 class VmMeter:
-    """Measures a bounded number of VMs in a round, those first that waited longest.
+    """Measures a bounded number of VMs in each round, first those that waited longest.
 
-    What was measured once counts until the VM is gone or measured again, so that sums are of all
-    VMs also where a round does not reach all.
+    A measurement counts until the VM is gone or measured again, so that sums are of all VMs even
+    where one round does not reach them all.
     """
 
     def __init__(self, per_round: int = _VMS_PER_ROUND) -> None:
@@ -201,7 +201,7 @@ class VmMeter:
         self._known: dict[int, _Reading] = {}
 
     def round(self, vms: Sequence[Sampled]) -> dict[str, float]:
-        """Measure; returns the CPU seconds by template that came to light. Not on the loop."""
+        """Measure; returns the CPU seconds to add, by template. Not on the event loop."""
         templates = {vm.pid: vm.template for vm in vms}
         self._known = {pid: seen for pid, seen in self._known.items() if pid in templates}
         new = [pid for pid in templates if pid not in self._known]
@@ -216,7 +216,7 @@ class VmMeter:
         return dict(spent)
 
     def _unseen(self, pid: int, now: _Reading) -> float:
-        """CPU seconds of a new VM that are not to be counted: all, when an earlier daemon did."""
+        """CPU seconds of a new VM to leave out: all so far, when an earlier daemon counted them."""
         return 0.0 if (start_time(pid) or 0) >= self._began else now.cpu
 
     def memory(self, vms: Iterable[Sampled]) -> dict[tuple[str, str], list[int]]:

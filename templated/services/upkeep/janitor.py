@@ -19,7 +19,7 @@ async def keep_logs_short(slots: Path) -> None:
 
     Raises nothing: a log can go away at any moment.
 
-    Hypervisors append (O_APPEND), so a file can be cut under it without a hole.
+    Hypervisors append (O_APPEND), so cutting an open log leaves no hole in it.
     """
     while True:
         await asyncio.sleep(INTERVAL)
