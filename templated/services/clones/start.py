@@ -80,13 +80,13 @@ class Start:
                     raise
                 except TemplatedError as error:
                     failed = error
+                    self.clock.again()
         assert failed is not None
         raise failed
 
     async def _by(self, path: StartPath) -> Running:
         way: Callable[[Undo], Awaitable[Vm]] = getattr(self, path.value)
         self.clone.path = path
-        self.clock.again()
         async with contextlib.AsyncExitStack() as undo:
             vm = await way(undo)
             row = self._row(vm)
