@@ -71,6 +71,8 @@ class Start:
         failed: TemplatedError | None = None
         for path in (demanded,) if demanded else FASTEST_FIRST:
             for _ in range(_TRIES.get(path, 1)):
+                if failed is not None:
+                    self.clock.again()
                 try:
                     return await self._by(path)
                 except _NoneReady as error:
@@ -80,7 +82,6 @@ class Start:
                     raise
                 except TemplatedError as error:
                     failed = error
-                    self.clock.again()
         assert failed is not None
         raise failed
 
