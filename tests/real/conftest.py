@@ -70,6 +70,13 @@ def host(built: Daemon) -> Iterator[Daemon]:
 
 
 @pytest.fixture
+def copied(built: Daemon, fresh: Daemon) -> Daemon:
+    """A daemon of a test's own that has `python-fn` built, not started yet."""
+    fresh.copy_build(built)
+    return fresh
+
+
+@pytest.fixture
 def fresh(image_store: Path) -> Iterator[Daemon]:
     """A daemon of a test's own, not started yet."""
     daemon = prepare(Daemon(), image_store)

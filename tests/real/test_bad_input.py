@@ -141,37 +141,33 @@ for entry in pathlib.Path("/proc").iterdir():
     steady.cli("rm", "liar")
 
 
-def test_a_state_file_cut_short(fresh: Daemon) -> None:
+def test_a_state_file_cut_short(copied: Daemon) -> None:
     """It is noticed before QEMU is started; a rebuild mends it."""
-    fresh.start()
-    fresh.build()
-    fresh.cli("clone", "a")
-    fresh.cli("rm", "a")
-    state = next(fresh.shm.glob("python-fn/*/state"))
+    copied.start()
+    copied.cli("clone", "a")
+    copied.cli("rm", "a")
+    state = next(copied.shm.glob("python-fn/*/state"))
     os.truncate(state, state.stat().st_size // 2)
-    assert "bytes, frozen were" in fresh.fails("clone", "b")
-    assert fresh.qemus() == [] and fresh.rows()["clones"] == 0
-    memory = next(fresh.shm.glob("python-fn/*/memory"))
+    assert "bytes, frozen were" in copied.fails("clone", "b")
+    assert copied.qemus() == [] and copied.rows()["clones"] == 0
+    memory = next(copied.shm.glob("python-fn/*/memory"))
     with open(memory, "r+b") as damaged:
         damaged.write(b"x")
-    assert "cannot be used" in fresh.fails("clone", "c")
-    assert fresh.json("template", "show", "python-fn")["problem"]
-    fresh.build()
-    fresh.cli("clone", "d")
+    assert "cannot be used" in copied.fails("clone", "c")
+    assert copied.json("template", "show", "python-fn")["problem"]
+    copied.build()
+    copied.cli("clone", "d")
 
 
-def test_a_state_of_another_qemu(fresh: Daemon) -> None:
+def test_a_state_of_another_qemu(copied: Daemon) -> None:
     """A generation that another version froze is refused, and says which."""
-    fresh.start()
-    fresh.build()
-    fresh.stop()
-    manifest = next(fresh.state.glob("generations/python-fn/*/manifest.json"))
+    manifest = next(copied.state.glob("generations/python-fn/*/manifest.json"))
     text = json.loads(manifest.read_text())
     text["qemu"]["version"] = "6.0.0"
     manifest.chmod(0o600)
     manifest.write_text(json.dumps(text))
-    fresh.start()
-    assert "was frozen by QEMU 6.0.0" in fresh.fails("clone", "x")
+    copied.start()
+    assert "was frozen by QEMU 6.0.0" in copied.fails("clone", "x")
 
 
 def test_missing_qemu(image_store: Path) -> None:
@@ -200,19 +196,17 @@ def test_full_shm(fresh: Daemon) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
-def test_full_disk(fresh: Daemon) -> None:
+def test_full_disk(copied: Daemon) -> None:
     """A clone whose disk layer cannot be written fails with one line and leaves nothing."""
-    fresh.start()
-    fresh.build()
-    slots = fresh.state / "slots"
-    fresh.stop()
+    slots = copied.state / "slots"
+    slots.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", slots], check=True)
     try:
-        fresh.config["slots"] = {"ready": 0}
-        fresh.start()
-        assert "No space left" in fresh.fails("clone", "x")
-        assert fresh.rows()["slots"] == 0 and list(slots.iterdir()) == []
-        fresh.stop()
+        copied.config["slots"] = {"ready": 0}
+        copied.start()
+        assert "No space left" in copied.fails("clone", "x")
+        assert copied.rows()["slots"] == 0 and list(slots.iterdir()) == []
+        copied.stop()
     finally:
         subprocess.run(["umount", slots], check=True)
 

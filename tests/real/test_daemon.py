@@ -18,38 +18,37 @@ pytestmark = pytest.mark.real
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_clones_outlive_the_daemon(fresh: Daemon, number: signal.Signals) -> None:
+def test_clones_outlive_the_daemon(copied: Daemon, number: signal.Signals) -> None:
     """A restarted daemon adopts its clones and goes on serving them, and keeps no orphan."""
-    fresh.start()
-    fresh.build()
-    before = fresh.json("clone", "keep", "--count", "2")
-    lost = fresh.json("clone", "lost")
+    copied.start()
+    before = copied.json("clone", "keep", "--count", "2")
+    lost = copied.json("clone", "lost")
     starting = subprocess.Popen(
-        [sys.executable, "-m", "templated", "--socket", str(fresh.socket), "clone", "half"],
+        [sys.executable, "-m", "templated", "--socket", str(copied.socket), "clone", "half"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     time.sleep(0.12)  # most likely in the middle of a start; any moment must do
-    fresh.stop(number)
+    copied.stop(number)
     starting.wait(60)
     os.kill(lost["pid"], signal.SIGKILL)
-    fresh.start()
-    after = {clone["name"]: clone for clone in fresh.json("ls")}
+    copied.start()
+    after = {clone["name"]: clone for clone in copied.json("ls")}
     for clone in before:
         assert after[clone["name"]] == clone
-        assert fresh.cli("exec", clone["name"], "--", "hostname").strip() == clone["name"]
+        assert copied.cli("exec", clone["name"], "--", "hostname").strip() == clone["name"]
     assert after["lost"]["state"] == "dead"
     expected = {clone["pid"] for clone in after.values() if clone["state"] == "running"}
-    assert set(fresh.qemus()) == expected
+    assert set(copied.qemus()) == expected
     # A victim of the restart is noticed as any other.
     os.kill(before[0]["pid"], signal.SIGKILL)
     deadline = time.monotonic() + 10
-    while fresh.json("show", "keep-1")["state"] == "running" and time.monotonic() < deadline:
+    while copied.json("show", "keep-1")["state"] == "running" and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert fresh.json("show", "keep-1")["state"] == "dead"
-    fresh.cli("rm", "--all", "--yes")
-    assert fresh.qemus() == []
-    fresh.cli("clone", "again")
+    assert copied.json("show", "keep-1")["state"] == "dead"
+    copied.cli("rm", "--all", "--yes")
+    assert copied.qemus() == []
+    copied.cli("clone", "again")
 
 
 def building(daemon: Daemon) -> subprocess.Popen[bytes]:
@@ -88,28 +87,29 @@ def test_stopped_in_the_middle_of_a_build(fresh: Daemon) -> None:
     assert fresh.qemus() == [] and list(fresh.shm.rglob("*")) == []
 
 
-def test_generations(fresh: Daemon) -> None:
+def test_generations(copied: Daemon) -> None:
     """Rollback goes back; a generation that clones still map is kept until they end."""
-    fresh.start()
-    first = fresh.build()
-    fresh.cli("clone", "old")
-    second = fresh.build()
-    assert fresh.json("clone", "new")["generation"] == second
-    fresh.cli("template", "rollback", "python-fn")
-    assert fresh.json("clone", "back")["generation"] == first
-    fresh.cli("rm", "new", "back")
-    third = fresh.build()
-    fourth = fresh.build()
-    shown = {g["id"]: g for g in fresh.json("template", "show", "python-fn")["generations"]}
+    copied.variant("python-fn", without_probes=True)  # no probe has a say here
+    copied.start()
+    first = copied.json("template", "show", "python-fn")["active"]
+    copied.cli("clone", "old")
+    second = copied.build()
+    assert copied.json("clone", "new")["generation"] == second
+    copied.cli("template", "rollback", "python-fn")
+    assert copied.json("clone", "back")["generation"] == first
+    copied.cli("rm", "new", "back")
+    third = copied.build()
+    fourth = copied.build()
+    shown = {g["id"]: g for g in copied.json("template", "show", "python-fn")["generations"]}
     assert set(shown) == {first, third, fourth} and shown[first]["clones"] == 1
     assert shown[first]["state"] == "retired"
-    assert fresh.cli("exec", "old", "--", "hostname") == "old\n"
-    assert "clones of template" in fresh.fails("template", "rm", "python-fn")
-    fresh.cli("rm", "old")
-    left = [g["id"] for g in fresh.json("template", "show", "python-fn")["generations"]]
+    assert copied.cli("exec", "old", "--", "hostname") == "old\n"
+    assert "clones of template" in copied.fails("template", "rm", "python-fn")
+    copied.cli("rm", "old")
+    left = [g["id"] for g in copied.json("template", "show", "python-fn")["generations"]]
     assert left == [third, fourth]
-    fresh.cli("template", "rm", "python-fn")
-    assert list(fresh.shm.rglob("*")) == []
+    copied.cli("template", "rm", "python-fn")
+    assert list(copied.shm.rglob("*")) == []
 
 
 def test_manifest(host: Daemon) -> None:
@@ -144,13 +144,12 @@ def test_frozen_files_are_read_only(host: Daemon) -> None:
         assert [f for f in files if f.stat().st_mode & 0o222] == []
 
 
-def test_transport_exec(fresh: Daemon) -> None:
+def test_transport_exec(copied: Daemon) -> None:
     """`restore: {transport: exec}` works as the default does."""
-    fresh.config["restore"] = {"transport": "exec"}
-    fresh.start()
-    fresh.build()
-    clone = fresh.json("clone", "by-exec")
-    assert fresh.cli("exec", "by-exec", "--", "hostname") == "by-exec\n"
+    copied.config["restore"] = {"transport": "exec"}
+    copied.start()
+    clone = copied.json("clone", "by-exec")
+    assert copied.cli("exec", "by-exec", "--", "hostname") == "by-exec\n"
     assert clone["path"] == "direct"
 
 
@@ -186,19 +185,18 @@ def test_q35(fresh: Daemon) -> None:
     assert fresh.cli("exec", "on-q35", "--", "hostname") == "on-q35\n"
 
 
-def test_socket_access_and_metrics(fresh: Daemon) -> None:
+def test_socket_access_and_metrics(copied: Daemon) -> None:
     """The socket has the configured mode and group; /metrics is what Prometheus reads."""
     from prometheus_client.parser import text_string_to_metric_families
 
     group = grp.getgrgid(os.getgid()).gr_name
-    fresh.config["socket_access"] = {"mode": "0600", "group": group}
-    fresh.config["metrics"] = {"listen": "127.0.0.1:0"}
-    fresh.start()
-    assert fresh.socket.stat().st_mode & 0o777 == 0o600
-    assert fresh.socket.stat().st_gid == os.getgid()
-    fresh.build()
-    fresh.cli("clone", "counted")
-    command = ["curl", "-s", "--unix-socket", str(fresh.socket), "http://x/metrics"]
+    copied.config["socket_access"] = {"mode": "0600", "group": group}
+    copied.config["metrics"] = {"listen": "127.0.0.1:0"}
+    copied.start()
+    assert copied.socket.stat().st_mode & 0o777 == 0o600
+    assert copied.socket.stat().st_gid == os.getgid()
+    copied.cli("clone", "counted")
+    command = ["curl", "-s", "--unix-socket", str(copied.socket), "http://x/metrics"]
     text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value

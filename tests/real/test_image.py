@@ -20,7 +20,7 @@ import pytest
 
 from templated.drivers.guest import Confirmation, IdentityOrder
 from templated.drivers.hypervisor.qemu.command import MACHINES
-from templated.drivers.image.store import Image, ImageStore, image_digest
+from templated.drivers.image.store import Image, ImageStore
 from templated.errors import BuildError
 from templated.model.spec import ImageSpec
 from tests.real.harness import processes
@@ -31,15 +31,6 @@ SPEC = ImageSpec()
 
 def quiet(line: str) -> None:
     """A progress callback that shows nothing."""
-
-
-@pytest.fixture(scope="session")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    ready = os.environ.get("TEMPLATED_TEST_IMAGES")
-    if ready and (found := ImageStore(Path(ready)).get(image_digest(SPEC))):
-        return found
-    store = ImageStore(tmp_path_factory.mktemp("store"))
-    return asyncio.run(store.ensure(SPEC, on_progress=quiet))
 
 
 @contextmanager
@@ -109,8 +100,8 @@ class Host:
 
 
 @pytest.mark.parametrize("kind", ["microvm", "q35"])
-def test_guest_boots_and_takes_an_identity(image: Image, tmp_path: Path, kind: str) -> None:
-    with machine(image, tmp_path, kind) as serial:
+def test_guest_boots_and_takes_an_identity(shared_image: Image, tmp_path: Path, kind: str) -> None:
+    with machine(shared_image, tmp_path, kind) as serial:
         wait_for(serial, "templated: agent ready")
         for _ in range(3):
             Host(tmp_path / "agent").leave(b'{"id": 1, "cmd": "pi')
@@ -148,8 +139,8 @@ def test_guest_boots_and_takes_an_identity(image: Image, tmp_path: Path, kind: s
             assert text in shown
 
 
-def test_proof_boot_ends_by_itself(image: Image, tmp_path: Path) -> None:
-    with machine(image, tmp_path, "microvm", "templated.proof") as serial:
+def test_proof_boot_ends_by_itself(shared_image: Image, tmp_path: Path) -> None:
+    with machine(shared_image, tmp_path, "microvm", "templated.proof") as serial:
         wait_for(serial, "templated: guest runs")
 
 
