@@ -6,6 +6,7 @@ from templated.drivers.hypervisor.base import Hypervisor
 from templated.drivers.image.store import Image
 from templated.errors import HostError
 from templated.model.config import Config
+from templated.model.generation import Manifest
 
 
 class Host:
@@ -34,6 +35,22 @@ class Host:
             return "tcg"
         proof = await self._hypervisor.prove_kvm(image.kernel, image.initrd)
         return "kvm" if proof.works else "tcg"
+
+    async def check(self, generation: str, manifest: Manifest) -> None:
+        """Raises HostError unless VMs of a generation run here as they were frozen."""
+        present = await self._hypervisor.version()
+        problem = ""
+        if present.version != manifest.qemu.version:
+            problem = f"by QEMU {manifest.qemu.version}, this host has {present.version}"
+        elif self._wanted not in ("auto", manifest.accel):
+            problem = f"under {manifest.accel}, and accel is {self._wanted}"
+        elif manifest.accel == "kvm" and (missing := self._hypervisor.kvm_problem()):
+            problem = f"under kvm, and {missing}"
+        if problem:
+            raise HostError(
+                f"generation {generation} of {manifest.template} was frozen {problem}",
+                hint=f"run: templated template build {manifest.template}",
+            )
 
     def known_accelerator(self) -> str:
         """What is known without running anything, for display."""

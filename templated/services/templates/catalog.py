@@ -142,7 +142,7 @@ class Templates:
     async def _recheck(self, generation: Generation) -> None:
         try:
             await generation.verify()
-            await self._check_qemu(generation)
+            await self._context.host.check(generation.id, generation.manifest)
         except TemplatedError as error:
             template = self._templates.get(generation.template)
             if template is not None and template.active == generation.id:
@@ -279,7 +279,7 @@ class Templates:
         generation = await generations.load(
             self._context.layout, name, target.row.id, target.leases
         )
-        await self._check_qemu(generation)
+        await self._context.host.check(generation.id, generation.manifest)
         await self._context.journal.activate(generation.id, name)
         await self._serve(template, generation)
         self._context.events.emit("template.rolled_back", name, generation=generation.id)
@@ -415,22 +415,12 @@ class Templates:
             generation = await generations.load(
                 self._context.layout, template.name, generation_id, leases
             )
-            await self._check_qemu(generation)
+            await self._context.host.check(generation.id, generation.manifest)
         except TemplatedError as error:
             log.warning("template %s cannot serve: %s", template.name, error.message)
             template.break_down(error.message)
             return
         await self._serve(template, generation)
-
-    async def _check_qemu(self, generation: Generation) -> None:
-        manifest = generation.manifest
-        present = await self._context.hypervisor.version()
-        if present.version != manifest.qemu.version:
-            raise HostError(
-                f"generation {generation.id} of {manifest.template} was frozen by QEMU "
-                f"{manifest.qemu.version}, this host has {present.version}",
-                hint=f"run: templated template build {manifest.template}",
-            )
 
     def _only_template(self) -> str:
         active = sorted(name for name, t in self._templates.items() if t.active is not None)
