@@ -65,6 +65,15 @@ def _download(do: Do, work: Path, pool: Path) -> None:
         *(SUITE, str(work / "guest")),
     )
     shutil.rmtree(work / "guest")
+    for deb in pool.glob("*.deb"):
+        _store(do, deb, work / "package")
+
+
+def _store(do: Do, deb: Path, unpacked: Path) -> None:
+    """Pack a package without compression: under emulation, to unpack xz takes most of the time."""
+    do("dpkg-deb", "-R", str(deb), str(unpacked))
+    do("dpkg-deb", "-Znone", "-b", str(unpacked), str(deb))
+    shutil.rmtree(unpacked)
 
 
 def _stanza(deb: Path, base: Path) -> str:

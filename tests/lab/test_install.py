@@ -1,0 +1,73 @@
+"""The operator's guide's install section, and the unit in its sandbox under the real systemd."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.lab.product import Product
+
+pytestmark = pytest.mark.lab
+
+
+def test_guide(product: Product) -> None:
+    """Every command of the guide ran as it is written, and the last one built a template."""
+    assert product.json("template", "show", "python-fn")["active"]
+    assert product.unit("ActiveState") == "active"
+    assert product.unit("UnitFileState") == "enabled"
+    assert product.unit("NRestarts") == "0"
+    assert product.lab.do("systemctl --failed --plain --no-legend") == ""
+    assert product.lab.do("man -w templated 2>&1 || ls /usr/local/share/man/man1/templated.1")
+
+
+def test_doctor(host: Product) -> None:
+    """After a build doctor finds nothing wrong, and says that a guest ran under KVM."""
+    said = host.cli("doctor")
+    assert "FAIL" not in said.replace("0 FAIL", "")
+    assert "kvm: a guest booted under KVM" in said
+
+
+def test_systemd_knows_the_units(product: Product) -> None:
+    """systemd takes every line of them: it warns about what it does not know."""
+    warned = "journalctl -b -o cat --no-pager _PID=1 | grep -E '/templated[@.a-z-]*service:[0-9]+:'"
+    done = product.lab.run(warned)
+    assert done.returncode == 1, done.stdout
+    assert product.unit("NeedDaemonReload") == "no"
+
+
+def test_sandbox(host: Product) -> None:
+    """The daemon and its VMs have the unit's four capabilities, its filter, and no way to write."""
+    host.clone("boxed")
+    for pid in (int(host.unit("MainPID")), host.pid("boxed")):
+        status = host.lab.do(f"cat /proc/{pid}/status")
+        fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+        # CHOWN 0, DAC_OVERRIDE 1, NET_ADMIN 12, SYS_NICE 23
+        assert int(fields["CapBnd"], 16) == 1 << 0 | 1 << 1 | 1 << 12 | 1 << 23
+        assert int(fields["CapEff"], 16) & ~int(fields["CapBnd"], 16) == 0
+        assert fields["NoNewPrivs"].strip() == "1"
+        assert fields["Seccomp"].strip() == "2"
+        for path in ("/usr/x", "/etc/x", "/var/x", "/root/x", "/sys/fs/cgroup/x"):
+            done = host.lab.run(f"nsenter --mount --target {pid} touch {path}")
+            assert done.returncode != 0, path
+        devices = host.lab.do(f"nsenter --mount --target {pid} ls /root /home")
+        assert "templated" not in devices
+    assert host.lab.do("stat -c %a /var/lib/templated /run/templated").split() == ["700", "755"]
+
+
+def test_metrics(host: Product) -> None:
+    """Prometheus is answered over TCP by the unit."""
+    host.clone("counted")
+    text = host.lab.do("curl -sf http://127.0.0.1:9177/metrics")
+    assert 'templated_template_serving{template="python-fn"} 1.0' in text
+    assert 'accel="kvm"' in text
+    assert "templated_clone_seconds_count" in text
+
+
+def test_group_uses_the_socket(host: Product) -> None:
+    """`socket_access.group`, as the guide has it: a member may, another user may not."""
+    lab = host.lab
+    lab.do("id member 2>/dev/null || useradd -m -G templated member; id other || useradd -m other")
+    host.configure(socket_access={"group": "templated"})
+    assert "python-fn" in lab.do("runuser -u member -- templated template ls")
+    refused = lab.run("runuser -u other -- templated template ls")
+    assert refused.returncode == 6 or refused.returncode == 5, refused.stderr
+    assert "permission denied" in refused.stderr

@@ -1,0 +1,88 @@
+"""Clones live on whatever happens to the daemon, and the next one adopts them."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.lab.product import Product
+
+pytestmark = pytest.mark.lab
+# systemd ends a daemon that gives no sign of life for WatchdogSec, and starts another.
+STOPPED = "kill -STOP $(systemctl show --value -p MainPID templated)"
+KILLED = "kill -KILL $(systemctl show --value -p MainPID templated)"
+
+
+@pytest.mark.parametrize(
+    ("how", "replaced", "counted"),
+    [
+        ("systemctl restart templated", True, 0),
+        (KILLED, True, 1),
+        (STOPPED, True, 1),
+        ("systemctl daemon-reexec", False, 0),
+        ("systemctl stop templated; systemctl start templated", True, 0),
+    ],
+    ids=["restart", "sigkill", "watchdog", "daemon-reexec", "stop"],
+)
+def test_adoption(host: Product, how: str, replaced: bool, counted: int) -> None:
+    """The clone has its process and memory still, answers, and can be removed; others start."""
+    clone = host.clone("lasting")
+    host.guest("lasting", "echo kept >/run/kept")
+    daemon, restarts = host.unit("MainPID"), int(host.unit("NRestarts"))
+    host.lab.do(how)
+    if replaced:
+        other = f'pid=$(systemctl show --value -p MainPID templated); [ "$pid" -gt 0 -a "$pid" != {daemon} ]'
+        host.wait(f"{other} && systemctl -q is-active templated")
+    else:
+        assert host.unit("MainPID") == daemon
+    assert counted == 0 or int(host.unit("NRestarts")) == restarts + counted
+    found = host.json("show", "lasting")
+    assert found["state"] == "running"
+    assert {key: found[key] for key in ("pid", "mac", "ip", "uuid")} == {
+        key: clone[key] for key in ("pid", "mac", "ip", "uuid")
+    }
+    assert host.guest("lasting", "cat /run/kept") == "kept\n"
+    assert host.clone("next")["state"] == "running"
+    host.cli("rm", "lasting")
+    assert host.lab.run(f"kill -0 {clone['pid']}").returncode != 0
+
+
+def test_reboot(host: Product) -> None:
+    """After a reboot it is as the guide says, and its two commands bring all back."""
+    host.clone("lost")
+    host.lab.reboot()
+    host.wait("systemctl -q is-active templated")
+    assert host.json("show", "lost")["state"] == "dead"
+    assert "is missing" in host.json("template", "show", "python-fn")["problem"]
+    assert "is missing" in host.fails("clone", "early")
+    # The image is still there: nothing is fetched.
+    host.lab.do("systemctl stop lab-archive")
+    host.cli("rm", "--all", "--yes")
+    host.cli("template", "build", "python-fn")
+    assert host.clone("again")["state"] == "running"
+    assert host.json("template", "show", "python-fn")["manifest"]["accel"] == "kvm"
+    assert host.lab.do("systemctl --failed --plain --no-legend") == ""
+
+
+def test_another_qemu(host: Product) -> None:
+    """`apt upgrade` of QEMU: clones go on, the template is refused until it is built again."""
+    wrapper = '#!/bin/sh\n[ "$1" != --version ] || exec echo "QEMU emulator version 99.0.1"\nexec qemu-system-x86_64 "$@"\n'
+    host.lab.put("/usr/local/bin/qemu-next", wrapper)
+    host.lab.do("chmod 755 /usr/local/bin/qemu-next")
+    old = host.json("template", "show", "python-fn")["active"]
+    host.clone("before")
+    host.configure(qemu="/usr/local/bin/qemu-next")
+    assert host.guest("before", "hostname") == "before\n"
+    for line in (
+        host.fails("clone", "after"),
+        host.json("template", "show", "python-fn")["problem"],
+    ):
+        assert f"generation {old} of python-fn was frozen by QEMU" in line
+        assert "this host has 99.0.1" in line
+    assert host.build()["qemu"]["version"] == "99.0.1"
+    assert host.clone("after")["state"] == "running"
+    host.cli("rm", "--all", "--yes")
+    host.configure()
+    assert "was frozen by QEMU 99.0.1" in host.fails("clone", "back")
+    host.cli("template", "rollback", "python-fn")
+    assert host.json("template", "show", "python-fn")["active"] == old
+    assert host.clone("back")["state"] == "running"
