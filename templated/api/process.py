@@ -23,12 +23,14 @@ from templated.services.daemon import Installation, services
 log = logging.getLogger("templated")
 
 
-def run(config_path: Path | None) -> None:
+def run(config_path: Path | None, *, verbose: bool = False) -> None:
     """Serve until SIGTERM or SIGINT. Raises TemplatedError when the daemon cannot start.
 
+    `verbose` logs what hypervisors are asked, too.
     VMs go on when it ends, and the next daemon on the same state_dir adopts them.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
     os.umask(0o077)
     _allow_many_files()
     config = load_config(config_path)

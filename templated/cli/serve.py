@@ -10,7 +10,7 @@ from templated.cli.options import command
 
 EXAMPLES = """
 templated serve
-templated serve --config ./templated.yaml
+templated serve --config ./templated.yaml --verbose
 systemctl start templated
 """
 
@@ -22,11 +22,12 @@ systemctl start templated
     type=click.Path(path_type=Path),
     help="Default: /etc/templated/templated.yaml; without root ~/.config/templated/templated.yaml.",
 )
-def serve(config: Path | None) -> None:
+@click.option("-v", "--verbose", is_flag=True, help="Log each command that QEMU is given, too.")
+def serve(config: Path | None, verbose: bool) -> None:
     """Run the daemon in the foreground, as the systemd unit does.
 
     The VMs outlive it: after a restart it finds them again. SIGTERM and Ctrl-C end it.
     """
     from templated.api.process import run
 
-    run(config)
+    run(config, verbose=verbose)

@@ -420,7 +420,7 @@ def test_doctor_fails(checks: list[_Check], capsys: Capture) -> None:
 def test_serve_passes_the_config_and_reports_errors(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def serve(path: Path | None) -> None:
+    def serve(path: Path | None, *, verbose: bool) -> None:
         raise ConfigError(f"{path}: wrong", hint="fix it")
 
     monkeypatch.setitem(sys.modules, "templated.api.process", SimpleNamespace(run=serve))

@@ -24,6 +24,7 @@ from templated.drivers.hypervisor.states import ANSWERS, HELD, LIVE, WAITS, Life
 from templated.errors import HypervisorError, Timeout
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 _REPLY_TIMEOUT = 10.0
 # What QEMU says of its VM (RunState of its QMP reference); nothing here can go on from the others.
 _STATUSES = {
@@ -228,6 +229,7 @@ class QemuMachine(Life):
                 raise HypervisorError(f"QEMU reports that the state {status}{why}")
 
     async def _execute(self, command: str, arguments: dict[str, object] | None = None) -> object:
+        log.debug("QEMU %d is asked: %s %s", self.pid, command, arguments or "")
         return await self._guarded(self._qmp.execute(command, arguments), _REPLY_TIMEOUT, command)
 
     async def _guarded(self, work: Coroutine[Any, Any, T], timeout: float, what: str) -> T:
