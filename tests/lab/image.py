@@ -98,12 +98,11 @@ def recipe() -> str:
 
 
 def setup_packages() -> list[str]:
-    """The packages that scripts/setup installs."""
-    found = re.search(
-        r"^packages=\((.*?)^\)", (ROOT / "scripts/setup").read_text(), re.MULTILINE | re.DOTALL
-    )
-    assert found, "scripts/setup has no list of packages"
-    return re.sub("#.*", "", found[1]).split()
+    """The packages that scripts/setup installs, those for tests too."""
+    script = (ROOT / "scripts/setup").read_text()
+    lists = re.findall(r"^(?:test_)?packages=\((.*?)^\)", script, re.MULTILINE | re.DOTALL)
+    assert len(lists) == 2, "scripts/setup has two lists of packages"
+    return re.sub("#.*", "", "".join(lists)).split()
 
 
 def requirements() -> list[str]:

@@ -32,7 +32,11 @@ for _ in $(seq 100); do (: </dev/tcp/192.0.2.2/7) 2>/dev/null && exit 0; sleep 0
 exit 1
 """
 GONE = "systemctl stop outside; ip netns del outside; sysctl -qw net.ipv4.ip_forward=0"
-ASK = "exec 2>&1; python3 -c 'import socket, sys; s = socket.create_connection((sys.argv[1], int(sys.argv[2])), 10); print(s.recv(64).decode())'"
+ASK = """
+import socket
+with socket.create_connection(("192.0.2.2", 7), 10) as connection:
+    print(connection.recv(64).decode())
+"""
 
 
 @pytest.fixture
@@ -58,7 +62,7 @@ def test_nat(bridged: Product) -> None:
     for path in ("warm", "direct", "cold"):
         clone = bridged.clone(path, "--path", path)
         assert clone["ip"].startswith("10.78.")
-        assert bridged.guest(path, f"{ASK} 192.0.2.2 7").strip() == "192.0.2.1"
+        assert bridged.cli("exec", path, "--", "python3", "-c", ASK).strip() == "192.0.2.1"
     bridged.cli("pool", "set", "python-fn", "--reset")
     # Its interfaces keep the addresses that the daemon gave them, whatever udev would like.
     for name in ("warm", "direct"):
@@ -69,4 +73,4 @@ def test_nat(bridged: Product) -> None:
     )
     assert isolated.returncode != 0
     bridged.lab.do("systemctl restart templated")
-    assert bridged.guest("direct", f"{ASK} 192.0.2.2 7").strip() == "192.0.2.1"
+    assert bridged.cli("exec", "direct", "--", "python3", "-c", ASK).strip() == "192.0.2.1"

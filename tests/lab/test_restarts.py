@@ -7,9 +7,14 @@ import pytest
 from tests.lab.product import Product
 
 pytestmark = pytest.mark.lab
+MAIN_PID = "systemctl show --value -p MainPID templated"
+NEXT_QEMU = """#!/bin/sh
+[ "$1" != --version ] || exec echo QEMU emulator version 99.0.1
+exec qemu-system-x86_64 "$@"
+"""
+KILLED = f"kill -KILL $({MAIN_PID})"
 # systemd ends a daemon that gives no sign of life for WatchdogSec, and starts another.
-STOPPED = "kill -STOP $(systemctl show --value -p MainPID templated)"
-KILLED = "kill -KILL $(systemctl show --value -p MainPID templated)"
+STOPPED = f"kill -STOP $({MAIN_PID})"
 
 
 @pytest.mark.parametrize(
@@ -30,8 +35,8 @@ def test_adoption(host: Product, how: str, replaced: bool, counted: int) -> None
     daemon, restarts = host.unit("MainPID"), int(host.unit("NRestarts"))
     host.lab.do(how)
     if replaced:
-        other = f'pid=$(systemctl show --value -p MainPID templated); [ "$pid" -gt 0 -a "$pid" != {daemon} ]'
-        host.wait(f"{other} && systemctl -q is-active templated")
+        host.wait(f"pid=$({MAIN_PID}); [ $pid -gt 0 ] && [ $pid != {daemon} ]")
+        host.wait("systemctl -q is-active templated")
     else:
         assert host.unit("MainPID") == daemon
     assert counted == 0 or int(host.unit("NRestarts")) == restarts + counted
@@ -65,8 +70,7 @@ def test_reboot(host: Product) -> None:
 
 def test_another_qemu(host: Product) -> None:
     """`apt upgrade` of QEMU: clones go on, the template is refused until it is built again."""
-    wrapper = '#!/bin/sh\n[ "$1" != --version ] || exec echo "QEMU emulator version 99.0.1"\nexec qemu-system-x86_64 "$@"\n'
-    host.lab.put("/usr/local/bin/qemu-next", wrapper)
+    host.lab.put("/usr/local/bin/qemu-next", NEXT_QEMU)
     host.lab.do("chmod 755 /usr/local/bin/qemu-next")
     old = host.json("template", "show", "python-fn")["active"]
     host.clone("before")
