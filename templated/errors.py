@@ -141,7 +141,7 @@ class RemoteError(TemplatedError):
 class Defect(TemplatedError):
     """templated itself did what it must never do, such as a move between states that is forbidden.
 
-    What it was about to do has not been done.
+    The forbidden step was not taken.
     """
 
     code = "internal"

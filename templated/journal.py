@@ -133,12 +133,12 @@ class Journal:
         """Take the next free index, and write the slot that `make` builds for it.
 
         Indexes go round, so that an address that was given back is the last to be used again.
-        Blocks: for a thread, which has a slot's files to make too.
+        Blocks, so it must run in a thread.
         """
         return self._transaction(lambda db: _new_slot(db, generation, make, capacity))
 
     def drop_slot(self, slot_id: str) -> None:
-        """Forget a slot whose things have been given back, with its clone. Blocks."""
+        """Forget a slot that has been taken down, and its clone. Blocks."""
 
         def work(db: sqlite3.Connection) -> None:
             db.execute("DELETE FROM clones WHERE slot = ?", (slot_id,))
@@ -147,18 +147,18 @@ class Journal:
         self._transaction(work)
 
     async def new_clone(self, row: CloneRow) -> None:
-        """Give a slot, which has a VM already, to a name: in one step a running clone.
+        """Give a slot that has a VM a name, which makes it a running clone in one step.
 
-        Until then a restart ends the VM, which it finds by the slot's UUID. Conflict when the
-        name, or the slot, has been given away.
+        Until then a restart ends the VM, which it finds by the slot's UUID. Raises Conflict when
+        the name or the slot is taken.
         """
         await self._run(lambda db: _insert_clone(db, row))
 
     async def clone_state(self, slot_id: str, state: CloneState, reason: str = "") -> None:
-        """Write a state, and why; nothing when the slot has no clone any more.
+        """Write a state and its reason; does nothing when the slot has no clone any more.
 
-        By slot: a name may have been given away meanwhile. Raises Defect for a move that the
-        table of clones does not have; leaves the state that was written then.
+        By slot: the name may belong to another clone by now. Raises Defect for a move that the
+        table of clones does not have; leaves the earlier state then.
         """
 
         def work(db: sqlite3.Connection) -> None:
@@ -248,8 +248,8 @@ class Journal:
 
     async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         loop = asyncio.get_running_loop()
-        # A transaction under way is never abandoned: who asked for it may be cancelled, but then
-        # waits for its end, so that what the caller gives back is what the journal says.
+        # A transaction under way is never abandoned: a caller that is cancelled still waits for
+        # its end, so that it gives back exactly what the journal has.
         future = loop.run_in_executor(self._thread, self._transaction, work)
         try:
             return await asyncio.shield(future)
@@ -348,7 +348,7 @@ def _next_index(db: sqlite3.Connection, capacity: int) -> int:
 
 
 def _check(table: Table[S], old: S, new: S, what: str) -> None:
-    """A state that is written again is no move: an `rm` that is tried again, a rollback."""
+    """Check a move. Writing the same state again is none: an `rm` is tried again, a rollback."""
     if old is not new:
         move(table, old, new, what)
 

@@ -61,7 +61,7 @@ def parse_template(text: str, source: str) -> TemplateSpec:
 
 
 def template_files(directories: tuple[str, ...]) -> dict[str, Path]:
-    """The template files by the name they stand for; the first directory wins."""
+    """The template files by their templates' names; the first directory wins."""
     found: dict[str, Path] = {}
     for directory in map(Path, directories):
         if directory.is_dir():
@@ -111,7 +111,7 @@ def _parse(text: str, source: str) -> _Document:
         node = loader.get_single_node()
         _refuse_duplicates(node, source)
         data = None if node is None else loader.construct_document(node)
-        msgspec.json.encode(data)  # what the API could not report is refused here
+        msgspec.json.encode(data)  # values that the API could not report are refused here
         return _Document(source, node, data)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -123,7 +123,7 @@ def _parse(text: str, source: str) -> _Document:
 
 
 def _refuse_duplicates(node: yaml.Node | None, source: str) -> None:
-    """YAML forbids a key that stands twice; PyYAML takes the last one silently."""
+    """YAML forbids the same key twice; PyYAML silently takes the last one."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _refuse_duplicates(item, source)

@@ -1,7 +1,7 @@
 """Disk layers 2 and 3: qcow2 overlays.
 
 A generation keeps one empty overlay over its layer 2. A clone's layer 3 is a copy of that file
-(a few hundred KB, mostly holes), so that no qemu-img runs when a clone is asked for.
+(a few hundred KB, mostly holes), so that no qemu-img runs when a clone is requested.
 """
 
 from __future__ import annotations

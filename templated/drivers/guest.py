@@ -36,7 +36,7 @@ _Sink = Callable[["Output"], None]
 
 
 class Output(msgspec.Struct, frozen=True):
-    """A piece of what a command in the guest printed."""
+    """A piece of the output of a command in the guest."""
 
     stream: Literal["stdout", "stderr"]
     data: bytes
@@ -105,7 +105,7 @@ class Step(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class IdentityOrder:
-    """What makes a guest this one machine; `time` is the clock at its last mark, in seconds."""
+    """All that makes a guest unique; `time` is the wall clock at its last mark, in seconds."""
 
     step: Step = Step.IDENTIFY
     hostname: str
@@ -121,7 +121,7 @@ class IdentityOrder:
     entropy: bytes
 
     def fields(self) -> dict[str, str]:
-        """The request's only field; PACKED says what is in it."""
+        """The request's only field; PACKED says what it holds."""
         texts = {
             "hostname": self.hostname,
             "machine_id": self.machine_id,
@@ -200,8 +200,8 @@ class Agent:
             reader, self._writer = await self._open()
         except OSError as error:
             raise GuestError(f"the agent's port is not there: {error}") from error
-        # The first newline ends what an earlier connection left half-written, the second tells
-        # the agent that this is a new one.
+        # The first newline ends a line that an earlier connection left half-written. The second
+        # tells the agent that this connection is new.
         self._writer.write(b"\n\n")
         self._receiver = asyncio.create_task(self._receive(reader), name=f"agent {self._path}")
 
@@ -209,7 +209,7 @@ class Agent:
         for _ in range(_CONNECT_TRIES):
             try:
                 return await asyncio.open_unix_connection(self._path, limit=MAX_LINE)
-            except BlockingIOError:  # QEMU has not yet taken note that the last one went away
+            except BlockingIOError:  # QEMU has not yet noticed that the last one was closed
                 await asyncio.sleep(_CONNECT_PAUSE)
         return await asyncio.open_unix_connection(self._path, limit=MAX_LINE)
 
@@ -261,7 +261,7 @@ class Agent:
         await self.request("ping", timeout)
 
     async def identify(self, timeout: float, identity: IdentityOrder) -> Confirmation:
-        """Give the guest its identity and get back what it then reads of itself."""
+        """Give the guest its identity; returns the identity that it then reads back."""
         return Confirmation.of(await self.request("identify", timeout, identity.fields()))
 
     async def adjust_clock(self, seconds: float, timeout: float) -> float:
@@ -283,9 +283,9 @@ class Agent:
     ) -> AsyncGenerator[Output | ExecResult, None]:
         """Run a command in the guest: its output as it comes, and at last how it ended.
 
-        The agent ends the command after `timeout` seconds; the wait here ends a little later. Does
-        the caller stop earlier, the command goes on. Raises what `request` raises, or Busy when
-        the caller does not read the output; the command then goes on as well.
+        The agent ends the command after `timeout` seconds; the wait here ends a little later. When
+        the caller stops earlier, the command goes on. Raises what `request` raises, and Busy when
+        the caller does not read the output; then the command goes on too.
         """
         arguments: dict[str, Any] = {"argv": argv, "timeout": timeout, "env": env or {}}
         if stdin:
@@ -349,7 +349,7 @@ class Agent:
             self._fail_pending(self._broken)
 
     async def _receive_line(self, reader: asyncio.StreamReader) -> bool:
-        """Handle one line; false at the end. Nonsense fails who waits now, not who asks later."""
+        """Handle one line; false at the end. A bad line fails only the requests under way."""
         try:
             line = await reader.readline()
             if line.strip():
@@ -367,12 +367,12 @@ class Agent:
     def _dispatch(self, reply: _Reply) -> None:
         pending = self._pending.get(reply.id) if reply.id is not None else None
         if pending is None or pending.reply.done():
-            return  # the answer to a request that nobody waits for any more
+            return  # the reply to a request that is no longer waited for
         if reply.stream is not None:
             try:
                 if pending.sink is not None:
                     pending.sink(Output(reply.stream, base64.b64decode(reply.data)))
-            except TemplatedError as error:  # the receiver has had enough
+            except TemplatedError as error:  # the receiver refuses more output
                 pending.reply.set_exception(error)
         elif reply.ok:
             pending.reply.set_result(reply.result)

@@ -24,7 +24,7 @@ class CloneRequest(_Body, frozen=True, kw_only=True):
     """None: the only template that has an active generation."""
     count: Annotated[int, Meta(ge=1, le=MAX_COUNT)] | None = None
     path: Literal["cold", "direct", "standby", "warm"] | None = None
-    """Force a path; None takes the fastest that is ready: warm, else standby, else direct."""
+    """Force a path; None takes the fastest that is ready: warm, then standby, then direct."""
 
 
 class PoolRequest(_Body, frozen=True, kw_only=True):
@@ -50,7 +50,7 @@ class PoolView(Struct, frozen=True, kw_only=True):
     standby: TierView
     warm: TierView
     problem: str = ""
-    """Why no members are made at present; empty when nothing is in the way."""
+    """Why no members are made at present; empty when nothing prevents it."""
 
 
 class ImageView(Struct, frozen=True, kw_only=True):
@@ -72,7 +72,7 @@ class BuildRequest(_Body, frozen=True, kw_only=True):
 
     spec: str | None = None
     source: str = "the request"
-    """What errors call the given YAML, such as the name of the file it was read from."""
+    """The name of the given YAML in errors, such as that of the file it was read from."""
 
 
 class ExecRequest(_Body, frozen=True, kw_only=True):
@@ -109,7 +109,7 @@ class OperationState(enum.StrEnum):
 
     RUNNING = "running"
     DONE = "done"
-    """It ended well; `result` says with what."""
+    """It ended well, with `result`."""
     FAILED = "failed"
     """It ended with `error`, also when the daemon was stopped meanwhile."""
 
@@ -172,7 +172,7 @@ class Event(Struct, frozen=True, kw_only=True):
 
     time: str
     type: str
-    """What, as `clone.running`, `generation.active`."""
+    """The kind of event, such as `clone.running` or `generation.active`."""
     subject: str
     """The name of the clone or template."""
     details: dict[str, Any] = {}

@@ -11,13 +11,13 @@ class CloneState(enum.StrEnum):
     """Where a clone is in its life. `TRANSITIONS` says what may follow what."""
 
     STARTING = "starting"
-    """On its way up; not in the journal yet, which has its slot."""
+    """It is being started. The journal has its slot, but not the clone yet."""
     RUNNING = "running"
     """The guest has confirmed its identity and its link is up."""
     DEAD = "dead"
     """Its VM ended by itself or was killed from outside; the name is taken until `rm`."""
     REMOVING = "removing"
-    """Being taken down; then there is no record of it any more."""
+    """It is being taken down; after that there is no record of it."""
 
 
 TRANSITIONS: dict[CloneState, frozenset[CloneState]] = {
@@ -56,7 +56,7 @@ class Phase(enum.StrEnum):
 
 
 class Identity(Struct, frozen=True, kw_only=True):
-    """What no two clones share, as a user sees it."""
+    """The values that no two clones share, as a user sees them."""
 
     mac: str
     ip: str
@@ -66,7 +66,7 @@ class Identity(Struct, frozen=True, kw_only=True):
 
 
 class Slot(Struct, frozen=True, kw_only=True):
-    """What a clone needs and nothing about its owner. Made ahead of requests."""
+    """All that a clone needs, made ahead of requests and without an owner."""
 
     id: str
     """Names its directories and its tap."""

@@ -1,4 +1,4 @@
-"""What `templated.yaml` says, and where things lie by default."""
+"""The settings in `templated.yaml`, and the default places of files."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ class PoolConfig(_Section, frozen=True, kw_only=True):
     concurrent_refills: Annotated[int, Meta(ge=1, le=64)] | None = None
     """Members made at once; None: half of the host's CPUs."""
     max_age: Duration = "360m"
-    """A warm member is replaced after so long."""
+    """The age at which a warm member is replaced."""
     check_interval: Duration = "30s"
-    """How often members that wait are asked whether they are well."""
+    """How often waiting members are checked."""
     pressure: PressureConfig = PressureConfig()
 
     def __post_init__(self) -> None:

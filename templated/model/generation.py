@@ -31,7 +31,7 @@ TRANSITIONS: dict[GenerationState, frozenset[GenerationState]] = {
 
 
 class TemplateState(enum.StrEnum):
-    """Where a template is in its life. That a build is under way is told apart from it."""
+    """Where a template is in its life. Whether a build is under way is recorded apart from it."""
 
     UNBUILT = "unbuilt"
     """No generation is active."""
@@ -50,7 +50,7 @@ TEMPLATE_TRANSITIONS: dict[TemplateState, frozenset[TemplateState]] = {
     ),
     TemplateState.SERVING: frozenset({TemplateState.BROKEN, TemplateState.REMOVING}),
     TemplateState.BROKEN: frozenset({TemplateState.SERVING, TemplateState.REMOVING}),
-    # A removal that fails half-way: what is left serves nobody, and can be removed again.
+    # A removal that fails half-way: the rest cannot serve, and can be removed again.
     TemplateState.REMOVING: frozenset({TemplateState.BROKEN}),
 }
 

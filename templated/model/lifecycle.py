@@ -1,7 +1,7 @@
 """States and what may follow what: one guard for every entity that has a life.
 
-An entity has an enum of its states and a table. Whoever changes a state does it by `move`, so that
-a move that the table does not have is found where it is made, and never written down.
+An entity has an enum of its states and a table. All code changes a state by `move`, so that a move
+that the table does not have is found where it is made, and is never stored.
 """
 
 from __future__ import annotations

@@ -44,11 +44,11 @@ class UserNetwork(_Section, frozen=True, tag="user"):
 class BridgeNetwork(_Section, frozen=True, tag="bridge"):
     """A tap per clone on a bridge of the host.
 
-    create        make the bridge when it is missing; else a missing bridge is an error
+    create        make the bridge when it is missing; otherwise a missing bridge is an error
     host_address  the bridge has the subnet's first address, which is the guests' gateway
     isolate       clones reach the host but not each other
     antispoof     a port passes only IPv4 and ARP from the address that it was made for (needs nft)
-    nat           masquerade what leaves for other networks (needs nft and ip_forward)
+    nat           masquerade packets that leave for other networks (needs nft and ip_forward)
     netns         a named network namespace that holds all of it; None is the daemon's own
 
     Raises ValueError when `subnet` is not usable, and for `nat` without `host_address`.
@@ -103,7 +103,7 @@ class Slirp:
 
 
 Attachment: TypeAlias = Tap | Slirp
-"""How a VM's NIC is connected; the hypervisor's driver puts it into its own words."""
+"""How a VM's NIC is connected; the hypervisor's driver turns it into its own options."""
 
 
 def parse_subnet(text: str) -> ipaddress.IPv4Network:
@@ -148,7 +148,7 @@ class AddressPlan:
 
     @property
     def dns(self) -> str:
-        """Where slirp answers DNS. In bridge mode nobody is there."""
+        """Where slirp answers DNS. In bridge mode nothing answers there."""
         return str(self.network[2])
 
     @property

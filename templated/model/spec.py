@@ -1,4 +1,4 @@
-"""What a template's YAML file says."""
+"""The contents of a template's YAML file."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class IdentitySpec(_Spec, frozen=True, kw_only=True):
 
 
 class NetworkSpec(_Spec, frozen=True, kw_only=True):
-    """What the guest is told about its network beside its own address."""
+    """The guest's network settings besides its own address."""
 
     dns: Annotated[
         tuple[Annotated[str, Meta(pattern=r"^[0-9.]{7,15}$(?!\n)")], ...], Meta(max_length=8)

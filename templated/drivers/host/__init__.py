@@ -1,1 +1,1 @@
-"""What the kernel and the programs of the host report."""
+"""Facts about the host, from its kernel and its programs."""

@@ -1,4 +1,4 @@
-"""What the kernel lets this process do (capabilities(7))."""
+"""The privileges of this process (capabilities(7))."""
 
 from __future__ import annotations
 

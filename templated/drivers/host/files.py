@@ -11,7 +11,7 @@ Stamp = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Space:
-    """Bytes of a file system: what can still be had, and all."""
+    """Bytes of a file system: those that are free, and all."""
 
     free: int
     size: int
@@ -27,7 +27,7 @@ def file_system(path: Path) -> Space | None:
 
 
 def stamp(path: str | Path) -> Stamp | None:
-    """What changes when a file is written or replaced; None when there is none. Costs one stat."""
+    """A value that changes when the file does; None when there is no file. Costs one stat."""
     try:
         status = os.stat(path)
     except OSError:

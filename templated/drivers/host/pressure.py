@@ -22,7 +22,7 @@ class Pressure:
 
 
 def read_pressure(resource: str, root: Path = _ROOT) -> Pressure | None:
-    """The present pressure; None where the kernel does not tell (`psi=0`, or before 4.20)."""
+    """The present pressure; None where the kernel reports none (`psi=0`, or before 4.20)."""
     try:
         lines = (root / resource).read_text().splitlines()
     except OSError:

@@ -1,6 +1,6 @@
-"""What /proc says of processes and of the host's memory and CPUs (proc(5)).
+"""Processes, and the host's memory and CPUs, as /proc shows them (proc(5)).
 
-A process that is gone is no error: each function says what it returns then.
+A process that has ended is no error: each function says what it returns then.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Mapped:
-    """Bytes that a process maps: its share of them (PSS), and those that nobody else maps."""
+    """Bytes that a process maps: its share of them (PSS), and those that no other process maps."""
 
     proportional: int
     private: int
@@ -92,8 +92,8 @@ def mapped_bytes(pid: int, proc: Path = _PROC) -> Mapped | None:
 def anonymous_bytes(pid: int, proc: Path = _PROC) -> int | None:
     """Resident memory of a process without pages of files; None when it is gone.
 
-    Cheap, and allowed for processes of others. A clone's memory is a file's until it writes there,
-    so this is nearly all that the clone costs.
+    Cheap, and allowed for the processes of other users. A clone's memory comes from a file until
+    it writes there, so this is nearly all that the clone costs.
     """
     try:
         _, resident, shared, *_ = (proc / str(pid) / "statm").read_text().split()

@@ -1,4 +1,4 @@
-"""Programs of the host that answer and end: each with a bound, and none left behind."""
+"""Runs programs of the host: each for a bounded time, and none is left behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = {
     "qemu-system-x86_64": "qemu-system-x86",
     "unshare": "util-linux",
 }
-"""Where Debian has what this project runs."""
+"""The Debian packages of the programs that this project runs."""
 _TIMEOUT = 60.0
 
 
@@ -31,7 +31,7 @@ _TIMEOUT = 60.0
 async def started(
     *arguments: str, stderr: int = asyncio.subprocess.STDOUT, **options: Any
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A program in a process group of its own; what is left of the group is killed at the end.
+    """A program in a process group of its own; the rest of the group is killed at the end.
 
     Its stdout is a pipe, and takes stderr too unless that is given. `options` are those of
     asyncio.create_subprocess_exec. Raises HostError when the program is not installed.
@@ -75,7 +75,7 @@ async def run(*arguments: str, timeout: float = _TIMEOUT) -> str:
 def run_here(*arguments: str, stdin: str, timeout: float = _TIMEOUT, hint: str = "") -> str:
     """As `run`, in the namespaces of the calling thread, which it blocks.
 
-    Fails with the first line that the program says, and `hint`.
+    Raises HostError with the first line that the program prints, and `hint`.
     """
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The interface of a hypervisor: all that services know of one.
+"""The interface of a hypervisor: services use nothing else of one.
 
 `Hypervisor` starts and finds VMs and knows what runs guests on this host; `Machine` is one VM.
 """
@@ -52,18 +52,18 @@ class Places:
 
     @property
     def serial_log(self) -> Path:
-        """What the guest wrote to its console."""
+        """The output of the guest's console."""
         return self.directory / "serial.log"
 
     @property
     def log(self) -> Path:
-        """What the hypervisor itself wrote."""
+        """The output of the hypervisor itself."""
         return self.directory / "qemu.log"
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a VM boots when nothing is restored into it."""
+    """The kernel of a full boot, in which nothing is restored."""
 
     kernel: Path
     initrd: Path
@@ -74,8 +74,8 @@ class Kernel:
 class Launch:
     """Everything that starting one VM needs.
 
-    The directories of `places` exist and its sockets are listening already, so that nobody waits
-    for the hypervisor to make them.
+    The directories of `places` exist and its sockets listen already, so that no start waits for
+    the hypervisor to make them.
     """
 
     slot: str
@@ -94,8 +94,8 @@ class Launch:
     state_fd: int | None = None
     """The saved state, for the transport `fd`; the VM inherits it."""
     code: Path | None = None
-    """A second, read-only disk: a raw image. It is part of the hardware: a clone has one exactly
-    when its template had one, of whatever content."""
+    """A second, read-only disk: a raw image. It is part of the hardware: a clone has one if and
+    only if its template had one; the content may differ."""
     boot: Kernel | None = None
     """None: start waiting for state."""
 
@@ -110,7 +110,7 @@ class SavedState:
     """For the transport `fd`: a descriptor that the VM inherited at its start."""
 
     def check(self) -> None:
-        """Raise HostError when the file is missing or empty: some would wait for ever for that."""
+        """Raise HostError when the file is missing or empty: a restore may wait for ever for it."""
         try:
             size = os.stat(self.path).st_size
         except OSError as error:
@@ -125,7 +125,7 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     """Whether KVM runs a guest, and how that is known."""
 
     host: str
-    """What it was found out on: a digest of host, kernel, CPU and hypervisor."""
+    """Where it was tested: a digest of host, kernel, CPU and hypervisor."""
     works: bool
     detail: str
 
@@ -134,9 +134,9 @@ class Machine(Protocol):
     """One running hypervisor process.
 
     A coroutine raises HypervisorError when the hypervisor refused or ended, and Timeout when it
-    did not answer. The VM and its state are then as before, unless it says otherwise. In a state
-    that its docstring does not name it raises Defect and does nothing; once the process has
-    ended, HypervisorError.
+    did not answer. The VM and its state are then as before, unless its docstring says otherwise.
+    In a state that the docstring does not name it raises Defect and does nothing; once the
+    process has ended, it raises HypervisorError.
     """
 
     pid: int
@@ -145,11 +145,11 @@ class Machine(Protocol):
 
     @property
     def state(self) -> MachineState:
-        """What this side knows of the VM; `status` asks the hypervisor."""
+        """The VM's state as this side knows it; `status` asks the hypervisor."""
 
     @property
     def start_time(self) -> int:
-        """The process's start in clock ticks since boot, so that a reused pid is told apart.
+        """The process's start in clock ticks since boot, so that a reused pid is recognised.
 
         Known once it is connected; asked for earlier, it may block for some milliseconds.
         """
@@ -157,8 +157,8 @@ class Machine(Protocol):
     async def connect(self, timeout: float) -> None:
         """Wait until the control channel answers.
 
-        From `spawned` to `waiting` or `running`, as it was launched; an adopted one is asked for
-        its state, and HypervisorError is raised when that is none to go on from.
+        From `spawned` to `waiting` or `running`, as it was launched. An adopted VM is asked for
+        its state; raises HypervisorError when the VM cannot be used in it.
         """
 
     async def expect_state(self) -> None:
@@ -168,7 +168,7 @@ class Machine(Protocol):
         """Load a saved state; the vCPUs stay stopped. `waiting` or `expecting` to `paused`.
 
         Raises HostError for a file that is missing or empty, which changes nothing. Any other
-        failure leaves the VM `loading`, and of no more use.
+        failure leaves the VM `loading`, and it can no longer be used.
         """
 
     async def resume(self) -> None:
@@ -178,26 +178,26 @@ class Machine(Protocol):
         """Stop the vCPUs. `running` to `paused`."""
 
     async def status(self) -> MachineState | None:
-        """What the hypervisor says of its VM: waiting, paused, running or saved; None is any
-        other. Allowed in these states."""
+        """The VM's state as the hypervisor reports it: waiting, paused, running or saved; None for
+        any other. Allowed in these four states."""
 
     async def set_link(self, up: bool) -> None:
         """Plug or unplug the guest's network cable. Allowed while waiting, paused and running."""
 
     async def detach_network(self) -> None:
-        """Take the host's end of the NIC of a `paused` VM away: no trace of it gets saved."""
+        """Remove the host's end of the NIC of a `paused` VM, so that it is not saved."""
 
     async def save(self, target: Path, timeout: float) -> None:
         """Write the device state of a VM, without its shared memory. `paused` to `saved`.
 
         The VM must never run again: its memory file is now part of the generation. A failure
-        leaves it `saving`, and of no more use; there may be a part of `target`.
+        leaves it `saving`, and it can no longer be used; `target` may be there in part.
         """
 
     async def quit(self, timeout: float) -> None:
         """End the process in an orderly way, with all disk writes done.
 
-        Allowed in every state in which it answers. Timeout leaves it on its way to the end.
+        Allowed in every state in which it answers. After a Timeout it may still end.
         """
 
     def kill(self) -> None:
@@ -210,7 +210,7 @@ class Machine(Protocol):
         """
 
     async def release(self) -> None:
-        """Let go of a process that is to outlive the daemon. Idempotent, always allowed."""
+        """Release a process that must outlive the daemon. Idempotent, always allowed."""
 
     def last_words(self) -> str:
         """The last line that the hypervisor wrote to its log; empty when there is none."""
@@ -222,7 +222,7 @@ class Machine(Protocol):
         """Memory that only this process holds, in bytes; 0 when it is gone."""
 
     def background(self, on: bool) -> None:
-        """Let everything else on the host go first, for CPU and I/O, or no longer.
+        """Give it the lowest priority for CPU and I/O, or the usual one again.
 
         Does nothing where the daemon could not undo it.
         """
@@ -247,9 +247,9 @@ class Hypervisor(Protocol):
     """
 
     def prepare(self) -> None:
-        """Do what has to be done once, before the event loop runs, since it blocks for 0.1 s.
+        """Do the work that is needed once, before the event loop runs: it blocks for 0.1 s.
 
-        It may also set what VMs inherit from this process.
+        It may also change settings of this process that VMs inherit.
         """
 
     async def version(self) -> QemuVersion:
@@ -268,12 +268,12 @@ class Hypervisor(Protocol):
         """Why KVM cannot be used; empty when its device opens, which proves nothing yet."""
 
     def remembered_proof(self) -> Proof | None:
-        """What `prove_kvm` found on this host; None when that, or the version, is not known."""
+        """The result of `prove_kvm` on this host; None when it, or the version, is not known."""
 
     async def prove_kvm(self, kernel: Path, initrd: Path) -> Proof:
         """Whether this kernel runs under KVM: as remembered, or by running it, some 20 s at most.
 
-        It is run once for all who ask at a time. Raises HostError when no guest can be started.
+        Callers at the same time share one run. Raises HostError when no guest can be started.
         """
 
     def clock_problem(self, accelerator: str) -> str:
@@ -283,13 +283,13 @@ class Hypervisor(Protocol):
         """The CPU model that guests get."""
 
     def kernel_arguments(self, accelerator: str) -> str:
-        """What a Linux guest has to be told of this hypervisor, for its kernel's command line."""
+        """Arguments for a Linux guest's kernel that this hypervisor needs."""
 
     def describe(self, launch: Launch) -> tuple[str, ...]:
         """The command line of a launch, for people to read."""
 
     def spawn(self, launch: Launch) -> Machine:
-        """Start a VM and return at once. Raises HostError when that cannot be; nothing runs then.
+        """Start a VM and return at once. Raises HostError when that fails; nothing runs then.
 
         The descriptors that the launch names may be closed afterwards.
         """
@@ -298,4 +298,4 @@ class Hypervisor(Protocol):
         """The VM that an earlier daemon started; None unless all four are still right."""
 
     async def find(self, places: Mapping[str, Places]) -> dict[str, list[Machine]]:
-        """All VMs that run with one of these UUIDs, also those whose pid nobody wrote down."""
+        """All VMs that run with one of these UUIDs, also those whose pid was not recorded."""

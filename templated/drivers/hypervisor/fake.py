@@ -34,8 +34,9 @@ class FakeHypervisor:
 
     `fail` names the step at which every further start fails: spawn, connect, restore, resume,
     identify (the guest reads back another `mismatch`), nonsense (the agent answers no JSON),
-    silence (it never answers), clock (a clock that cannot be set), link; and of a template:
-    pause, detach_network, save, quit. `fail_after` lets so many machines start well before that.
+    silence (it never answers), clock (a clock that cannot be set), link; and in the build of a
+    template: pause, detach_network, save, quit. `fail_after` is the number of machines that start
+    well before that.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class FakeHypervisor:
         self.fail_after = 0
         self.mismatch = "mac"
         self.installed = "7.2.0"
-        """The version that it claims to be of."""
+        """The version that it claims to have."""
         self.machines: dict[int, FakeMachine] = {}
         self._holds: dict[str, asyncio.Event] = {}
         self._pids = itertools.count(1_000_000)
@@ -92,11 +93,11 @@ class FakeHypervisor:
         return machine
 
     def hold(self, step: str) -> asyncio.Event:
-        """Make every machine wait at a step until the event is set; at `destroy`, not end."""
+        """Make every machine wait at a step until the event is set; at `destroy`, none ends."""
         return self._holds.setdefault(step, asyncio.Event())
 
     def let_go(self) -> None:
-        """Hold no machine any more."""
+        """Release all machines that are held."""
         for event in self._holds.values():
             event.set()
         self._holds.clear()
@@ -147,7 +148,7 @@ class FakeMachine(Life):
         self.exited: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.link_up = False
         self.says = MachineState.WAITING if launch.boot is None else MachineState.RUNNING
-        """What it says of its VM, whoever asks."""
+        """The state that it reports of its VM."""
         # The parent closes its own copy, as it does with a real QEMU.
         self._listener = socket.socket(fileno=os.dup(launch.agent_fd))
         self._guest: FakeGuest | None = None
@@ -157,7 +158,7 @@ class FakeMachine(Life):
         return self.started
 
     def forget(self) -> None:
-        """Be as an earlier daemon's machine is to the next daemon."""
+        """Become a machine of an earlier daemon, as the next daemon sees it."""
         self._state = MachineState.SPAWNED
 
     async def connect(self, timeout: float) -> None:
@@ -268,7 +269,7 @@ class FakeMachine(Life):
             raise HypervisorError(f"the fake fails at {name}")
 
     async def _held(self, step: str, timeout: float) -> None:
-        """Wait until the step is let go; Timeout, or HypervisorError when the machine ends."""
+        """Wait until the step is released; Timeout, or HypervisorError when the machine ends."""
         letting_go = asyncio.ensure_future(self._holds[step].wait())
         ends: set[asyncio.Future[Any]] = {letting_go}
         if step != "destroy":

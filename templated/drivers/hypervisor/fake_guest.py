@@ -1,7 +1,7 @@
 """The guest of a fake machine: the real agent, over a kernel that only remembers.
 
-It answers on a listening socket, as QEMU does for a guest. What a test wants to be wrong is put
-into the answers on their way out.
+It answers on a listening socket, as QEMU does for a guest. Errors that a test wants are put into
+the answers before they are sent.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class FakeGuest:
 
 
 class FakeSystem(System):
-    """A kernel that remembers what it was told, and does nothing."""
+    """A kernel that remembers the values it was given, and does nothing."""
 
     def __init__(self) -> None:
         self._texts: dict[str, bytes] = {}

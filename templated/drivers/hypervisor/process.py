@@ -40,8 +40,8 @@ def use_small_pages() -> None:
     """Keep this process, and every one that it starts from now on, off transparent huge pages.
 
     QEMU asks for them for the code that TCG translates (tcg/region.c) and for its tables, of which
-    an idle clone uses parts: they cost it megabytes. prctl(2): inherited, and kept by execve. Where
-    the kernel has none it refuses, and nothing is lost.
+    an idle clone uses parts: they cost it megabytes. prctl(2): inherited, and kept by execve. A
+    kernel without huge pages refuses the call, which does no harm.
     """
     ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
 

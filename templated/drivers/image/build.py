@@ -1,7 +1,7 @@
 """How an image is made: mmdebstrap, an initial RAM disk, mkfs.ext4, qemu-img.
 
-What must see the owners of files runs in the namespaces of `namespaces.py`; the rest writes
-into the root directly, since what root owns in the image belongs to the user outside.
+Programs that must see the owners of files run in the namespaces of `namespaces.py`. The rest
+writes into the root directly, since root's files in the image belong to the user outside.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from templated.model.units import size_bytes
 
 GUEST_FILES = Path(__file__).parents[2] / "guest"
 PACKAGES = ("busybox-static", "python3")
-# What people type and a small Debian root lacks: links to busybox, unless a package has the name.
+# Commands that people use and a small Debian root lacks: links to busybox, unless a package has
+# the name.
 APPLETS = (
     "clear free fuser hexdump httpd ifconfig ip killall less lsof mount nc netstat nslookup pgrep "
     "ping pkill pmap ps route sysctl telnet top traceroute tree udhcpc umount unzip uptime vi "
@@ -166,7 +167,7 @@ class ImageBuild:
         self._link_applets()
 
     async def _compile_agent(self, log: IO[bytes]) -> None:
-        """By the guest's own Python: it would otherwise do so at each boot, under TCG."""
+        """Compile it by the guest's own Python, which would otherwise do so at each slow boot."""
         compile_all = ["python3", "-ISm", "compileall", "-q", "/usr/lib/templated/agent"]
         await self._do(["chroot", str(self._root), *compile_all], log, namespace=True)
 
@@ -178,7 +179,7 @@ class ImageBuild:
         known = _in_root(root, "bin/busybox").read_bytes()
         links = [("reboot", "sbin"), *((name, "local/bin") for name in APPLETS.split())]
         for name, folder in links:
-            # Its table of names tells what this busybox was built with.
+            # Its table of names shows which commands this busybox has.
             missing = b"\0" + name.encode() + b"\0" not in known
             taken = any(os.path.lexists(root / "usr" / part / name) for part in ("bin", "sbin"))
             if not missing and not taken:
@@ -245,7 +246,7 @@ class ImageBuild:
 
 
 def last_error(lines: Sequence[str]) -> str:
-    """The last line that tells a cause, without apt's `E: `; empty when there is none."""
+    """The last line that names a cause, without apt's `E: `; empty when there is none."""
     errors = [line for line in lines if line.startswith("E: ")]
     telling = [line for line in errors if not _GENERIC.match(line)] or errors
     if telling:

@@ -74,8 +74,8 @@ class Newc:
 def driver_order(tree: Path, names: tuple[str, ...] = DRIVERS) -> list[Path]:
     """The files under `tree` that load `names`, each after those it depends on.
 
-    A name without a file is taken as built into the kernel. The dependencies are those that a
-    module states of itself (modinfo's `depends`), so no modules.dep is needed.
+    A name without a file is taken as built into the kernel. Each module names its own
+    dependencies (modinfo's `depends`), so no modules.dep is needed.
     """
     files = {_module_name(path): path for path in tree.rglob("*.ko*")}
     order: list[Path] = []

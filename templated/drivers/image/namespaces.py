@@ -1,9 +1,9 @@
 """The programs of an image build: what they need, how they are started, and how they end.
 
-What must see the owners of files runs in namespaces made by unshare(1): as root with its own
-mount and process namespaces, otherwise with a user namespace too, in which the user is root
-(`--map-root-user --map-auto`, newuidmap(1)). So one way serves both, and a killed build leaves
-neither processes nor mounts.
+Programs that must see the owners of files run in namespaces made by unshare(1). Under root these
+are a mount and a process namespace. Any other user gets a user namespace too, in which he is root
+(`--map-root-user --map-auto`, newuidmap(1)). So both build in the same way, and a killed build
+leaves neither processes nor mounts.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def start(
     """
     environment = {**os.environ, "PATH": _PATH, "LC_ALL": "C.UTF-8", "TMPDIR": str(folder)}
     return started(
-        # The daemon's own umask is strict, and what is made here is for the guest.
+        # The daemon's own umask is strict, and these files are for the guest.
         *("sh", "-c", 'umask 022; exec "$@"', "sh"),
         *(namespace_prefix() if namespace else []),
         *command,

@@ -70,7 +70,7 @@ def image_digest(spec: ImageSpec) -> str:
 
 
 def lacks_rights() -> bool:
-    """Whether this is a root without the capabilities that mmdebstrap needs, as under systemd.
+    """Whether this is root without the capabilities that mmdebstrap needs, as under systemd.
 
     Any other user builds in a user namespace, and needs none of them. capabilities(7).
     """
@@ -140,8 +140,8 @@ class ImageStore:
 
     @contextlib.asynccontextmanager
     async def _locked(self, digest: str, on_progress: Progress) -> AsyncIterator[int]:
-        """Hold the image's lock. The build's programs inherit it, so that what is left of a
-        killed builder keeps others away until it has ended too."""
+        """Hold the image's lock. The build's programs inherit it: those that a killed builder left
+        keep other builds away until they have ended too."""
         self._folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         lock = os.open(
             self._folder / f".lock-{digest}",
@@ -164,7 +164,7 @@ class ImageStore:
             os.close(lock)
 
     async def _sweep(self, digest: str) -> None:
-        """Remove what killed builds of this image have left; the lock is held."""
+        """Remove the files that killed builds of this image have left; the lock is held."""
         for path in self._folder.glob(f".build-{digest}-*"):
             await remove_tree(path)
 

@@ -18,8 +18,8 @@ def make_network(config: NetworkConfig, plan: AddressPlan, owner: str) -> Networ
     """
     if isinstance(config, UserNetwork):
         return SlirpNetwork(config, plan)
-    # Here, since pyroute2 takes longer to import than the rest of the daemon's network code
-    # together, and user mode never needs it.
+    # Imported here, since pyroute2 takes longer to import than all the rest of the daemon's
+    # network code, and user mode never needs it.
     from templated.drivers.network.bridge import TapNetwork
 
     return TapNetwork(config, plan, owner)

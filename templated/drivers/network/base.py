@@ -1,4 +1,4 @@
-"""What every kind of network offers."""
+"""The interface of every kind of network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MISSING = (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP)
 class Port:
     """One clone's connection, made ahead of its start.
 
-    `fd` is the daemon's open tap, None in user mode and after `close`. Whoever starts a VM
+    `fd` is the daemon's open tap, None in user mode and after `close`. A caller who starts a VM
     lets it inherit the fd under the same number and then closes the port here.
     The tap itself stays until `Network.drop_port`.
     """
@@ -50,7 +50,7 @@ class Network(Protocol):
     """A way to connect clones. Methods may run concurrently; each tag belongs to one caller."""
 
     async def open(self) -> None:
-        """Find or make what all ports share. Raises HostError, with nothing left behind."""
+        """Find or make the parts that all ports share. Raises HostError; leaves nothing then."""
 
     async def make_port(self, tag: str, index: int | None = None) -> Port:
         """Prepare a connection, so that a start only has to hand over an fd.
@@ -71,9 +71,9 @@ class Network(Protocol):
         """
 
     async def close(self, *, remove: bool) -> None:
-        """Let go of everything. May be called again, and after `open` failed.
+        """Release everything. May be called again, and after `open` failed.
 
-        `remove` also takes what this owner made off the host, under running clones as well;
+        `remove` also removes from the host all that this owner made, even while clones use it;
         without it taps and bridge stay for the next daemon. Raises HostError.
         """
 

@@ -1,8 +1,8 @@
 """Clones on a bridge of the host, each by a tap of its own.
 
 An interface is this owner's when its alias (`ip link set alias`) is "templated:" and the owner.
-The alias is in the kernel, so it outlives the daemon, and what it does not name is never
-removed, nor is a bridge changed that somebody else made.
+The alias is in the kernel, so it outlives the daemon. An interface without it is never removed,
+and a bridge without it is never changed.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class TapNetwork:
 
     def _guard(self, bridge: Link, port: Port) -> None:
         if self._config.antispoof and port.index is not None:
-            # what an earlier port of this name was allowed would add up
+            # rules of an earlier port of this name would allow its addresses too
             self._unguard(bridge, {port.ifname})
             mac, ip = self._plan.mac(port.index), self._plan.ip(port.index)
             nft.guard_port(bridge.name, port.ifname, mac, ip)

@@ -1,4 +1,4 @@
-"""What nftables does for a bridge: source NAT, and ports that cannot lie about their address.
+"""The nftables rules of a bridge: source NAT, and ports that cannot use another address.
 
 Tables are named after the bridge, so that two daemons on one host do not share them. All
 scripts are sent whole to `nft -f -`, which applies each in one transaction.
@@ -20,7 +20,7 @@ def table_of(bridge: str) -> str:
 
 
 def add_nat(bridge: str, subnet: str) -> None:
-    """Masquerade what comes from `subnet` and leaves elsewhere. May be called again."""
+    """Masquerade packets from `subnet` that leave for other networks. May be called again."""
     table = table_of(bridge)
     _apply(
         f"add table ip {table}\n"
@@ -33,7 +33,7 @@ def add_nat(bridge: str, subnet: str) -> None:
 def add_guard(bridge: str) -> None:
     """The rules that guarded ports are held to. May be called again: it keeps the ports.
 
-    What is neither IPv4 nor ARP has no rule that accepts it, IPv6 among it.
+    Only IPv4 and ARP have rules that accept them: all other frames are dropped, also IPv6.
     """
     table = f"bridge {table_of(bridge)}"
     _apply(
@@ -62,7 +62,7 @@ def guard_port(bridge: str, ifname: str, mac: str, ip: str) -> None:
 
 
 def unguard_ports(bridge: str, ifnames: set[str]) -> None:
-    """Take back `guard_port`, also what a daemon before this one did. Raises HostError."""
+    """Undo `guard_port`, also for ports of an earlier daemon. Raises HostError."""
     table = table_of(bridge)
     listed = json.loads(_nft(["-j", "list", "table", "bridge", table]))
     sets = {item["set"]["name"]: item["set"] for item in listed["nftables"] if "set" in item}

@@ -16,8 +16,8 @@ _NEARLY_DEFAULT = 1
 
 
 class Segment:
-    """What a config asks of its bridge. Methods run in the worker's thread and raise OSError
-    for what the kernel refuses, HostError for what does not fit."""
+    """The bridge that a config describes. Methods run in the worker's thread. They raise OSError
+    when the kernel refuses, HostError when the host does not fit the config."""
 
     def __init__(self, config: BridgeNetwork, plan: AddressPlan, alias: str) -> None:
         self._config = config
@@ -61,7 +61,7 @@ class Segment:
         links.delete(bridge.index)
 
     def _own(self, links: Links, found: Link | None) -> Link:
-        """Make the bridge, or make one right that an earlier daemon of this owner made."""
+        """Make the bridge, or correct one that an earlier daemon of this owner made."""
         bridge = found or links.add_bridge(self._config.bridge, self._mac(), self._alias)
         try:
             disable_ipv6(bridge.name)

@@ -39,6 +39,6 @@ def persist(fd: int) -> None:
 
 
 def probe() -> None:
-    """Make a tap and let it go: the only sure test of the permission. Raises OSError."""
+    """Make a tap and close it: the only sure test of the permission. Raises OSError."""
     # The kernel puts the first free number in place of %d.
     os.close(open_tap("tpprobe%d", new=False))

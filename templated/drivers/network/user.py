@@ -1,4 +1,4 @@
-"""A network stack inside of each VM's process: nothing is on the host, so most does nothing."""
+"""A network stack inside each VM's process. Most methods do nothing, as the host has no part."""
 
 from __future__ import annotations
 

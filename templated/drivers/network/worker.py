@@ -31,7 +31,7 @@ class Worker:
         return await asyncio.get_running_loop().run_in_executor(self._pool, call)
 
     async def stop(self) -> None:
-        """End the thread after what it does now. `run` raises RuntimeError from then on."""
+        """End the thread after its present call. `run` raises RuntimeError from then on."""
         await asyncio.to_thread(self._pool.shutdown)
 
 

@@ -53,7 +53,7 @@ def host_key(version: str) -> str:
 
 
 def kvm_opens() -> str:
-    """Empty when /dev/kvm opens for this user, else why not."""
+    """Empty when /dev/kvm opens for this user, otherwise why not."""
     try:
         os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
@@ -71,7 +71,7 @@ def recall(cache: Path, version: str) -> Proof | None:
 
 
 async def prove_kvm(binary: str, version: str, kernel: Path, initrd: Path, cache: Path) -> Proof:
-    """Run a guest under KVM, at most PROOF_TIMEOUT seconds, and remember what came of it."""
+    """Run a guest under KVM, at most PROOF_TIMEOUT seconds, and remember the result."""
     reason = kvm_opens()
     if not reason:
         reason = await _run_proof(binary, kernel, initrd)
@@ -87,7 +87,7 @@ async def prove_kvm(binary: str, version: str, kernel: Path, initrd: Path, cache
 
 
 async def _run_proof(binary: str, kernel: Path, initrd: Path) -> str:
-    """Empty when a guest printed the marker, else what happened instead."""
+    """Empty when a guest printed the marker, otherwise what happened instead."""
     command = (
         # A daemon that is killed meanwhile leaves nothing that ends it.
         *("timeout", "--signal=KILL", f"{PROOF_TIMEOUT + 2:g}"),

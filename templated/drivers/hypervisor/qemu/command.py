@@ -33,7 +33,7 @@ def qemu_arguments(qemu: str, launch: Launch) -> list[str]:
         *("-name", f"guest=templated-{launch.slot}"),
         *("-uuid", launch.uuid),
         *("-no-user-config", "-nodefaults", "-display", "none"),
-        # A reset would need what only the template's boot had: end instead, and be reported.
+        # A reset would need the kernel of the template's boot. So the VM ends, which is reported.
         "-no-reboot",
         *_machine(launch),
         *_migration(),

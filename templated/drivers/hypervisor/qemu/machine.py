@@ -26,21 +26,21 @@ from templated.errors import HypervisorError, Timeout
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _REPLY_TIMEOUT = 10.0
-# What QEMU says of its VM (RunState of its QMP reference); nothing here can go on from the others.
+# The states that QEMU reports of a VM (RunState of its QMP reference) in which it can be used.
 _STATUSES = {
     "inmigrate": MachineState.WAITING,
     "paused": MachineState.PAUSED,
     "running": MachineState.RUNNING,
     "postmigrate": MachineState.SAVED,
 }
-# Bytes of the log that the last line is looked for in, and characters of that line.
+# Bytes at the end of the log that are searched for its last line, and characters of that line.
 _LOG_END, _LINE = 2000, 300
 # The library reports an unexpected disconnect as critical; here it is how a VM's end looks.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
 
 class _Client(QMPClient):
-    """The library's client, which otherwise formats every message for a log that nobody keeps."""
+    """The library's client, without its debug log: it would format every message for nothing."""
 
     def _cb_outbound(self, msg: Message) -> Message:
         return msg
@@ -175,7 +175,7 @@ class QemuMachine(Life):
         process.background(self.pid, on)
 
     async def _end(self, timeout: float) -> None:
-        """Wait for the end of the process, and let go of it; Timeout leaves it as it was."""
+        """Wait for the end of the process, and release it; Timeout leaves it as it was."""
         try:
             async with asyncio.timeout(timeout):
                 await asyncio.shield(self.exited)
@@ -202,7 +202,7 @@ class QemuMachine(Life):
             async with asyncio.timeout(1.0):
                 await self._qmp.disconnect()
         except (QMPError, OSError, EOFError, TimeoutError):
-            pass  # what the connection died of is of no interest any more
+            pass  # the connection has ended, whatever the reason
 
     async def _ignore_shared_memory(self) -> None:
         """The template's memory is a shared file and stays out of the stream; both ends say so."""
@@ -249,7 +249,7 @@ class QemuMachine(Life):
 
     @contextmanager
     def _exit_expires(self, bound: asyncio.Timeout) -> Iterator[None]:
-        """The end of the process is the end of the time. Without a task: this is on the path."""
+        """End the wait when the process ends. Without a task, as every start waits here."""
 
         def expire(_: asyncio.Future[str]) -> None:
             with contextlib.suppress(RuntimeError):  # it has been left meanwhile
