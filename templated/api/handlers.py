@@ -1,4 +1,4 @@
-"""What each route does: parse, call a service, answer. No logic of its own."""
+"""The handlers of the routes: each parses, calls a service and answers, without other logic."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ async def _stream(
                 await response.write(chunk)
             await response.write_eof()
     except ConnectionError:
-        pass  # nobody is there to tell
+        pass  # the client has gone
     return response
 
 

@@ -59,8 +59,8 @@ async def _run_services(
 ) -> None:
     async with services(installation) as running, listeners(config, running):
         await _end(starting)
-        # What is there now stays: the collector need not look at it again, least of all in the
-        # middle of a start.
+        # The objects made so far stay. The collector need not look at them again, above all not
+        # in the middle of a start.
         gc.collect()
         gc.freeze()
         beat = asyncio.create_task(watchdog())
@@ -69,7 +69,7 @@ async def _run_services(
         await stop.wait()
         notify("STOPPING=1")
         log.info("stopping; %d clones go on without the daemon", len(running.clones))
-        running.context.events.close()  # else the listeners would wait for who follows events
+        running.context.events.close()  # the listeners wait for clients that follow events
         await _end(beat)
 
 

@@ -60,11 +60,11 @@ def put(
     body: Any,
     query: Mapping[str, str] | None = None,
 ) -> Route:
-    """A route that sets what is at its path; 204 when it answers with nothing."""
+    """A route that sets the resource at its path; 204 when its answer is empty."""
     status = 204 if answer is None else 200
     return Route("PUT", path, handler, summary, answer, status, body, query=query or {})
 
 
 def delete(path: str, handler: Handler, summary: str) -> Route:
-    """A route that removes what is at its path."""
+    """A route that removes the resource at its path."""
     return Route("DELETE", path, handler, summary, status=204)

@@ -48,7 +48,7 @@ def peer_uid(request: web.Request) -> int | None:
 
 @web.middleware
 async def _log_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Who changed what: requests that are not GET, with the caller's uid."""
+    """Log every request that may change something (not GET), with the caller's uid."""
     response = await handler(request)
     if request.method != "GET":
         log.info(

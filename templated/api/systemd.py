@@ -10,7 +10,7 @@ _MORE_SECONDS = 30
 
 
 def notify(state: str) -> None:
-    """Send a state to the service manager; nothing when none asked for it."""
+    """Send a state to the service manager; does nothing without one."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
@@ -21,7 +21,7 @@ def notify(state: str) -> None:
         try:
             sender.sendto(state.encode(), address)
         except OSError:
-            pass  # the manager is gone or busy; the watchdog tells it
+            pass  # the manager is gone or busy; its watchdog notices
 
 
 async def ask_for_time() -> None:

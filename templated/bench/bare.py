@@ -51,7 +51,7 @@ class Line:
         self._file = self._socket.makefile("rb")
 
     def patience(self, timeout: float) -> None:
-        """Wait so many seconds for each answer from here on."""
+        """Set the seconds to wait for each answer from here on."""
         self._socket.settimeout(timeout)
 
     def send(self, message: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ class Line:
         return decoded
 
     def command(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
-        """What a QMP command returns; events before its answer are passed over."""
+        """The result of a QMP command; events before its answer are skipped."""
         self.send({"execute": name, "arguments": arguments or {}})
         while "return" not in (answer := self.read()):
             if "error" in answer:
@@ -85,7 +85,7 @@ class Line:
         return answer["return"]
 
     def ask(self, request: dict[str, Any]) -> Any:
-        """What the agent answers; GuestError when it refuses."""
+        """The agent's answer; GuestError when it refuses."""
         number = secrets.randbelow(1 << 30)
         self.send({"id": number, **request})
         while (answer := self.read()).get("id") != number:
@@ -138,7 +138,7 @@ class Bare:
         self.qmp.command("qmp_capabilities")
 
     def reconnect(self) -> None:
-        """A QMP connection of its own for what follows."""
+        """A separate QMP connection for the next commands."""
         self.qmp.close()
         self.qmp = self._line(self.places.control)
         self.qmp.read()

@@ -1,4 +1,4 @@
-"""`bench burst`: many clones asked for at the same moment."""
+"""`bench burst`: many clones requested at the same moment."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from templated.errors import IdentityError
 from templated.model.clone import CloneView
 
 DISTINCT = ("uuid", "mac", "ip", "hostname", "machine_id", "boot_id")
-"""What no two clones may share."""
+"""The parts of an identity that no two clones may share."""
 
 
 def measure_burst(session: Session, n: int, path: str | None) -> dict[str, Any]:
     """n requests at once, one clone each; all of them are up before any is removed.
 
-    Raises what the first failed request raised, or IdentityError when two share something.
+    Raises the error of the first request that failed, or IdentityError when two share something.
     The clones are left to the session.
     """
     require_memory(n)

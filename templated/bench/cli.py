@@ -307,7 +307,7 @@ def _run(
 
 
 class ProgressLine:
-    """What is being done, on stderr: one line that changes on a terminal, else one now and then."""
+    """Show progress on stderr: one line that changes on a terminal, otherwise a line at times."""
 
     def __init__(self, settings: Settings) -> None:
         self._quiet = settings.quiet

@@ -20,7 +20,7 @@ NAMES = (
     *("cold", "virsh-restore", "loadvm", "incoming-cat", "kata-recipe"),
     *("floor", "direct", "standby", "warm"),
 )
-"""From what is slow to what is fast."""
+"""From the slowest to the fastest."""
 
 
 def contenders(session: Session, names: Sequence[str] = NAMES) -> list[Contender]:

@@ -1,4 +1,4 @@
-"""`bench density`: what a clone that does nothing costs, as their number grows."""
+"""`bench density`: the cost of an idle clone, as their number grows."""
 
 from __future__ import annotations
 

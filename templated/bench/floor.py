@@ -1,4 +1,4 @@
-"""The floor: what one start costs with nothing of ours around it.
+"""The floor: the cost of one start with nothing of this project around it.
 
 A bare loop with blocking sockets: spawn QEMU with a clone's command line, restore the same state
 over QMP, ask the same agent to identify, plug the link. No journal, no API, no overlay to make

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, so that whatever a run made is removed when one of them ends it."""
+"""Ctrl-C and SIGTERM: when one ends a run, everything that the run made is removed."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def interruptible() -> contextlib.AbstractContextManager[None]:
 
 
 def uninterrupted() -> contextlib.AbstractContextManager[None]:
-    """Neither stops what is done here. For cleaning up, every step of which is bounded."""
+    """Neither interrupts this block. For cleaning up, every step of which is bounded."""
     return _handled(lambda number, frame: None)
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Either is raised only at the end of the block, when what was made is known."""
+    """Either is raised only at the end of the block, when all that it made is known."""
     caught: list[int] = []
     with _handled(lambda number, frame: caught.append(number)):
         yield

@@ -1,7 +1,7 @@
 """A libvirtd of the bench's own, which no other one on the host gets to know of.
 
 It runs in mount and network namespaces: its configuration, state, sockets and logs are in a
-temporary directory, and whatever firewall or bridge it may want to make stays in there.
+temporary directory, and any firewall or bridge that it makes stays in there.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Libvirtd:
     base: Path
 
     def virsh(self, *arguments: str, timeout: float = _STARTS_WITHIN) -> str:
-        """Run virsh and return what it printed; HypervisorError with its last line, or Timeout."""
+        """Run virsh and return its output; HypervisorError with its last line, or Timeout."""
         uri = f"qemu+unix:///system?socket={self.base}/run/libvirt-sock"
         try:
             done = subprocess.run(

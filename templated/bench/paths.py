@@ -37,7 +37,7 @@ _ROUND = 5.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What one run measures."""
+    """The settings of one run."""
 
     counts: Mapping[str, int]
     """Samples per path, in the order of PATHS; a path that is not in it is not measured."""
@@ -234,7 +234,7 @@ def in_threads(workers: list[Callable[[], object]], seconds: float) -> tuple[int
 
 
 def _cli(session: Session, n: int) -> dict[str, Any]:
-    """What `templated clone` adds to the daemon's total_ms, as a whole process."""
+    """The time that `templated clone`, a whole process, adds to the daemon's total_ms."""
     added = []
     for i in range(n):
         session.progress(f"command line {i + 1} of {n}")
@@ -258,7 +258,7 @@ def _memory(session: Session, memory: str, n: int) -> dict[str, Any]:
     spec = session.client.show_template(session.template).spec
     assert spec is not None  # it is built
     own = spec.machine.memory
-    # A pool of its own would be filled while this measures.
+    # The template's own pool would be filled during the measurement.
     larger = replace(spec, name=name, machine=replace(spec.machine, memory=memory), pool=PoolSpec())
     session.progress(f"building the same template with {memory}")
     samples: dict[str, list[float]] = {own: [], memory: []}

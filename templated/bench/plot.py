@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SUFFIXES = (".svg", ".png")
-# A bar so many times as long as the median one would leave nothing to see of the others.
+# A bar this many times as long as the median one would make the others too short to see.
 _LONG = 3.0
 _DECADE = 10.0
 
@@ -76,7 +76,7 @@ def _phases(axes: Axes, paths: dict[str, Any]) -> None:
 
 
 def _distribution(axes: Axes, samples: dict[str, list[float]]) -> None:
-    """The share of starts that had ended after so many milliseconds."""
+    """The share of starts that had ended, over the time in milliseconds."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     for name, values in samples.items():

@@ -1,7 +1,7 @@
-"""`templated bench profile`: what a clone translates, step by step.
+"""`templated bench profile`: the code that a clone translates, step by step.
 
 Under TCG the first run of any code is slow, because it is translated then. So the number of
-translated blocks and the size of their code tell what a step costs, whatever else the host does
+translated blocks and the size of their code show what a step costs, however busy the host is
 at the time; milliseconds do not. QMP: `x-query-jit`.
 """
 
@@ -44,7 +44,7 @@ def profile(settings: Settings, count: int, template: str | None) -> None:
     """Count what a clone translates: at identify, at ping, when idle, and at a warm one's claim.
 
     Runs the floor's loop, so it needs no clone, but the template's files: run it as the daemon's
-    user. It tells nothing under KVM, which translates nothing.
+    user. It shows nothing under KVM, which translates nothing.
     """
     session = Session(settings.client(), template, lambda text: None)
     generation = session.generation()
@@ -89,7 +89,7 @@ class _Meter:
 
 
 def _direct(vm: Bare, step: _Meter) -> None:
-    """What a direct clone does first, and then."""
+    """The steps of a direct clone."""
     step("identify", vm.identify)
     step("identify again", vm.identify)
     step("ping", lambda: vm.agent.ask({"cmd": "ping"}))
@@ -97,7 +97,7 @@ def _direct(vm: Bare, step: _Meter) -> None:
 
 
 def _claim(vm: Bare, step: _Meter) -> None:
-    """What a warm member has done before it is paused, and what its claim then adds."""
+    """The work of a warm member before it is paused, and then that of its claim."""
     vm.identify()
 
     def rehearse() -> None:

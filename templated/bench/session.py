@@ -22,7 +22,7 @@ Progress = Callable[[str], None]
 Row = dict[str, float]
 """Milliseconds of each phase of one start, and `total`."""
 POOLED = ("standby", "warm")
-# What a clone that does nothing takes at most, by far: QEMU and the pages that its guest wrote.
+# A generous bound on what an idle clone takes: QEMU, and the pages that its guest wrote.
 CLONE_BYTES = 64 << 20
 PATIENCE = 20.0
 """Seconds for which a pool may have a problem before a run gives up on it."""
@@ -49,7 +49,7 @@ class Session:
         template: str | None = None,
         client: Client | None = None,
     ) -> CloneView:
-        """Make a clone and return what the API says of it."""
+        """Make a clone and return the API's view of it."""
         try:
             return (client or self.client).create_clone(
                 f"{self.tag}-{name}", template=template or self.template, path=path
@@ -61,7 +61,7 @@ class Session:
     def start(self, path: str, template: str | None = None) -> Row:
         """Start a clone on a path, remove it again, and return its phases and `total`.
 
-        `total` is the daemon's: from the arrival of the request. `wall` is what the client saw.
+        `total` is the daemon's: from the arrival of the request. `wall` is the client's.
         """
         begin = time.perf_counter()
         clone = self.make(path, path, template)
@@ -71,7 +71,7 @@ class Session:
         return {**clone.phases_ms, "total": clone.total_ms, "wall": wall}
 
     def host(self) -> dict[str, Any]:
-        """What the figures depend on; `load` is the average of the minute before."""
+        """The facts that the figures depend on; `load` is the average of the minute before."""
         info = self.client.info()
         return {
             "cpus": len(os.sched_getaffinity(0)),
@@ -113,7 +113,7 @@ class Session:
             raise errors[0]
 
     def clear(self) -> None:
-        """Remove every clone of this run, also what is still starting; Timeout if one stays."""
+        """Remove every clone of this run, also those still starting; Timeout if one stays."""
         if self._cut_short:
             # The daemon goes on with a request whose client left: let it write the name down.
             time.sleep(_GRACE)
@@ -223,7 +223,7 @@ def _shown(view: PoolView) -> str:
 
 
 def built_template(client: Client, wanted: str | None) -> str:
-    """The template to measure: the wanted one, else the only one built.
+    """The template to measure: the given one, otherwise the only one built.
 
     InvalidRequest when it is not built or when there is a choice.
     """
@@ -244,7 +244,7 @@ def built_template(client: Client, wanted: str | None) -> str:
 
 
 def require_memory(clones: int, what: str = "clones") -> None:
-    """HostError unless this host has room for so many idle clones."""
+    """HostError unless this host has room for this many idle clones."""
     need, free = clones * CLONE_BYTES, read_memory().available
     if need > free:
         raise HostError(

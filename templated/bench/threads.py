@@ -11,7 +11,7 @@ from templated.bench.interrupts import deferred, uninterrupted
 def run_threads(works: Sequence[Callable[[], None]], stop: Callable[[], None]) -> None:
     """Run each in a thread of its own until all have returned. None may raise.
 
-    `stop` is called when all have ended, or at Ctrl-C: it has to make them end soon.
+    `stop` is called when all have ended, or at Ctrl-C: it must make them end soon.
     """
     ended = threading.Semaphore(0)
 

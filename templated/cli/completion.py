@@ -33,7 +33,7 @@ def _names(context: click.Context, request: Request[Any], incomplete: str) -> li
         names = [item["name"] for item in found]
         return [name for name in names if name.startswith(incomplete) and name not in given]
     except Exception:
-        # Whatever is wrong, a message in the middle of a command line helps nobody.
+        # Errors stay silent: a message in the middle of a command line would only disturb.
         return []
 
 

@@ -98,7 +98,7 @@ def _write(answer: Answer, stream: IO[bytes]) -> None:
 
 @contextlib.contextmanager
 def _replaced(target: str) -> Iterator[IO[bytes]]:
-    """Open `target` for writing; what was there stays until all of it has arrived."""
+    """Open `target` for writing; an old file stays until the new one is complete."""
     if os.path.exists(target) and not os.path.isfile(target):  # a device, or a pipe
         with open(target, "wb") as stream:
             yield stream
@@ -117,7 +117,7 @@ def _replaced(target: str) -> Iterator[IO[bytes]]:
 
 
 def _mode(target: str) -> int:
-    """The mode of the file that is replaced, or what a new file would get."""
+    """The mode of the file that is replaced, or that of a new file."""
     try:
         return stat.S_IMODE(os.stat(target).st_mode)
     except FileNotFoundError:

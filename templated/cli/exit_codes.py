@@ -51,5 +51,5 @@ EXEC_MEANINGS: tuple[tuple[str, str], ...] = (
 
 
 def for_error(code: str) -> int:
-    """The exit code for an error's `code`; FAILED for one that has none of its own."""
+    """The exit code for an error's `code`; FAILED for a code that is not listed."""
     return _BY_ERROR.get(code, FAILED)

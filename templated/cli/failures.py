@@ -1,4 +1,4 @@
-"""Turns whatever ended a command into lines on stderr and an exit code. Never a traceback."""
+"""Turns every failure of a command into lines on stderr and an exit code, never a traceback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from templated.errors import TemplatedError
 
 
 class Failure(TemplatedError):
-    """What ended a command, other than an error of the daemon; `code` decides the exit code."""
+    """A failure of a command other than an error of the daemon; `code` decides the exit code."""
 
     def __init__(
         self, code: str, message: str, *, hint: str = "", details: tuple[str, ...] = ()

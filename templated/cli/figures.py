@@ -97,7 +97,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class CloneFigures:
-    """One clone. `memory_bytes` is what it has of its own, beside the template's."""
+    """One clone. `memory_bytes` counts its own memory, without the template's."""
 
     name: str
     template: str

@@ -1,4 +1,4 @@
-"""`image build | ls`: what templates boot from; built here, without the daemon."""
+"""`image build | ls`: the images that templates boot from; built here, without the daemon."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def root() -> None:
 
 def _open_closed_streams() -> None:
     """Started with `>&-`, Python has None there; nothing below wants to know."""
-    # None is what the type stubs do not tell of.
+    # The type stubs do not know that None is allowed.
     streams: tuple[object, object] = (sys.stdout, sys.stderr)
     if streams[0] is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

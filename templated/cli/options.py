@@ -1,4 +1,4 @@
-"""What every command shares: the global options, and a Command that shows its examples."""
+"""The parts that all commands share: global options, and a Command that shows its examples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Settings:
-    """What the global options say; one object for the whole run."""
+    """The values of the global options; one object for the whole run."""
 
     def __init__(self) -> None:
         self.socket: str | None = None
@@ -26,7 +26,7 @@ class Settings:
         return self.output == "table"
 
     def client(self, timeout: float | None = None) -> Client:
-        """The API on the socket that was asked for. Connects only with the first request."""
+        """The API on the chosen socket. Connects only with the first request."""
         from templated.client import Client
 
         return Client(self.socket, timeout=timeout)

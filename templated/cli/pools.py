@@ -1,4 +1,4 @@
-"""`pool ls | set`: VMs that are ready before anyone asks for them."""
+"""`pool ls | set`: VMs that are ready ahead of requests."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ templated pool set python-fn --reset   # back to what the template says
 
 @click.group("pool", cls=Group, examples=EXAMPLES)
 def pool() -> None:
-    """Keep VMs ready, so that a clone need not be started when it is asked for.
+    """Keep VMs ready, so that a clone need not be started when it is requested.
 
     A warm VM is restored and has its identity but for the name; it is paused and costs memory, no
-    CPU. A standby VM is a hypervisor that waits for its state. `clone` takes a warm one, else a
-    standby one, else it starts from nothing; PATH in its output tells which.
+    CPU. A standby VM is a hypervisor that waits for its state. `clone` takes a warm one, then a
+    standby one, otherwise it starts a new one; PATH in its output says which.
     """
 
 
 @pool.command("ls", examples="templated pool ls\ntemplated pool ls -o json")
 @click.pass_obj
 def ls(settings: Settings) -> None:
-    """List the pools: members that are ready, and how many there are to be."""
+    """List the pools: members that are ready, and how many there must be."""
     views = settings.client().json(requests.list_pools())
     if not settings.table:
         render.dump(views, settings)
@@ -95,7 +95,7 @@ def set_(
 
 
 def _wait(settings: Settings, template: str, timeout: float) -> dict[str, Any]:
-    """The pools once they have their sizes; Timeout tells what is in the way."""
+    """The pools once they have their sizes; Timeout says what prevents it."""
     client, deadline = settings.client(), time.monotonic() + timeout
     show = not settings.quiet and sys.stderr.isatty()
     while True:

@@ -65,7 +65,7 @@ def dump_item(data: Any, settings: Settings) -> None:
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print an aligned table on stdout: drawn by rich on a terminal, else plain text.
+    """Print an aligned table on stdout: drawn by rich on a terminal, otherwise plain text.
 
     Plain text needs no import of rich, and every row stays on one line however long it is.
     """

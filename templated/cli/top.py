@@ -1,4 +1,4 @@
-"""`top`: how fast clones start, what is in the pools, and what takes the host's memory and CPU."""
+"""`top`: how fast clones start, the pools, and the use of the host's memory and CPU."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _PRESSED = 0.1
 
 
 def draw(frame: Frame, width: int) -> RenderableType:
-    """The frame for a terminal of that many characters; what is too long ends in an ellipsis."""
+    """The frame for a terminal of that many characters; longer lines end in an ellipsis."""
     left = [_starts(frame), _phases(frame)]
     right = [_pools(frame), _clones(frame), _biggest(frame)]
     events = [_events(frame)] if frame.events else []

@@ -1,4 +1,4 @@
-"""`logs` and `events`: what the guests and the daemon say, followed on request."""
+"""`logs` and `events`: the output of guests and the events of the daemon, followed on request."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ Both have one method for each route, which `requests` describes; answers are the
 `templated.model`. `Client` is built on http.client, `AsyncClient` on aiohttp.
 
 Every method raises a TemplatedError and nothing else: RemoteError for an error that the daemon
-reports, DaemonUnavailable when nothing answers or the connection ends too early, Timeout. What
-was asked for may then have been done or not: look at what there is, as by `list_clones`.
+reports, DaemonUnavailable when nothing answers or the connection ends too early, Timeout. The
+request may have been carried out or not then: check, for instance by `list_clones`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["AsyncClient", "Client", "default_socket"]
 
 
 def __getattr__(name: str) -> Any:
-    """AsyncClient, imported when it is asked for: aiohttp takes longer than all of the rest."""
+    """AsyncClient, imported when first used: aiohttp takes longer than all the rest."""
     if name != "AsyncClient":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from templated.client.asynchronous import AsyncClient

@@ -1,4 +1,4 @@
-"""The types of answers: what a function of `requests` is annotated with, its answer is read as.
+"""The types of answers: an answer is read as the type that its function in `requests` returns.
 
 Imports msgspec and the model, and so only for who wants types.
 """
@@ -50,7 +50,7 @@ def answer_type(make: Callable[..., Request[Any]]) -> Any:
 
 
 def reader(make: Callable[..., Request[T]]) -> Callable[[bytes], T]:
-    """What turns the body of an answer, or one line of it, into its type.
+    """A function that turns the body of an answer, or one line of it, into its type.
 
     Raises RemoteError with the code `internal` for a body that is none of that type.
     """

@@ -232,7 +232,7 @@ class _Connection(http.client.HTTPConnection):
         self._bound: float | None = None
 
     def bound(self, timeout: float | None) -> None:
-        """Wait so many seconds for each part of the next answer."""
+        """Set the seconds to wait for each part of the next answer."""
         self._bound = timeout
         if self.sock is not None:
             self.sock.settimeout(timeout)
@@ -258,7 +258,7 @@ class _Connection(http.client.HTTPConnection):
 
 @contextlib.contextmanager
 def _explained(timeout: float | None) -> Iterator[None]:
-    """Turn what the socket and the HTTP parser raise into errors for people."""
+    """Turn errors of the socket and the HTTP parser into errors for people."""
     try:
         yield
     except TimeoutError:

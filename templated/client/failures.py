@@ -1,4 +1,4 @@
-"""What keeps a client from an answer, as errors for people: the same for both clients."""
+"""Errors for people when a client gets no answer: the same for both clients."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _start_hint(path: str) -> str:
 
 
 def no_answer(timeout: float | None) -> Timeout:
-    """Nothing came for so many seconds."""
+    """Nothing came for this many seconds."""
     bound = f" within {timeout:g} s" if timeout else ""
     return Timeout(f"the daemon did not answer{bound}", hint=_LOG_HINT)
 
@@ -76,5 +76,5 @@ def reported(status: int, reason: str, body: bytes) -> RemoteError:
 
 
 def nonsense(what: str) -> RemoteError:
-    """An answer that is not what was asked for."""
+    """The error for an answer that does not fit the request."""
     return RemoteError("internal", f"the daemon's answer is {what}", hint="templated info")

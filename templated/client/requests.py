@@ -1,4 +1,4 @@
-"""What the API can be asked: one function for each route, named as its operation in OpenAPI.
+"""The requests of the API: one function for each route, named as its operation in OpenAPI.
 
 `Request[T]` is a request whose answer is a T, `Stream[T]` one whose answer is many T, each as
 soon as it is there. How they are sent is the clients' business. Nothing heavy is imported: the
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Content = bytes | IO[bytes] | None
 SOON = 30.0
-"""Seconds: what the daemon answers at once."""
+"""Seconds, for requests that the daemon answers at once."""
 LONG = 3600.0
-"""Seconds: what the daemon itself bounds. A second, shorter bound here would only hide which step
-was slow; this one ends the wait for a daemon that hangs."""
+"""Seconds, for requests that the daemon itself bounds. A shorter bound here would only hide which
+step was slow; this one ends the wait for a daemon that hangs."""
 
 
 class End(NamedTuple):
     """The last item of a stream: a key and its value that only this one has.
 
-    Without it the answer was cut off, which `message` and `hint` tell the user.
+    Without it the answer was cut off: `message` and `hint` are the error for that.
     """
 
     key: str
@@ -109,7 +109,7 @@ def openapi() -> Request[dict[str, Any]]:
 
 
 def metrics() -> Request[str]:
-    """What Prometheus would scrape."""
+    """The metrics as Prometheus scrapes them."""
     return Request("GET", "metrics", base="/")
 
 

@@ -1,4 +1,4 @@
-"""What `bench compare` sees of a contender."""
+"""The interface of a contender in `bench compare`."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class Contender(Protocol):
 
     @property
     def about(self) -> str:
-        """What is done in the measured time, on one line."""
+        """One line that says what is done in the measured time."""
 
     def opened(self) -> AbstractContextManager[Once]:
-        """Set up what is not measured; leaving removes all of it, also after a failure.
+        """Set up all that is not measured; leaving removes it again, also after a failure.
 
         Raises TemplatedError, with the reason, on a host where it cannot be set up.
         """
 
 
 def shared_memory(generation: Generation) -> TemporaryDirectory[str]:
-    """A directory in shm_dir, where every contender has what it restores, as the template has."""
+    """A directory in shm_dir: every contender restores from there, as the template does."""
     return TemporaryDirectory(prefix="templated-bench-", dir=generation.frozen.parent.parent)
 
 
@@ -58,6 +58,6 @@ def load_frozen(stage: Stage, vm: Bare) -> None:
 
 
 def fresh_overlay(stage: Stage) -> Path:
-    """An empty disk layer 3, as a slot has it before a clone is asked for."""
+    """An empty disk layer 3, as a slot has it before a clone is requested."""
     copy_overlay(stage.generation.layer.empty, stage.overlay)
     return stage.overlay

@@ -56,6 +56,6 @@ class FullStream:
 
 
 def _loaded(vm: Bare) -> None:
-    """Wait for the end of the stream, which may have come before QMP was there to tell."""
+    """Wait for the end of the stream, which may have come before QMP could report it."""
     if vm.qmp.command("query-migrate").get("status") != "completed":
         vm.migrated()

@@ -95,7 +95,7 @@ class Domain:
                 self.daemon.virsh("destroy", _DOMAIN)
 
     def _booted(self) -> Line:
-        """A connection to the agent, once it answers; what is said to it before is lost."""
+        """A connection to the agent, once it answers; earlier messages to it are lost."""
         spec = self.generation.manifest.spec
         deadline = time.monotonic() + seconds(spec.boot_timeout)
         while True:
