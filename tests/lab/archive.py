@@ -15,7 +15,7 @@ from email.utils import format_datetime
 from pathlib import Path
 
 SUITE = "bookworm"
-# What is beside the essential packages in an image; see image_build.py.
+# What is beside the essential packages in an image; see templated/drivers/image/build.py.
 PACKAGES = ("busybox-static", "python3")
 KERNEL = "linux-image-cloud-amd64"
 # mmdebstrap takes all of these when it is given no mirror. All packages are in the first.
