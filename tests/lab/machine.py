@@ -38,6 +38,10 @@ _PARTS = [
 ]
 
 
+class LabError(Exception):
+    """The lab does not come up, or ended; the console's last lines are in the message."""
+
+
 class Lab:
     """One lab. `start` boots it; as a context it ends with the block."""
 
@@ -62,7 +66,7 @@ class Lab:
         self.close()
 
     def start(self) -> None:
-        """Boot, and wait until commands can be run. Raises TimeoutError with the console's end."""
+        """Boot, and wait until commands can be run. Raises LabError with the console's end."""
         try:
             self._qemu = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL)
             self._port = self._forwarded_port()
@@ -157,7 +161,7 @@ class Lab:
         ended = self._qemu is None or self._qemu.poll() is not None
         if ended or time.monotonic() > deadline:
             end = self.console.read_text(errors="replace")[-3000:] if self.console.exists() else ""
-            raise TimeoutError(f"the lab {'ended' if ended else 'does not answer'}: {end}")
+            raise LabError(f"the lab {'ended' if ended else 'does not answer'}: {end}")
 
     def _listens(self) -> bool:
         """QEMU accepts connections before the lab does; SSH speaks first."""
