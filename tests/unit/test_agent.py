@@ -345,6 +345,16 @@ def test_a_frozen_agent_answers_as_any_other(tmp_path: Path) -> None:
         host.close()
 
 
+def test_a_command_right_behind_a_quiesce(tmp_path: Path) -> None:
+    """An agent that is told to wait in a plain read does not leave a command alone."""
+    host = Host(tmp_path, parks=True)
+    lines = [{"id": 1, "cmd": "quiesce"}, {"id": 2, "cmd": "exec", "argv": ["echo", "a"]}]
+    host.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    replies, output = host.collect(1, 2)
+    assert replies[2]["result"]["exit_code"] == 0 and output[2, "stdout"] == b"a\n"
+    host.close()
+
+
 @pytest.mark.parametrize("packed", [None, 1, "zz", "00", "é"])
 def test_a_broken_identity_is_refused(host: Host, packed: Any) -> None:
     assert host.request("identify", packed=packed)["error"]["code"] == "invalid"

@@ -196,6 +196,7 @@ class Agent(Port):
         cwd = request.get("cwd") or "/"
         try:
             self.sources.add(Execution(self, request))
+            self._parked = False  # it came right behind a quiesce, and needs the loop
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             if error.filename == cwd:
                 raise Refused("bad_cwd", f"{cwd}: {error.strerror}") from error
