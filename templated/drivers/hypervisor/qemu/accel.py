@@ -103,13 +103,19 @@ async def _run_proof(binary: str, kernel: Path, initrd: Path) -> str:
         try:
             async with asyncio.timeout(PROOF_TIMEOUT):
                 assert child.stdout is not None
-                while chunk := await asyncio.wait_for(child.stdout.read(4096), PROOF_SILENCE):
+                while chunk := await _next(child.stdout):
                     seen += chunk
                     if PROOF_MARKER in seen:
                         return ""
             return f"QEMU ended with {await child.wait()}: {_last_line(seen)}"
         except TimeoutError:
             return f"a guest hangs; it got to: {_last_line(seen)}"
+
+
+async def _next(output: asyncio.StreamReader) -> bytes:
+    # Not wait_for: before Python 3.12 it can lose a cancellation (bpo-37658).
+    async with asyncio.timeout(PROOF_SILENCE):
+        return await output.read(4096)
 
 
 def proof_arguments(
