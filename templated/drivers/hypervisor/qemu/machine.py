@@ -31,6 +31,8 @@ _STATUSES = {
     "inmigrate": MachineState.WAITING,
     "paused": MachineState.PAUSED,
     "running": MachineState.RUNNING,
+    # The event that tells the end of a save may come before the state that follows.
+    "finish-migrate": MachineState.SAVED,
     "postmigrate": MachineState.SAVED,
 }
 # Bytes at the end of the log that are searched for its last line, and characters of that line.
