@@ -231,10 +231,10 @@ class HypervisorContract:
                 state = launch.places.directory / "state"
                 await machine.save(state, BOUND)
                 assert machine.state is SAVED and await machine.status() is SAVED
-                assert state.stat().st_size > 0
                 await refused(machine)
                 await machine.quit(BOUND)
                 assert machine.state is ENDED and machine.exited.done()
+                assert state.stat().st_size > 0
 
         rig.play(scenario())
 
