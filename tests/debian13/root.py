@@ -49,11 +49,13 @@ def debian_root() -> Iterator[Path]:
     cache.mkdir(mode=0o755, parents=True, exist_ok=True)
     root = cache / f"debian13-{digest()}"
     with _lock(root) as lock:
-        _wait_for(lock, fcntl.LOCK_EX)
+        _wait_for(lock, fcntl.LOCK_SH)
         if not root.exists():
-            _remove_others(cache, root)
-            _make(root)
-        fcntl.flock(lock, fcntl.LOCK_SH)
+            _wait_for(lock, fcntl.LOCK_EX)
+            if not root.exists():  # another run may have made it meanwhile
+                _remove_others(cache, root)
+                _make(root)
+            fcntl.flock(lock, fcntl.LOCK_SH)
         yield root
 
 
@@ -140,7 +142,6 @@ def _remove_others(cache: Path, root: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(other)
             _remove(other.with_suffix(".part"))
-            lock_file.unlink(missing_ok=True)
 
 
 def _remove(tree: Path) -> None:
