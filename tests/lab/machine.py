@@ -47,7 +47,7 @@ class Lab:
 
     def __init__(self, image: Image) -> None:
         self._image = image
-        self.folder = Path(tempfile.mkdtemp(prefix="tpl.", dir="/tmp"))
+        self.folder = Path(tempfile.mkdtemp(prefix="tplab.", dir="/tmp"))
         self.console = self.folder / "console.log"
         self._qemu: subprocess.Popen[bytes] | None = None
         self._master: subprocess.Popen[bytes] | None = None
