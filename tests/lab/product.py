@@ -56,9 +56,13 @@ class Product:
         if self._config:
             self.configure()
         self.cli("rm", "--all", "--yes")
-        shown = self.json("template", "show", "python-fn")
-        if shown["active"] is None or shown["problem"]:
-            self.build()
+        for template in self.json("template", "ls"):
+            if template["name"] != "python-fn":
+                if template["generations"]:
+                    self.cli("template", "rm", template["name"])
+            elif template["active"] is None or template["problem"]:
+                self.build()
+        self.cli("pool", "set", "python-fn", "--reset")
 
     def configure(self, **changes: Any) -> None:
         """Restart the daemon with the default configuration and these changes."""
@@ -79,9 +83,9 @@ class Product:
         self.cli("template", "build", name)
         return self.json("template", "show", name)["manifest"]
 
-    def clone(self, name: str, *arguments: str) -> Any:
+    def clone(self, name: str, *arguments: str, template: str = "python-fn") -> Any:
         """Start a clone and return what the daemon says of it."""
-        return self.json("clone", name, *arguments)
+        return self.json("clone", name, "--template", template, *arguments)
 
     def guest(self, name: str, command: str) -> str:
         """Run a shell command in a clone."""

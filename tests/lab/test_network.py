@@ -59,18 +59,15 @@ def bridged(host: Product) -> Iterator[Product]:
 def test_nat(bridged: Product) -> None:
     """Clones of a pool and of none reach the network outside by the lab's address."""
     bridged.cli("pool", "set", "python-fn", "--warm", "1", "--wait")
+    clones = {}
     for path in ("warm", "direct", "cold"):
-        clone = bridged.clone(path, "--path", path)
-        assert clone["ip"].startswith("10.78.")
+        clones[path] = bridged.clone(path, "--path", path)["identity"]
+        assert clones[path]["ip"].startswith("10.78.")
         assert bridged.cli("exec", path, "--", "python3", "-c", ASK).strip() == "192.0.2.1"
-    bridged.cli("pool", "set", "python-fn", "--reset")
     # Its interfaces keep the addresses that the daemon gave them, whatever udev would like.
-    for name in ("warm", "direct"):
-        neighbour = bridged.lab.do(f"ip neigh show {bridged.json('show', name)['ip']}")
-        assert bridged.json("show", name)["mac"] in neighbour
-    isolated = bridged.lab.run(
-        f"templated exec warm -- ping -c 1 -w 3 {bridged.json('show', 'direct')['ip']}"
-    )
-    assert isolated.returncode != 0
+    for identity in clones.values():
+        assert identity["mac"] in bridged.lab.do(f"ip neigh show {identity['ip']}")
+    ping = f"templated exec warm -- ping -c 1 -w 3 {clones['direct']['ip']}"
+    assert bridged.lab.run(ping).returncode != 0
     bridged.lab.do("systemctl restart templated")
     assert bridged.cli("exec", "direct", "--", "python3", "-c", ASK).strip() == "192.0.2.1"

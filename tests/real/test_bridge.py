@@ -91,6 +91,20 @@ def test_clones_on_a_bridge(fresh: Daemon, namespace: str) -> None:
     assert left == [] and ip("-o", "link") == links
 
 
+def test_a_generation_of_user_mode_serves_a_bridge(fresh: Daemon, namespace: str) -> None:
+    """A saved state has nothing of the network that the base VM was on."""
+    fresh.start()
+    fresh.build()
+    fresh.stop()
+    fresh.config["network"] = {"mode": "bridge", "subnet": "10.99.0.0/24", "netns": namespace}
+    fresh.start()
+    clone = fresh.json("clone", "moved")
+    assert clone["identity"]["ip"].startswith("10.99.0.")
+    assert clone["identity"]["mac"] in fresh.cli(
+        "exec", "moved", "--", "ip", "link", "show", "eth0"
+    )
+
+
 def test_nothing_passes_before_a_guest_has_confirmed(fresh: Daemon, namespace: str) -> None:
     """A hook sends while its guest is being identified: the guest sees it go, the bridge does not.
 

@@ -477,7 +477,7 @@ def test_qemu_takes_the_fd(ns: Namespace) -> None:
         # not in the namespace: the fd carries it
         qemu = await asyncio.create_subprocess_exec(
             *("qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none"),
-            *("-monitor", "stdio", "-netdev", netdev(attached)),
+            *("-monitor", "stdio", "-netdev", netdev(attached, "net0")),
             pass_fds=(attached.fd,),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

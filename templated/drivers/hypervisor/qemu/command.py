@@ -11,6 +11,8 @@ from templated.drivers.hypervisor.qemu.features import features
 from templated.model.network import Attachment, Forward, Tap
 
 AGENT_PORT = "templated.agent.0"
+UPLINK = "uplink"
+"""The network of a VM that boots, as QMP names it."""
 CODE_SERIAL = "templated-code"
 """How the guest knows the second disk: /sys/block/vdb/serial."""
 
@@ -114,7 +116,7 @@ def _devices(launch: Launch) -> list[str]:
         *("-blockdev", _blockdev(launch)),
         *("-device", f"virtio-blk-{bus},drive=disk"),
         *_code(launch, bus),
-        *("-netdev", netdev(launch.network)),
+        *_network(launch),
         *("-device", f"virtio-net-{bus},{nic}{rom}"),
         *("-device", f"virtio-serial-{bus},max_ports=2"),
         *("-chardev", f"socket,id=agent,fd={launch.agent_fd},server=on,wait=off"),
@@ -145,12 +147,27 @@ def _code(launch: Launch, bus: str) -> list[str]:
     ]
 
 
-def netdev(network: Attachment) -> str:
+def _network(launch: Launch) -> list[str]:
+    """What the NIC is on: of a VM that boots a hub, so that UPLINK can be taken away from it.
+
+    What is on a NIC itself stays until the NIC goes, since QEMU 10; and slirp that is still there
+    has a section in the saved state, with which a VM on a tap does not load it.
+    """
+    if launch.boot is None:
+        return ["-netdev", netdev(launch.network, "net0")]
+    return [
+        *("-netdev", netdev(launch.network, UPLINK)),
+        *("-netdev", f"hubport,id=hub0,hubid=0,netdev={UPLINK}"),
+        *("-netdev", "hubport,id=net0,hubid=0"),
+    ]
+
+
+def netdev(network: Attachment, name: str) -> str:
     """The value of `-netdev`."""
     if isinstance(network, Tap):
-        return f"tap,id=net0,fd={network.fd}"
+        return f"tap,id={name},fd={network.fd}"
     options = [
-        "user,id=net0",
+        f"user,id={name}",
         # IPv6 would be on by itself, beside the only address that the clone is told.
         "ipv6=off",
         f"net={network.subnet},host={network.gateway},dns={network.dns}",

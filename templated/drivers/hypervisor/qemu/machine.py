@@ -18,7 +18,7 @@ from templated.drivers.host import procfs
 from templated.drivers.hypervisor import process
 from templated.drivers.hypervisor.base import Places, SavedState
 from templated.drivers.hypervisor.process import Process
-from templated.drivers.hypervisor.qemu.command import STATE_FILE
+from templated.drivers.hypervisor.qemu.command import STATE_FILE, UPLINK
 from templated.drivers.hypervisor.qemu.features import Features
 from templated.drivers.hypervisor.states import ANSWERS, HELD, LIVE, WAITS, Life, MachineState
 from templated.errors import HypervisorError, Timeout
@@ -124,7 +124,7 @@ class QemuMachine(Life):
 
     async def detach_network(self) -> None:
         self._require(MachineState.PAUSED)
-        await self._execute("netdev_del", {"id": "net0"})
+        await self._execute("netdev_del", {"id": UPLINK})
 
     async def save(self, target: Path, timeout: float) -> None:
         self._require(MachineState.PAUSED)
