@@ -83,6 +83,10 @@ class Product:
         self.cli("template", "build", name)
         return self.json("template", "show", name)["manifest"]
 
+    def active(self) -> str:
+        """The generation of python-fn that serves, or would if it could."""
+        return str(self.json("template", "show", "python-fn")["active"])
+
     def clone(self, name: str, *arguments: str, template: str = "python-fn") -> Any:
         """Start a clone and return what the daemon says of it."""
         return self.json("clone", name, "--template", template, *arguments)

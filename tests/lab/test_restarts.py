@@ -71,7 +71,7 @@ def test_another_qemu(host: Product) -> None:
     """`apt upgrade` of QEMU: clones go on, the template is refused until it is built again."""
     host.lab.put("/usr/local/bin/qemu-next", NEXT_QEMU)
     host.lab.do("chmod 755 /usr/local/bin/qemu-next")
-    old = host.json("template", "show", "python-fn")["active"]
+    old = host.active()
     host.clone("before")
     host.configure(qemu="/usr/local/bin/qemu-next")
     assert host.guest("before", "hostname") == "before\n"
@@ -87,5 +87,5 @@ def test_another_qemu(host: Product) -> None:
     host.configure()
     assert "was frozen by QEMU 99.0.1" in host.fails("clone", "back")
     host.cli("template", "rollback", "python-fn")
-    assert host.json("template", "show", "python-fn")["active"] == old
+    assert host.active() == old
     assert host.clone("back")["state"] == "running"
