@@ -25,6 +25,7 @@ from templated.errors import HostError
 from templated.model.generation import QemuVersion
 
 PROOF_MARKER = b"templated: guest runs"
+PROOF_TRIES = 2
 PROOF_TIMEOUT = 60.0
 PROOF_SILENCE = 15.0
 """A guest that prints nothing for so long hangs; a slow host may need more for the whole boot."""
@@ -73,13 +74,16 @@ def recall(cache: Path, version: str) -> Proof | None:
 
 
 async def prove_kvm(binary: str, version: str, kernel: Path, initrd: Path, cache: Path) -> Proof:
-    """Run a guest under KVM, at most PROOF_TIMEOUT seconds, and remember the result.
+    """Run a guest under KVM and remember the result: PROOF_TRIES times PROOF_TIMEOUT s at most.
 
-    A guest that hangs ends it after PROOF_SILENCE seconds.
+    A guest that hangs is ended after PROOF_SILENCE seconds. One that had printed something before
+    is tried once more: a wrong "no" would make all guests of this host slow for good, in silence.
     """
     reason = kvm_opens()
-    if not reason:
-        reason = await _run_proof(binary, kernel, initrd)
+    for _ in range(0 if reason else PROOF_TRIES):
+        reason, again = await _run_proof(binary, kernel, initrd)
+        if not again:
+            break
     proof = Proof(
         host=host_key(version),
         works=not reason,
@@ -91,8 +95,8 @@ async def prove_kvm(binary: str, version: str, kernel: Path, initrd: Path, cache
     return proof
 
 
-async def _run_proof(binary: str, kernel: Path, initrd: Path) -> str:
-    """Empty when a guest printed the marker, otherwise what happened instead."""
+async def _run_proof(binary: str, kernel: Path, initrd: Path) -> tuple[str, bool]:
+    """What happened in place of the marker, empty when a guest printed it; whether to try again."""
     command = (
         # A daemon that is killed meanwhile leaves nothing that ends it.
         *("timeout", "--signal=KILL", f"{PROOF_TIMEOUT + 2:g}"),
@@ -106,10 +110,10 @@ async def _run_proof(binary: str, kernel: Path, initrd: Path) -> str:
                 while chunk := await _next(child.stdout):
                     seen += chunk
                     if PROOF_MARKER in seen:
-                        return ""
-            return f"QEMU ended with {await child.wait()}: {_last_line(seen)}"
+                        return "", False
+            return f"QEMU ended with {await child.wait()}: {_last_line(seen)}", False
         except TimeoutError:
-            return f"a guest hangs; it got to: {_last_line(seen)}"
+            return f"a guest hangs; it got to: {_last_line(seen)}", bool(seen)
 
 
 async def _next(output: asyncio.StreamReader) -> bytes:
