@@ -1,4 +1,4 @@
-"""A bound on the time of every test: one that hangs fails, and its fixtures clean up."""
+"""A bound on the time of every test, and which tests may run beside which."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ _BOUNDS = {"real": 600, "debian13": 1800, "lab": 1800}
 _TESTS = Path(__file__).parent
 
 
+# Before pytest-xdist, which reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each test the bound of its folder, unless it has one of its own."""
+    """Give each test the bound of its folder, unless it has one of its own, and a group.
+
+    With `-n 2 --dist loadgroup` the lab's tests run beside all others, and those one by one: the
+    lab has one CPU, and the machine's other one must be there for who measures clocks and pools.
+    """
     for item in items:
-        bound = _BOUNDS.get(item.path.relative_to(_TESTS).parts[0])
-        if bound is not None and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(bound))
+        folder = item.path.relative_to(_TESTS).parts[0]
+        if folder in _BOUNDS and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(_BOUNDS[folder]))
+        item.add_marker(pytest.mark.xdist_group("lab" if folder == "lab" else "host"))

@@ -43,12 +43,14 @@ def json_answer(value: Any, status: int = 200) -> web.Response:
 async def info(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
     config = services.context.config
+    # First: what was proven of KVM holds for this version.
+    qemu_version = await _qemu_version(services)
     return json_answer(
         Info(
             version=__version__,
             pid=os.getpid(),
             accel=services.context.host.known_accelerator(),
-            qemu_version=await _qemu_version(services),
+            qemu_version=qemu_version,
             state_dir=config.state_dir,
             shm_dir=config.shm_dir,
             metrics=config.metrics.listen if config.metrics else None,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from templated.drivers.hypervisor.base import Hypervisor
 from templated.drivers.image.store import Image
 from templated.errors import HostError
 from templated.model.config import Config
 from templated.model.generation import Manifest
+
+log = logging.getLogger(__name__)
 
 
 class Host:
@@ -32,6 +36,9 @@ class Host:
                 )
             return "kvm"
         if problem:
+            proven = self._hypervisor.remembered_proof()
+            if proven is not None and proven.works:
+                log.warning("guests ran under KVM here, but now %s: VMs get TCG", problem)
             return "tcg"
         proof = await self._hypervisor.prove_kvm(image.kernel, image.initrd)
         return "kvm" if proof.works else "tcg"

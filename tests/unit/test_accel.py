@@ -167,8 +167,13 @@ def test_the_version_follows_the_binary(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("kvm")
-def test_auto(tmp_path: Path) -> None:
-    """KVM when a guest ran under it, once for all who ask; TCG when told or when it did not."""
+def test_auto(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """KVM when a guest ran under it, once for all who ask; TCG when told or when it did not.
+
+    A KVM that goes away is not passed over in silence.
+    """
     config = configured(tmp_path)
     answers = 'case "$*" in *--version*) echo QEMU emulator version 7.2.0; exit;; esac'
     binary = program(tmp_path, f'{answers}\necho x >> "$0.proved"; echo "{MARKER}"')
@@ -188,7 +193,10 @@ def test_auto(tmp_path: Path) -> None:
         assert asked == ["kvm"] * 3 and host.known_accelerator() == "kvm"
         assert await Host(auto, qemu()).accelerator(image) == "kvm", "it is remembered"
         proved = await asyncio.to_thread((tmp_path / "qemu.proved").read_text)
-        assert proved == "x\n"
+        assert proved == "x\n" and not caplog.records
+        monkeypatch.setattr(accel, "kvm_opens", lambda: "/dev/kvm: gone")
+        assert await host.accelerator(image) == "tcg"
+        assert "now /dev/kvm: gone: VMs get TCG" in caplog.text
 
     run(main())
 
