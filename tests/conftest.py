@@ -1,4 +1,4 @@
-"""A bound on the time of every test, and which tests may run beside which."""
+"""A bound on the time of every test, and the lab beside the others."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.beside import divide
+
 # Seconds, by the folder; setup.cfg has the default. The first test of a run makes images.
 _BOUNDS = {"real": 600, "debian13": 1800, "lab": 1800}
 _TESTS = Path(__file__).parent
 
 
-# Before pytest-xdist, which reads the groups.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each test the bound of its folder, unless it has one of its own, and a group.
-
-    With `-n 2 --dist loadgroup` the lab's tests run beside all others, and those one by one: the
-    lab has one CPU, and the machine's other one must be there for who measures clocks and pools.
-    """
+    """Give each test the bound of its folder, unless it has one of its own."""
     for item in items:
-        folder = item.path.relative_to(_TESTS).parts[0]
-        if folder in _BOUNDS and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(_BOUNDS[folder]))
-        item.add_marker(pytest.mark.xdist_group("lab" if folder == "lab" else "host"))
+        bound = _BOUNDS.get(item.path.relative_to(_TESTS).parts[0])
+        if bound is not None and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(bound))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """After `-k` and `-m` have chosen."""
+    divide(session.config, session.items)

@@ -271,7 +271,7 @@ class Hypervisor(Protocol):
         """The result of `prove_kvm` on this host; None when it, or the version, is not known."""
 
     async def prove_kvm(self, kernel: Path, initrd: Path) -> Proof:
-        """Whether this kernel runs under KVM: as remembered, or by running it, some 20 s at most.
+        """Whether this kernel runs under KVM: as remembered, or by running it, two minutes at most.
 
         Callers at the same time share one run. Raises HostError when no guest can be started.
         """
