@@ -55,6 +55,7 @@ async def info(request: web.Request) -> web.Response:
             shm_dir=config.shm_dir,
             metrics=config.metrics.listen if config.metrics else None,
             transport=config.restore.transport,
+            confine=config.confine,
             clones=len(services.clones),
         )
     )

@@ -34,6 +34,7 @@ def run(config_path: Path | None, *, verbose: bool = False) -> None:
     os.umask(0o077)
     _allow_many_files()
     config = load_config(config_path)
+    _warn(config)
     installation = Installation(config)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -77,6 +78,13 @@ async def _end(task: asyncio.Task[None]) -> None:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
+
+
+def _warn(config: Config) -> None:
+    if not config.confine:
+        log.warning("confine is false: VMs may do all that the daemon's user may")
+    elif config.restore.transport == "exec":
+        log.warning("restore.transport is exec: VMs may start programs")
 
 
 def _allow_many_files() -> None:

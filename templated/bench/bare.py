@@ -200,6 +200,8 @@ class Stage:
     directory: Path
     transport: str
     """As `restore.transport` of the daemon."""
+    confined: bool
+    """As `confine` of the daemon."""
 
     @property
     def overlay(self) -> Path:
@@ -254,6 +256,7 @@ class Stage:
             network=network.attach(Port(_SLOT), _INDEX),
             control_fd=control.fileno(),
             agent_fd=agent.fileno(),
+            confined=self.confined,
         )
 
 

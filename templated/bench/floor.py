@@ -17,6 +17,7 @@ from pathlib import Path
 from templated.bench.bare import Bare, Stage
 from templated.drivers.disk import copy_overlay
 from templated.drivers.hypervisor.process import use_small_pages
+from templated.model.api import Info
 from templated.services.machines.generation import STATE, Generation
 
 
@@ -54,18 +55,20 @@ def wake(vm: Bare) -> None:
 
 
 @contextmanager
-def stage(generation: Generation, transport: str = "exec") -> Iterator[Stage]:
+def stage(
+    generation: Generation, transport: str = "exec", *, confined: bool = True
+) -> Iterator[Stage]:
     """A stage on temporary places, which are removed at the end."""
     use_small_pages()  # as the daemon's QEMUs do
     directory = Path(tempfile.mkdtemp(prefix="templated-bench-"))
     try:
-        yield Stage(generation, generation.manifest.qemu.path, directory, transport)
+        yield Stage(generation, generation.manifest.qemu.path, directory, transport, confined)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextmanager
-def floor(generation: Generation, transport: str) -> Iterator[Floor]:
-    """A floor on temporary places, which are removed at the end."""
-    with stage(generation, transport) as places:
+def floor(generation: Generation, daemon: Info) -> Iterator[Floor]:
+    """A floor that starts QEMU as the daemon does, on places that are removed at the end."""
+    with stage(generation, daemon.transport, confined=daemon.confine) as places:
         yield Floor(places)

@@ -94,7 +94,7 @@ def _starts(
     for name in (name for name, count in counts.items() if count):
         start: Callable[[], Row] = _Start(session, name)
         if name == "floor":
-            start = stack.enter_context(floor(session.generation(), session.transport)).once
+            start = stack.enter_context(floor(session.generation(), session.info())).once
         try:
             if name in POOLED:
                 session.pools.fill(name, 1)
@@ -155,7 +155,7 @@ def _sustained(session: Session, seconds: float, concurrency: int) -> dict[str, 
     generation = session.generation()
     with contextlib.ExitStack() as stack:
         floors = [
-            stack.enter_context(floor(generation, session.transport)) for _ in range(concurrency)
+            stack.enter_context(floor(generation, session.info())) for _ in range(concurrency)
         ]
         workers: dict[str, list[Callable[[], object]]] = {
             "floor": [bare.once for bare in floors],

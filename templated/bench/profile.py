@@ -22,6 +22,7 @@ from templated.cli.options import Command, Settings
 from templated.cli.render import dump_item
 from templated.drivers.guest import Step
 from templated.errors import HypervisorError, InvalidRequest
+from templated.model.api import Info
 from templated.services.machines.generation import Generation
 from templated.services.machines.start import REHEARSALS, REHEARSED, REST
 
@@ -51,21 +52,21 @@ def profile(settings: Settings, count: int, template: str | None) -> None:
     if generation.manifest.accel != "tcg":
         name, accel = generation.manifest.template, generation.manifest.accel
         raise InvalidRequest(f"{name} runs under {accel}, not TCG", hint="nothing is translated")
-    report = measure(generation, session.transport, count)
+    report = measure(generation, session.info(), count)
     if settings.table:
         _print(report)
     else:
         dump_item(report, settings)
 
 
-def measure(generation: Generation, transport: str, count: int) -> dict[str, Any]:
+def measure(generation: Generation, daemon: Info, count: int) -> dict[str, Any]:
     """Medians over `count` starts: blocks, megabytes of code and milliseconds that a step adds."""
     steps: dict[str, list[Row]] = {}
 
     def note(step: str, row: Row) -> None:
         steps.setdefault(step, []).append(row)
 
-    with floor(generation, transport) as bare:
+    with floor(generation, daemon) as bare:
         for _ in range(count):
             for kind in (_direct, _claim, _claim_unrehearsed):
                 bare.once(lambda vm, kind=kind: kind(vm, _Meter(vm, note)))  # type: ignore[misc]

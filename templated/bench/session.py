@@ -14,7 +14,7 @@ from templated.bench.interrupts import interruptible, uninterrupted
 from templated.client import Client
 from templated.drivers.host.procfs import read_memory
 from templated.errors import HostError, InvalidRequest, RemoteError, TemplatedError, Timeout
-from templated.model.api import PoolView, TierView
+from templated.model.api import Info, PoolView, TierView
 from templated.model.clone import CloneView
 from templated.services.machines.generation import Generation, read_manifest
 
@@ -80,10 +80,9 @@ class Session:
             "qemu": info.qemu_version,
         }
 
-    @property
-    def transport(self) -> str:
-        """How the daemon hands the saved state to QEMU."""
-        return self.client.info().transport
+    def info(self) -> Info:
+        """What the daemon says of itself: a floor has its way of starting a VM."""
+        return self.client.info()
 
     def generation(self) -> Generation:
         """The active generation's files; HostError when they cannot be read."""

@@ -190,4 +190,5 @@ class Info(Struct, frozen=True, kw_only=True):
     metrics: str | None
     transport: str
     """`restore.transport`."""
+    confine: bool
     clones: int

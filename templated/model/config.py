@@ -93,6 +93,8 @@ class Config(_Section, frozen=True, kw_only=True):
     qemu: str = "qemu-system-x86_64"
     network: UserNetwork | BridgeNetwork = UserNetwork()
     restore: RestoreConfig = RestoreConfig()
+    confine: bool = True
+    """Take from hypervisors what they do not need; false exists to compare with."""
     slots: SlotConfig = SlotConfig()
     pools: PoolConfig = PoolConfig()
     limits: LimitConfig = LimitConfig()

@@ -135,6 +135,7 @@ def _context(installation: Installation, journal: Journal) -> Context:
         installation.network,
         installation.plan,
         config.restore.transport,
+        config.confine,
     )
     return Context(
         config=config,

@@ -41,6 +41,7 @@ def run_checks(config: Config) -> list[Check]:
     """All checks, in a fixed order. Takes at most some 70 s, when KVM has to be proven."""
     checks: list[Callable[[Config], Iterator[Check]]] = [
         _qemu,
+        _confinement,
         _accelerator,
         _tools,
         _places,
@@ -71,6 +72,21 @@ def _qemu(config: Config) -> Iterator[Check]:
         yield Check("qemu", "WARN", f"{config.qemu} {version} is not one that is proven", fix)
     else:
         yield Check("qemu", "PASS", f"{config.qemu} {version}, proven as that of {support.host}")
+
+
+def _confinement(config: Config) -> Iterator[Check]:
+    if not config.confine:
+        detail = "confine is false: VMs may do all that the daemon's user may"
+        yield Check("confinement", "WARN", detail, "confine: true")
+        return
+    if problem := asyncio.run(make_hypervisor(config).confinement_problem()):
+        fix = "use a QEMU that is built with seccomp, as Debian's is, or set confine: false"
+        yield Check("confinement", "FAIL", problem, fix)
+    elif config.restore.transport == "exec":
+        detail = "with restore.transport: exec, VMs may start programs"
+        yield Check("confinement", "WARN", detail, "restore: {transport: fd}")
+    else:
+        yield Check("confinement", "PASS", "QEMU filters its system calls, and starts no program")
 
 
 def _accelerator(config: Config) -> Iterator[Check]:

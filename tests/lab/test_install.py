@@ -37,6 +37,7 @@ def test_systemd_knows_the_units(product: Product) -> None:
 def test_sandbox(host: Product) -> None:
     """The daemon and its VMs have the unit's four capabilities, its filter, and no way to write."""
     host.clone("boxed")
+    filters = {}
     for pid in (int(host.unit("MainPID")), host.pid("boxed")):
         status = host.lab.do(f"cat /proc/{pid}/status")
         fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
@@ -45,11 +46,15 @@ def test_sandbox(host: Product) -> None:
         assert int(fields["CapEff"], 16) & ~int(fields["CapBnd"], 16) == 0
         assert fields["NoNewPrivs"].strip() == "1"
         assert fields["Seccomp"].strip() == "2"
+        filters[pid] = int(fields["Seccomp_filters"])
         for path in ("/usr/x", "/etc/x", "/var/x", "/root/x", "/sys/fs/cgroup/x"):
             done = host.lab.run(f"nsenter --mount --target {pid} touch {path}")
             assert done.returncode != 0, path
         devices = host.lab.do(f"nsenter --mount --target {pid} ls /root /home")
         assert "templated" not in devices
+    # QEMU has one of its own beside the unit's.
+    daemon, vm = filters.values()
+    assert vm == daemon + 1
     assert host.lab.do("stat -c %a /var/lib/templated /run/templated").split() == ["700", "755"]
 
 

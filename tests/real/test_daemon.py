@@ -5,10 +5,12 @@ from __future__ import annotations
 import grp
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +153,25 @@ def test_transport_exec(copied: Daemon) -> None:
     clone = copied.json("clone", "by-exec")
     assert copied.cli("exec", "by-exec", "--", "hostname") == "by-exec\n"
     assert clone["path"] == "direct"
+
+
+@pytest.mark.parametrize("confine", [True, False])
+def test_confine(copied: Daemon, confine: bool) -> None:
+    """Every thread of a clone's QEMU is under a filter of its own; without it, the daemon warns."""
+    copied.config["confine"] = confine
+    copied.start()
+    pid = copied.json("clone", "boxed")["pid"]
+    assert copied.process is not None
+    daemon = _filters(Path(f"/proc/{copied.process.pid}"))
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        assert _filters(thread) == daemon + confine
+    assert ("confine is false" in copied.log) is not confine
+
+
+def _filters(process: Path) -> int:
+    found = re.search(r"^Seccomp_filters:\t(\d+)$", (process / "status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1])
 
 
 def test_probe_types(fresh: Daemon) -> None:

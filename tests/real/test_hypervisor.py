@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -22,6 +23,7 @@ from templated.drivers.hypervisor.process import Process
 from templated.drivers.hypervisor.qemu import machine as qemu_machine
 from templated.drivers.hypervisor.qemu.command import CODE_SERIAL
 from templated.drivers.hypervisor.qemu.driver import Qemu
+from templated.drivers.hypervisor.qemu.machine import QemuMachine
 from templated.drivers.image.store import Image
 from templated.errors import GuestError, HypervisorError, Timeout
 from templated.model.spec import TemplateSpec
@@ -111,6 +113,42 @@ def test_a_process_that_ends_at_once(rig: Rig) -> None:
                 with pytest.raises(HypervisorError, match=r"ended with 1: .*CPU model"):
                     await machine.connect(BOUND)
                 assert "no-such-cpu" in machine.last_words()
+
+    rig.play(scenario())
+
+
+@pytest.mark.parametrize("handed", [True, False], ids=["state by descriptor", "by a program"])
+def test_who_breaks_out_starts_no_program(rig: Rig, handed: bool) -> None:
+    """QEMU that runs a guest is asked to start a program, and the kernel ends it.
+
+    One that reads its state by a program may: that is what the configuration then asked for.
+    """
+
+    async def scenario() -> None:
+        assert rig.frozen is not None
+        fd = os.open(rig.frozen.state, os.O_RDONLY)
+        trace = rig.directory / f"started-{handed}"
+        try:
+            async with rig.launch(rig.frozen) as launch:
+                launch = replace(launch, state_fd=fd if handed else None)
+                async with rig.spawned(launch) as machine:
+                    await machine.connect(BOUND)
+                    state = SavedState(rig.frozen.state, "fd" if handed else "exec", fd)
+                    await machine.restore(state, BOUND)
+                    for task in Path(f"/proc/{machine.pid}/task").iterdir():
+                        assert "Seccomp:\t2" in (task / "status").read_text()
+                    command = f"exec:cat >/dev/null; touch {trace}"
+                    asked = cast(QemuMachine, machine)._execute("migrate", {"uri": command})
+                    if handed:
+                        with pytest.raises(HypervisorError, match="was killed by SIGSYS"):
+                            await asked
+                    else:
+                        await asked
+                        while not trace.exists():
+                            await asyncio.sleep(0.05)
+        finally:
+            os.close(fd)
+        assert trace.exists() is not handed
 
     rig.play(scenario())
 

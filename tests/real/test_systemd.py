@@ -62,7 +62,7 @@ def test_what_running_vms_need() -> None:
     assert not settings & {"MemoryDenyWriteExecute", "PrivateDevices", "PrivateNetwork"}
     # chown for socket_access.group, which @privileged denies
     filters = [line for line in lines if line.startswith("SystemCallFilter=")]
-    assert filters[-1] == "SystemCallFilter=@chown setpriority"
+    assert filters[-1] == "SystemCallFilter=@chown setpriority seccomp"
 
 
 def test_sysusers_and_tmpfiles(tmp_path: Path) -> None:

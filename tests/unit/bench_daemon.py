@@ -24,6 +24,7 @@ INFO = {
     "shm_dir": "/nonexistent",
     "metrics": None,
     "transport": "fd",
+    "confine": True,
     "clones": 0,
 }
 

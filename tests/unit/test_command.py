@@ -46,6 +46,7 @@ CASES = {
     ),
     "tap-and-fd": replace(LAUNCH, network=Tap(9), state_fd=10),
     "fd": replace(LAUNCH, state_fd=9),
+    "unconfined": replace(LAUNCH, confined=False),
     "10.0-restore": replace(LAUNCH, hardware=NEW),
     "10.0-fd": replace(LAUNCH, hardware=NEW, state_fd=9),
     "10.0-boot": replace(LAUNCH, hardware=NEW, boot=BOOT, memory_shared=True),

@@ -10,6 +10,7 @@ import pytest
 from templated.drivers.hypervisor.base import SavedState
 from templated.drivers.hypervisor.qemu.features import PROVEN, features, release
 from templated.drivers.hypervisor.qemu.machine import incoming_uri
+from templated.model.config import RestoreConfig
 from templated.services.doctor import run_checks
 from tests.unit.fake_daemon import configured
 
@@ -54,3 +55,29 @@ def test_doctor_says_what_is_proven(tmp_path: Path, version: str, status: str) -
     assert check.status == status and version in check.detail
     if status == "WARN":
         assert all(host in check.fix for host in PROVEN.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer", "status", "detail"),
+    [
+        ("", "exit 0", "PASS", "starts no program"),
+        ("", "echo There is no option group >&2; exit 1", "FAIL", "There is no option group"),
+        ("transport", "exit 0", "WARN", "may start programs"),
+        ("confine", "exit 0", "WARN", "confine is false"),
+    ],
+)
+def test_doctor_says_whether_vms_are_confined(
+    tmp_path: Path, settings: str, answer: str, status: str, detail: str
+) -> None:
+    """A QEMU that knows no filter, and a configuration that does not want one, are named."""
+    config = msgspec.structs.replace(configured(tmp_path), qemu=str(tmp_path / "q"), accel="tcg")
+    if settings == "transport":
+        config = msgspec.structs.replace(config, restore=RestoreConfig(transport="exec"))
+    elif settings == "confine":
+        config = msgspec.structs.replace(config, confine=False)
+    qemu = Path(config.qemu)
+    qemu.write_text(f'#!/bin/sh\n[ "$1" != -sandbox ] && exit 3\n{answer}\n')
+    qemu.chmod(0o755)
+    check = next(check for check in run_checks(config) if check.name == "confinement")
+    assert check.status == status and detail in check.detail
+    assert bool(check.fix) is (status != "PASS")

@@ -55,5 +55,5 @@ class BareLoop:
 
     @contextmanager
     def opened(self) -> Iterator[Once]:
-        with floor(self.session.generation(), self.session.transport) as bare:
+        with floor(self.session.generation(), self.session.info()) as bare:
             yield bare.once

@@ -98,6 +98,9 @@ class Launch:
     only if its template had one; the content may differ."""
     boot: Kernel | None = None
     """None: start waiting for state."""
+    confined: bool = True
+    """The kernel refuses the hypervisor what no VM needs, above all to start programs. One that
+    waits for state starts a program for it, unless it has `state_fd`."""
 
 
 @dataclass(frozen=True)
@@ -275,6 +278,9 @@ class Hypervisor(Protocol):
 
         Callers at the same time share one run. Raises HostError when no guest can be started.
         """
+
+    async def confinement_problem(self) -> str:
+        """Why no VM can be confined on this host; empty when one can."""
 
     def clock_problem(self, accelerator: str) -> str:
         """Why a guest's clock may drift; empty when it keeps time."""

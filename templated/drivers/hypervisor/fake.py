@@ -70,6 +70,9 @@ class FakeHypervisor:
     async def prove_kvm(self, kernel: Path, initrd: Path) -> Proof:
         return Proof(host="fake", works=False, detail=self.kvm_problem())
 
+    async def confinement_problem(self) -> str:
+        return ""
+
     def clock_problem(self, accelerator: str) -> str:
         return ""
 

@@ -46,6 +46,7 @@ class Starter:
     network: Network
     plan: AddressPlan
     transport: str
+    confine: bool
 
     def launch(
         self,
@@ -68,6 +69,7 @@ class Starter:
             network=self.network.attach(prepared.port, slot.index, forwards),
             control_fd=prepared.control.fileno(),
             agent_fd=prepared.agent.fileno(),
+            confined=self.confine,
         )
 
     async def spawn(

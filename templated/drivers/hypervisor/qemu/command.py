@@ -23,6 +23,7 @@ STATE_FILE = "/dev/fdset/1"
 # qboot can start a kernel. It has to be named: by default microvm with ACPI has the SeaBIOS of
 # bios-microvm.bin, which is a link to qboot in Debian 12 and SeaBIOS in Debian 13.
 _MICROVM = "firmware=qboot.rom,x-option-roms=off,isa-serial=on,rtc=on"
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,resourcecontrol=deny"
 MACHINES = {"microvm": f"microvm,{_MICROVM}", "q35": "q35,smm=off,vmport=off"}
 """`-machine`, by a template's `machine.type`. Of a guest's boot, too, that proves something."""
 
@@ -37,6 +38,7 @@ def qemu_arguments(qemu: str, launch: Launch) -> list[str]:
         *("-no-user-config", "-nodefaults", "-display", "none"),
         # A reset would need the kernel of the template's boot. So the VM ends, which is reported.
         "-no-reboot",
+        *_sandbox(launch),
         *_machine(launch),
         *_migration(),
         *_devices(launch),
@@ -56,6 +58,18 @@ def qemu_arguments(qemu: str, launch: Launch) -> list[str]:
     if hardware.type == "q35":
         arguments += ["-vga", "none"]
     return arguments
+
+
+def _sandbox(launch: Launch) -> list[str]:
+    """A filter of system calls (seccomp) that QEMU gives itself before the guest runs.
+
+    Who breaks out of the guest into QEMU ends with it when he starts a program, changes his uid or
+    raises a priority.
+    """
+    if not launch.confined:
+        return []
+    by_program = launch.boot is None and launch.state_fd is None
+    return ["-sandbox", f"{SANDBOX},spawn={'allow' if by_program else 'deny'}"]
 
 
 def _machine(launch: Launch) -> list[str]:

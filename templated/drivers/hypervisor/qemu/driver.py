@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from templated.drivers.host import procfs
+from templated.drivers.host.programs import run
 from templated.drivers.hypervisor.base import Launch, Machine, Places, Proof, Support
 from templated.drivers.hypervisor.process import Process, use_small_pages
 from templated.drivers.hypervisor.qemu import accel
-from templated.drivers.hypervisor.qemu.command import inherited, qemu_arguments
+from templated.drivers.hypervisor.qemu.command import SANDBOX, inherited, qemu_arguments
 from templated.drivers.hypervisor.qemu.features import PROVEN, features, proven, release
 from templated.drivers.hypervisor.qemu.machine import QemuMachine
 from templated.drivers.hypervisor.qemu.program import Program
 from templated.drivers.hypervisor.qemu.tsc import tsc_khz
 from templated.drivers.hypervisor.states import MachineState
+from templated.errors import HostError
 from templated.model.generation import QemuVersion
 
 
@@ -60,6 +62,13 @@ class Qemu:
             if remembered is not None:
                 return remembered
             return await accel.prove_kvm(self._binary, version, kernel, initrd, self._proof)
+
+    async def confinement_problem(self) -> str:
+        try:
+            await run(self._program.path, "-sandbox", SANDBOX, "-version", timeout=10.0)
+        except HostError as error:
+            return error.message
+        return ""
 
     def clock_problem(self, accelerator: str) -> str:
         if accelerator == "kvm" or tsc_khz() is not None:

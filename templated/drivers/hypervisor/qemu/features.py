@@ -23,7 +23,7 @@ class Features:
     reading only (8.2). Before, QEMU opens the file for writing too."""
     file_uri: bool
     """Saved state goes to and comes from `file:` (8.2); `fd:` of a plain file is deprecated since
-    9.1. Before, a descriptor is read by `fd:`, and a file is written by `exec:cat`."""
+    9.1. Before, it goes by `fd:` both ways."""
     set_active: bool
     """`blockdev-set-active` (10.0). Who saves a VM that never ran after its restore needs it: the
     disks of such a VM are inactive, and `savevm` refuses those. Before, it takes them."""
