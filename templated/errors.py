@@ -3,6 +3,7 @@
     TemplatedError              message + hint + a stable code
     ├── ConfigError             a config file or a spec is wrong
     ├── InvalidRequest          a name, an option or an API body is wrong
+    ├── Forbidden               the caller lacks the role or the right that this needs
     ├── NotFound                no such clone, template, generation or operation
     ├── Conflict                the name is taken, or the state does not allow the request
     ├── HostError               the host lacks something: QEMU, space in shm_dir, a permission
@@ -46,6 +47,12 @@ class InvalidRequest(TemplatedError):
     """A name, an option or an API body is wrong."""
 
     code = "invalid"
+
+
+class Forbidden(TemplatedError):
+    """The caller lacks the role or the right that this needs."""
+
+    code = "forbidden"
 
 
 class NotFound(TemplatedError):

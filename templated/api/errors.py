@@ -19,6 +19,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 STATUS = {
     "invalid": 400,
     "config": 400,
+    "forbidden": 403,
     "not_found": 404,
     "conflict": 409,
     "busy": 429,

@@ -7,16 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from templated.api.errors import Handler
+from templated.model.access import Need
 
 
 @dataclass(frozen=True)
 class Route:
-    """One method and path. `answer` is the type of the body, `stream` its media type if lines."""
+    """One method and path. `answer` is the type of the body, `stream` its media type if lines.
+
+    `needs` is the role or the right that a caller must have.
+    """
 
     method: str
     path: str
     handler: Handler
     summary: str
+    needs: Need
     answer: Any = None
     status: int = 200
     body: Any = None
@@ -30,11 +35,12 @@ def get(
     summary: str,
     answer: Any,
     *,
+    needs: Need,
     stream: str = "",
     query: Mapping[str, str] | None = None,
 ) -> Route:
     """A route that only looks."""
-    return Route("GET", path, handler, summary, answer, stream=stream, query=query or {})
+    return Route("GET", path, handler, summary, needs, answer, stream=stream, query=query or {})
 
 
 def post(
@@ -43,12 +49,13 @@ def post(
     summary: str,
     answer: Any,
     *,
+    needs: Need,
     body: Any = None,
     status: int = 200,
     stream: str = "",
 ) -> Route:
     """A route that does something."""
-    return Route("POST", path, handler, summary, answer, status, body, stream)
+    return Route("POST", path, handler, summary, needs, answer, status, body, stream)
 
 
 def put(
@@ -57,14 +64,15 @@ def put(
     summary: str,
     answer: Any = None,
     *,
+    needs: Need,
     body: Any,
     query: Mapping[str, str] | None = None,
 ) -> Route:
     """A route that sets the resource at its path; 204 when its answer is empty."""
     status = 204 if answer is None else 200
-    return Route("PUT", path, handler, summary, answer, status, body, query=query or {})
+    return Route("PUT", path, handler, summary, needs, answer, status, body, query=query or {})
 
 
-def delete(path: str, handler: Handler, summary: str) -> Route:
+def delete(path: str, handler: Handler, summary: str, *, needs: Need) -> Route:
     """A route that removes the resource at its path."""
-    return Route("DELETE", path, handler, summary, status=204)
+    return Route("DELETE", path, handler, summary, needs, status=204)

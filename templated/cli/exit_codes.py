@@ -11,6 +11,7 @@ NO_DAEMON = 5
 HOST = 6
 TIMEOUT = 7
 BUSY = 8
+FORBIDDEN = 9
 EXEC_TIMEOUT = 124
 EXEC_NOT_FOUND = 127
 INTERRUPTED = 130
@@ -25,6 +26,7 @@ _BY_ERROR = {
     "host": HOST,
     "timeout": TIMEOUT,
     "busy": BUSY,
+    "forbidden": FORBIDDEN,
 }
 
 MEANINGS: tuple[tuple[str, str], ...] = (
@@ -37,6 +39,7 @@ MEANINGS: tuple[tuple[str, str], ...] = (
     (str(HOST), "The host lacks something: QEMU, space, a permission."),
     (str(TIMEOUT), "A bounded wait ended."),
     (str(BUSY), "A bound on concurrent work is reached; try again."),
+    (str(FORBIDDEN), "The daemon refuses this caller, who lacks a role or a right."),
     (str(INTERRUPTED), "Ended by Ctrl-C."),
     (str(BROKEN_PIPE), "The reader of the output has gone away, as in a pipe into head."),
 )

@@ -11,7 +11,14 @@ from templated.model.socket import SYSTEM_SOCKET
 START_HINT = "start it: systemctl start templated, or: templated serve"
 CONNECT_SECONDS = 5.0
 _LOG_HINT = "journalctl -u templated may say why"
-_BY_STATUS = {400: "invalid", 404: "not_found", 405: "invalid", 409: "conflict", 413: "invalid"}
+_BY_STATUS = {
+    400: "invalid",
+    403: "forbidden",
+    404: "not_found",
+    405: "invalid",
+    409: "conflict",
+    413: "invalid",
+}
 
 
 def unreachable(error: OSError, path: str) -> TemplatedError:

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from templated.model.access import Right, Role
 from templated.model.network import BridgeNetwork, UserNetwork
 from templated.model.socket import SOCKET, default_runtime
 from templated.model.spec import Percent
-from templated.model.units import Duration, seconds
+from templated.model.units import Duration, Size, seconds
 
 AbsolutePath = Annotated[str, Meta(pattern=r"^/[^\0]{0,4000}$(?!\n)")]
 
@@ -35,10 +36,39 @@ class RestoreConfig(_Section, frozen=True, kw_only=True):
 
 
 class SocketConfig(_Section, frozen=True, kw_only=True):
-    """Who may talk to the daemon. The socket gives power over VMs that run as the daemon's user."""
+    """Who may connect to the daemon; `access` says what they may do then."""
 
     mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$(?!\n)")] = "0660"
     group: str | None = None
+
+
+class AccessRule(_Section, frozen=True, kw_only=True):
+    """Gives a role to one user, by uid or name, or to the members of a group."""
+
+    role: Role
+    uid: Annotated[int, Meta(ge=0, lt=2**32 - 1)] | None = None
+    user: str | None = None
+    group: str | None = None
+    rights: tuple[Right, ...] | None = None
+    """In place of those of the role: an operator has `exec` and `copy`, a viewer has none."""
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.uid, self.user, self.group)) != 1:
+            raise ValueError("a rule has one of uid, user and group")
+        if self.role is Role.ADMIN and self.rights is not None:
+            raise ValueError("an admin has all rights; leave out `rights`")
+
+
+class AccessConfig(_Section, frozen=True, kw_only=True):
+    """What callers may do. Root and the daemon's own user are admins; others need a rule."""
+
+    roles: tuple[AccessRule, ...]
+
+
+class AuditConfig(_Section, frozen=True, kw_only=True):
+    """The log of who changed what. At most two files of `size` are kept."""
+
+    size: Size = "8MiB"
 
 
 class SlotConfig(_Section, frozen=True, kw_only=True):
@@ -88,6 +118,9 @@ class Config(_Section, frozen=True, kw_only=True):
     template_dirs: tuple[AbsolutePath, ...]
     socket: AbsolutePath
     socket_access: SocketConfig = SocketConfig()
+    access: AccessConfig | None = None
+    """None: whoever can connect is an admin."""
+    audit: AuditConfig | None = AuditConfig()
     metrics: MetricsConfig | None = MetricsConfig()
     accel: Literal["auto", "kvm", "tcg"] = "auto"
     qemu: str = "qemu-system-x86_64"
