@@ -15,7 +15,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -99,9 +99,13 @@ class CloneRow(Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
-def now() -> str:
-    """The present time, RFC 3339 in UTC."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def now(ago: float = 0.0) -> str:
+    """The time, RFC 3339 in UTC: at present, or so many seconds ago."""
+    return (
+        (datetime.now(UTC) - timedelta(seconds=ago))
+        .isoformat(timespec="milliseconds")
+        .replace("+00:00", "Z")
+    )
 
 
 class Journal:

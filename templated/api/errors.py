@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+ERROR_CODE = "templated.error"
+"""The key of the code of the error that a request was answered with."""
+
 STATUS = {
     "invalid": 400,
     "config": 400,
@@ -51,9 +54,11 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     try:
         return await handler(request)
     except TemplatedError as error:
+        request[ERROR_CODE] = error.code
         return error_response(error.code, error.message, error.hint)
     except web.HTTPException as error:
         code = {404: "not_found", 405: "invalid", 413: "invalid"}.get(error.status, "invalid")
+        request[ERROR_CODE] = code
         return error_response(
             code,
             f"{request.method} {request.path}: {error.reason}",
@@ -62,6 +67,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         )
     except Exception as error:
         log.exception("%s %s failed", request.method, request.path)
+        request[ERROR_CODE] = "internal"
         return error_response(
             "internal",
             f"{type(error).__name__}: {error}",

@@ -16,6 +16,7 @@ from prometheus_client.aiohttp import make_aiohttp_handler
 
 from templated import __version__
 from templated.api.errors import body_of
+from templated.api.record import note
 from templated.errors import HostError, InvalidRequest
 from templated.model.api import (
     BuildRequest,
@@ -31,6 +32,8 @@ from templated.services.templates.images import image_views
 SERVICES = web.AppKey("services", Services)
 T = TypeVar("T")
 _NDJSON = "application/x-ndjson"
+# Seconds: a hundred years.
+_LONG_AGO = 3_155_760_000
 
 
 def json_answer(value: Any, status: int = 200) -> web.Response:
@@ -74,6 +77,7 @@ async def list_clones(request: web.Request) -> web.Response:
 
 async def create_clones(request: web.Request) -> web.Response:
     wanted = await body_of(request, CloneRequest)
+    note(request, target=wanted.name, detail=f"count {wanted.count}" if wanted.count else "")
     services = request.app[SERVICES]
     views = await services.clones.create(wanted)
     return json_answer(views if wanted.count is not None else views[0], 201)
@@ -91,6 +95,7 @@ async def remove_clone(request: web.Request) -> web.Response:
 
 async def exec_in_clone(request: web.Request) -> web.StreamResponse:
     wanted = await body_of(request, ExecRequest)
+    note(request, detail=wanted.argv[0])  # arguments, environment and input may be secrets
     try:
         stdin = base64.b64decode(wanted.stdin, validate=True) if wanted.stdin else None
     except binascii.Error as error:
@@ -114,8 +119,8 @@ async def logs(request: web.Request) -> web.StreamResponse:
 
 
 async def get_file(request: web.Request) -> web.Response:
-    guests = request.app[SERVICES].guests
-    content = await guests.get(request.match_info["name"], _guest_path(request))
+    guests, path = request.app[SERVICES].guests, _guest_path(request)
+    content = await guests.get(request.match_info["name"], path)
     return web.Response(body=content, content_type="application/octet-stream")
 
 
@@ -130,6 +135,15 @@ async def events(request: web.Request) -> web.StreamResponse:
     bus = request.app[SERVICES].context.events
     source = bus.follow() if _flag(request, "follow") else _each(bus.recent())
     return await _stream(request, _lines(source), _NDJSON)
+
+
+async def audit(request: web.Request) -> web.StreamResponse:
+    entries = await request.app[SERVICES].audit.read(
+        _number(request, "lines", 1000),
+        since=_number(request, "since", 0, _LONG_AGO) or None,
+        user=request.query.get("user", ""),
+    )
+    return await _stream(request, _lines(_each(entries)), _NDJSON)
 
 
 async def list_templates(request: web.Request) -> web.Response:
@@ -177,6 +191,7 @@ async def show_pool(request: web.Request) -> web.Response:
 
 async def set_pool(request: web.Request) -> web.Response:
     wanted = await body_of(request, PoolRequest)
+    note(request, detail=_sizes(wanted))
     pools = request.app[SERVICES].pools
     return json_answer(await asyncio.shield(pools.set(request.match_info["template"], wanted)))
 
@@ -226,13 +241,19 @@ def _flag(request: web.Request, name: str) -> bool:
     return request.query.get(name, "") in ("true", "1", "yes")
 
 
-def _number(request: web.Request, name: str, default: int) -> int:
+def _sizes(wanted: PoolRequest) -> str:
+    sizes = {"standby": wanted.standby, "warm": wanted.warm}
+    given = [f"{tier} {size}" for tier, size in sizes.items() if size is not None]
+    return " ".join([*given, "reset"] if wanted.reset else given)
+
+
+def _number(request: web.Request, name: str, default: int, most: int = 100_000) -> int:
     try:
         value = int(request.query.get(name, default))
     except ValueError:
         raise InvalidRequest(f"{name} is not a number") from None
-    if not 0 <= value <= 100_000:
-        raise InvalidRequest(f"{name} must be between 0 and 100000")
+    if not 0 <= value <= most:
+        raise InvalidRequest(f"{name} must be between 0 and {most}")
     return value
 
 
@@ -245,6 +266,7 @@ def _mode(request: web.Request) -> int:
 
 def _guest_path(request: web.Request) -> str:
     path = request.query.get("path", "")
+    note(request, detail=path)
     if not path.startswith("/"):
         raise InvalidRequest("path must be an absolute path in the guest", hint="as in NAME:/tmp/x")
     return path

@@ -10,6 +10,7 @@ import msgspec
 
 from templated import __version__
 from templated.api.route import Route
+from templated.model.access import Right
 from templated.model.api import ErrorBody
 
 _REF = "#/components/schemas/{name}"
@@ -58,7 +59,8 @@ def _operation(route: Route, by_type: dict[str, Any]) -> dict[str, Any]:
     }
     operation: dict[str, Any] = {
         "summary": route.summary,
-        "operationId": route.handler.__name__,
+        "operationId": route.name,
+        "x-templated-right" if isinstance(route.needs, Right) else "x-templated-role": route.needs,
         "parameters": parameters,
         "responses": answers,
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from templated.api.errors import Handler
-from templated.model.access import Need
+from templated.model.access import Need, Right
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,16 @@ class Route:
     body: Any = None
     stream: str = ""
     query: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The name of the operation, in OpenAPI and in the audit log."""
+        return self.handler.__name__
+
+    @property
+    def recorded(self) -> bool:
+        """Whether requests are audited: all that change something or reach into a guest."""
+        return self.method != "GET" or isinstance(self.needs, Right)
 
 
 def get(

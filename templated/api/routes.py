@@ -9,7 +9,9 @@ from aiohttp import web
 from templated.api import handlers as h
 from templated.api.openapi import document
 from templated.api.route import Route, delete, get, post, put
+from templated.model.access import Right, Role
 from templated.model.api import (
+    AuditEntry,
     BuildRequest,
     CloneRequest,
     Event,
@@ -32,6 +34,11 @@ _PATH = {"path": "absolute path in the guest"}
 _MODE = {"mode": "octal, 644 by default"}
 _LOGS = {"lines": "how many of the last lines", "follow": "true: go on with new output"}
 _EVENTS = {"follow": "true: go on with new events"}
+_AUDIT = {
+    "lines": "how many of the last entries, 1000 by default",
+    "since": "only of the last so many seconds",
+    "user": "only of this user name or uid",
+}
 
 
 async def openapi(request: web.Request) -> web.Response:
@@ -40,9 +47,9 @@ async def openapi(request: web.Request) -> web.Response:
 
 
 ROUTES: tuple[Route, ...] = (
-    get("/v1/info", h.info, "The daemon", Info),
-    get("/v1/openapi.json", openapi, "This document", dict[str, Any]),
-    get("/v1/clones", h.list_clones, "All clones", list[CloneView]),
+    get("/v1/info", h.info, "The daemon", Info, needs=Role.VIEWER),
+    get("/v1/openapi.json", openapi, "This document", dict[str, Any], needs=Role.VIEWER),
+    get("/v1/clones", h.list_clones, "All clones", list[CloneView], needs=Role.VIEWER),
     post(
         "/v1/clones",
         h.create_clones,
@@ -50,9 +57,10 @@ ROUTES: tuple[Route, ...] = (
         CloneView | list[CloneView],
         body=CloneRequest,
         status=201,
+        needs=Role.OPERATOR,
     ),
-    get("/v1/clones/{name}", h.show_clone, "One clone", CloneView),
-    delete("/v1/clones/{name}", h.remove_clone, "End a clone"),
+    get("/v1/clones/{name}", h.show_clone, "One clone", CloneView, needs=Role.VIEWER),
+    delete("/v1/clones/{name}", h.remove_clone, "End a clone", needs=Role.OPERATOR),
     post(
         "/v1/clones/{name}/exec",
         h.exec_in_clone,
@@ -60,6 +68,7 @@ ROUTES: tuple[Route, ...] = (
         ExecFrame,
         body=ExecRequest,
         stream=_NDJSON,
+        needs=Right.EXEC,
     ),
     get(
         "/v1/clones/{name}/logs",
@@ -68,6 +77,7 @@ ROUTES: tuple[Route, ...] = (
         str,
         stream=_TEXT,
         query=_LOGS,
+        needs=Role.OPERATOR,
     ),
     get(
         "/v1/clones/{name}/files",
@@ -76,6 +86,7 @@ ROUTES: tuple[Route, ...] = (
         bytes,
         stream=_BYTES,
         query=_PATH,
+        needs=Right.COPY,
     ),
     put(
         "/v1/clones/{name}/files",
@@ -83,11 +94,29 @@ ROUTES: tuple[Route, ...] = (
         "Write a file of a clone",
         body=bytes,
         query=_PATH | _MODE,
+        needs=Right.COPY,
     ),
-    get("/v1/events", h.events, "What happened", Event, stream=_NDJSON, query=_EVENTS),
-    get("/v1/templates", h.list_templates, "All templates", list[TemplateView]),
-    get("/v1/templates/{name}", h.show_template, "One template", TemplateView),
-    delete("/v1/templates/{name}", h.remove_template, "Remove builds"),
+    get(
+        "/v1/events",
+        h.events,
+        "What happened",
+        Event,
+        stream=_NDJSON,
+        query=_EVENTS,
+        needs=Role.VIEWER,
+    ),
+    get(
+        "/v1/audit",
+        h.audit,
+        "Who changed what",
+        AuditEntry,
+        stream=_NDJSON,
+        query=_AUDIT,
+        needs=Role.ADMIN,
+    ),
+    get("/v1/templates", h.list_templates, "All templates", list[TemplateView], needs=Role.VIEWER),
+    get("/v1/templates/{name}", h.show_template, "One template", TemplateView, needs=Role.VIEWER),
+    delete("/v1/templates/{name}", h.remove_template, "Remove builds", needs=Role.ADMIN),
     post(
         "/v1/templates/{name}/build",
         h.build_template,
@@ -95,19 +124,38 @@ ROUTES: tuple[Route, ...] = (
         Operation,
         body=BuildRequest,
         status=202,
+        needs=Role.ADMIN,
     ),
-    post("/v1/templates/{name}/rollback", h.rollback, "Serve the build before", TemplateView),
-    get("/v1/images", h.list_images, "What templates boot from", list[ImageView]),
-    get("/v1/pools", h.list_pools, "All pools", list[PoolView]),
-    get("/v1/pools/{template}", h.show_pool, "The pools of a template", PoolView),
-    put("/v1/pools/{template}", h.set_pool, "Set the sizes of pools", PoolView, body=PoolRequest),
-    get("/v1/operations/{id}", h.show_operation, "Long work", Operation),
+    post(
+        "/v1/templates/{name}/rollback",
+        h.rollback,
+        "Serve the build before",
+        TemplateView,
+        needs=Role.ADMIN,
+    ),
+    get(
+        "/v1/images", h.list_images, "What templates boot from", list[ImageView], needs=Role.VIEWER
+    ),
+    get("/v1/pools", h.list_pools, "All pools", list[PoolView], needs=Role.VIEWER),
+    get(
+        "/v1/pools/{template}", h.show_pool, "The pools of a template", PoolView, needs=Role.VIEWER
+    ),
+    put(
+        "/v1/pools/{template}",
+        h.set_pool,
+        "Set the sizes of pools",
+        PoolView,
+        body=PoolRequest,
+        needs=Role.OPERATOR,
+    ),
+    get("/v1/operations/{id}", h.show_operation, "Long work", Operation, needs=Role.VIEWER),
     get(
         "/v1/operations/{id}/events",
         h.operation_events,
         "Its events",
         OperationEvent,
         stream=_NDJSON,
+        needs=Role.VIEWER,
     ),
-    get("/metrics", h.metrics, "Prometheus metrics", str, stream=_TEXT),
+    get("/metrics", h.metrics, "Prometheus metrics", str, stream=_TEXT, needs=Role.VIEWER),
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import grp
-import logging
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -14,51 +13,30 @@ from pathlib import Path
 from aiohttp import web
 
 from templated.api import handlers
-from templated.api.errors import Handler, errors_as_json
+from templated.api.callers import Callers, guarded
+from templated.api.errors import errors_as_json
+from templated.api.record import Recorder
 from templated.api.routes import ROUTES
 from templated.errors import ConfigError, HostError
 from templated.model.config import Config, MetricsConfig, SocketConfig
 from templated.services.daemon import Services
 
-log = logging.getLogger("templated.api")
 _MAX_BODY = 64 << 20
 _SHUTDOWN = 1.0
 # Requests that wait to be accepted; more are refused. The kernel's bound is net.core.somaxconn.
 _BACKLOG = 4096
-_CREDENTIALS = 12
 
 
 def make_app(services: Services) -> web.Application:
-    """The API as an aiohttp application."""
-    app = web.Application(middlewares=[_log_requests, errors_as_json], client_max_size=_MAX_BODY)
+    """The API as an aiohttp application. ConfigError when `access` names nobody of this host."""
+    recorder = Recorder(Callers(services.context.config.access), services.audit)
+    app = web.Application(
+        middlewares=[recorder.middleware, errors_as_json], client_max_size=_MAX_BODY
+    )
     app[handlers.SERVICES] = services
     for route in ROUTES:
-        app.router.add_route(route.method, route.path, route.handler)
+        app.router.add_route(route.method, route.path, guarded(route))
     return app
-
-
-def peer_uid(request: web.Request) -> int | None:
-    """The caller's uid, from the kernel (SO_PEERCRED, unix(7)); None over TCP."""
-    sock = request.transport.get_extra_info("socket") if request.transport else None
-    if sock is None or sock.family != socket.AF_UNIX:
-        return None
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS)
-    return int.from_bytes(credentials[4:8], "little", signed=True)
-
-
-@web.middleware
-async def _log_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Log every request that may change something (not GET), with the caller's uid."""
-    response = await handler(request)
-    if request.method != "GET":
-        log.info(
-            "uid %s: %s %s: %d",
-            peer_uid(request),
-            request.method,
-            request.path,
-            response.status,
-        )
-    return response
 
 
 @asynccontextmanager

@@ -24,6 +24,7 @@ COMMANDS = {
     "cp": "templated.cli.cp:cp",
     "logs": "templated.cli.watch:logs",
     "events": "templated.cli.watch:events",
+    "audit": "templated.cli.audit:audit",
     "top": "templated.cli.top:top",
     "template": "templated.cli.templates:template",
     "pool": "templated.cli.pools:pool",

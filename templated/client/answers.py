@@ -14,6 +14,7 @@ import msgspec
 from templated.client.failures import nonsense
 from templated.client.requests import Request
 from templated.model.api import (
+    AuditEntry,
     Event,
     ExecFrame,
     ImageView,
@@ -29,6 +30,7 @@ T = TypeVar("T")
 _MODEL = {
     kind.__name__: kind
     for kind in (
+        AuditEntry,
         CloneView,
         Event,
         ExecFrame,

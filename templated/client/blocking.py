@@ -81,6 +81,7 @@ class Client:
     openapi = _one(requests.openapi)
     metrics = _one(requests.metrics)
     events = _many(requests.events)
+    audit = _many(requests.audit)
     list_clones = _one(requests.list_clones)
     create_clone = _one(requests.create_clone)
     create_clones = _one(requests.create_clones)

@@ -17,6 +17,7 @@ from templated.errors import DaemonUnavailable
 
 if TYPE_CHECKING:
     from templated.model.api import (
+        AuditEntry,
         Event,
         ExecFrame,
         ImageView,
@@ -117,6 +118,17 @@ def events(follow: bool = False) -> Stream[Event]:
     """The last events, oldest first; with `follow` then each new one, until the daemon ends."""
     timeout = None if follow else SOON
     return Stream("GET", "events", query={"follow": _flag(follow)}, timeout=timeout)
+
+
+def audit(
+    lines: int | None = None, *, since: int | None = None, user: str | None = None
+) -> Stream[AuditEntry]:
+    """Who changed what: the last entries (1000 by default), oldest first.
+
+    `since`: only of the last so many seconds. `user`: only of this user name or uid.
+    """
+    query = {"lines": lines, "since": since, "user": user}
+    return Stream("GET", "audit", query=query)
 
 
 # Clones

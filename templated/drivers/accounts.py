@@ -69,9 +69,7 @@ def _groups(sock: Socket) -> list[int]:
 def _many_groups(fd: int) -> bytes:
     """The same for who is in more groups than Python makes room for."""
     packed, size = ctypes.create_string_buffer(_LONG), ctypes.c_uint(_LONG)
-    failed = _LIBC.getsockopt(
-        fd, socket.SOL_SOCKET, _SO_PEERGROUPS, packed, ctypes.byref(size)
-    )
+    failed = _LIBC.getsockopt(fd, socket.SOL_SOCKET, _SO_PEERGROUPS, packed, ctypes.byref(size))
     return b"" if failed else packed.raw[: size.value]
 
 

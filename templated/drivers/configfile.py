@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 import yaml
 
+from templated.drivers.accounts import access_rules
 from templated.errors import ConfigError, NotFound
 from templated.model.config import Config, default_config_path, defaults
 from templated.model.spec import TemplateSpec
@@ -52,7 +53,13 @@ def load_config(path: Path | None) -> Config:
         )
     if "runtime_dir" in given and "socket" not in given:
         base["socket"] = f"{given['runtime_dir']}/templated.sock"
-    return _convert(replace(document, data={**base, **given}), Config)
+    config = _convert(replace(document, data={**base, **given}), Config)
+    if config.access is not None:
+        try:
+            access_rules(config.access)  # who is not there is reported with the line
+        except ConfigError as error:
+            raise ConfigError(_with_line(document, error.message), hint=error.hint) from None
+    return config
 
 
 def parse_template(text: str, source: str) -> TemplateSpec:
@@ -145,10 +152,14 @@ def _convert(document: _Document, kind: type[T]) -> T:
     try:
         return msgspec.convert(document.data, kind)
     except msgspec.ValidationError as error:
-        message = str(error)
-        line = _line_of(document.node, message)
-        where = f"{document.source}:{line}" if line else document.source
-        raise ConfigError(f"{where}: {message}", hint="see the manual for the keys") from error
+        message = _with_line(document, str(error))
+        raise ConfigError(message, hint="see the manual for the keys") from error
+
+
+def _with_line(document: _Document, message: str) -> str:
+    """A message about a field, behind the file and the line of that field."""
+    line = _line_of(document.node, message)
+    return f"{document.source}:{line}: {message}" if line else f"{document.source}: {message}"
 
 
 def _line_of(node: yaml.Node | None, message: str) -> int | None:

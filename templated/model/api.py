@@ -178,6 +178,31 @@ class Event(Struct, frozen=True, kw_only=True):
     details: dict[str, Any] = {}
 
 
+class AuditEntry(Struct, frozen=True, kw_only=True):
+    """One request that changed something or reached into a guest, or was refused."""
+
+    time: str
+    """When it was answered: RFC 3339, UTC."""
+    uid: int | None
+    """The caller's, from the kernel, as `pid`; None for one who had gone already."""
+    pid: int | None
+    user: str = ""
+    """The name of the uid, empty when it has none."""
+    role: str = ""
+    action: str
+    """The operation's name in the OpenAPI document."""
+    target: str = ""
+    """The clone, template or operation."""
+    detail: str = ""
+    """The program of an exec (never its arguments), the path of a file, sizes of a pool."""
+    outcome: str
+    """`ok`, the code of the error, or `cancelled` for what ended with the daemon."""
+    status: int
+    """The HTTP status, 0 for what was cancelled."""
+    left_out: int = 0
+    """How many refusals of this kind came since the one before, and have no entry."""
+
+
 class Info(Struct, frozen=True, kw_only=True):
     """The daemon."""
 

@@ -12,7 +12,7 @@ from templated.model.access import Right, Role
 from templated.model.network import BridgeNetwork, UserNetwork
 from templated.model.socket import SOCKET, default_runtime
 from templated.model.spec import Percent
-from templated.model.units import Duration, Size, seconds
+from templated.model.units import Duration, Size, seconds, size_bytes
 
 AbsolutePath = Annotated[str, Meta(pattern=r"^/[^\0]{0,4000}$(?!\n)")]
 
@@ -69,6 +69,10 @@ class AuditConfig(_Section, frozen=True, kw_only=True):
     """The log of who changed what. At most two files of `size` are kept."""
 
     size: Size = "8MiB"
+
+    def __post_init__(self) -> None:
+        if size_bytes(self.size) < 64 << 10:
+            raise ValueError("size must be at least 64KiB")
 
 
 class SlotConfig(_Section, frozen=True, kw_only=True):

@@ -19,6 +19,7 @@ from templated.errors import Conflict
 from templated.journal import Journal
 from templated.model.config import Config
 from templated.model.network import AddressPlan
+from templated.model.units import size_bytes
 from templated.services.clones.guest import Guests
 from templated.services.clones.recovery import recover
 from templated.services.clones.registry import Clones
@@ -29,6 +30,7 @@ from templated.services.machines.start import Starter
 from templated.services.places import Layout
 from templated.services.pools.members import Pools
 from templated.services.pools.refill import Refill
+from templated.services.reports.audit import AuditLog
 from templated.services.reports.events import EventBus
 from templated.services.reports.metrics import Metrics
 from templated.services.reports.operations import Operations
@@ -51,6 +53,7 @@ class Services:
     guests: Guests
     operations: Operations
     refill: Refill
+    audit: AuditLog
 
 
 class Installation:
@@ -84,6 +87,7 @@ async def services(installation: Installation) -> AsyncIterator[Services]:
     journal = Journal(installation.layout.journal)
     await journal.open()
     context, tasks = _context(installation, journal), Tasks()
+    audit = _audit_log(installation)
     templates = Templates(context)
     pools = Pools(context, tasks, templates)
     clones = Clones(context, tasks, templates, pools)
@@ -99,16 +103,24 @@ async def services(installation: Installation) -> AsyncIterator[Services]:
         tasks.spawn(refill.watch(), "checking the pools")
         tasks.spawn(keep_logs_short(installation.layout.slots), "keeping logs short")
         tasks.spawn(watch(context, templates, pools, clones), "measuring the host")
+        tasks.spawn(audit.run(), "writing the audit log")
         guests, operations = Guests(clones), Operations(tasks)
-        yield Services(context, templates, pools, clones, guests, operations, refill)
+        yield Services(context, templates, pools, clones, guests, operations, refill, audit)
     finally:
         context.events.close()
         await tasks.end()
+        await audit.flush()
         await pools.close()
         await context.slots.close()
         await clones.release()
         await context.network.close(remove=False)
         await journal.close()
+
+
+def _audit_log(installation: Installation) -> AuditLog:
+    wanted = installation.config.audit
+    limit = None if wanted is None else size_bytes(wanted.size)
+    return AuditLog(installation.layout.audit, limit)
 
 
 def _subscribe(slots: Slots, templates: Templates, pools: Pools) -> None:

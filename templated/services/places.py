@@ -25,6 +25,7 @@ class Layout:
         self.slots = self.state / "slots"
         self.generations = self.state / "generations"
         self.sockets = self.runtime / "vm"
+        self.audit = self.state / "audit.jsonl"
         self.lock = self.state / "lock"
         self.kvm_proof = self.state / "kvm-proof.json"
 
