@@ -8,17 +8,9 @@ from weakref import WeakKeyDictionary
 
 from aiohttp import web
 
-from templated.api.errors import Handler
-from templated.api.route import Route
 from templated.drivers.accounts import Peer, access_rules, peer_of
-from templated.errors import Forbidden
-from templated.model.access import EVERYTHING, NOTHING, Grant, describe, granted
+from templated.model.access import EVERYTHING, NOTHING, Grant, granted
 from templated.model.config import AccessConfig
-
-CALLER = "templated.caller"
-"""The key of a request's Caller."""
-ROUTE = "templated.route"
-"""The key of the Route that a request took; it has none when there is no such route."""
 
 
 @dataclass(frozen=True)
@@ -61,30 +53,9 @@ class Callers:
         return NOTHING if peer is None else granted(self._rules, peer.uid, peer.gids)
 
 
-def guarded(route: Route) -> Handler:
-    """The route's handler behind a check: Forbidden when the caller lacks what it needs."""
-
-    async def handler(request: web.Request) -> web.StreamResponse:
-        request[ROUTE] = route
-        caller: Caller = request[CALLER]
-        if not caller.grant.allows(route.needs):
-            raise _refusal(route, caller)
-        return await route.handler(request)
-
-    return handler
-
-
 def _peer(transport: asyncio.BaseTransport) -> Peer | None:
     sock = transport.get_extra_info("socket")
     try:
         return None if sock is None else peer_of(sock)
     except OSError:  # the connection was closed meanwhile
         return None
-
-
-def _refusal(route: Route, caller: Caller) -> Forbidden:
-    return Forbidden(
-        f"{route.name} needs {describe(route.needs)}; uid {caller.uid} has {caller.grant}",
-        hint="an administrator of this host gives it by a rule in `access.roles` of the "
-        "daemon's configuration",
-    )

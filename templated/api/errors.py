@@ -16,9 +16,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-ERROR_CODE = "templated.error"
-"""The key of the code of the error that a request was answered with."""
-
 STATUS = {
     "invalid": 400,
     "config": 400,
@@ -38,14 +35,17 @@ STATUS = {
 }
 
 
-def error_response(code: str, message: str, hint: str = "", status: int = 0) -> web.Response:
-    """An answer that says what went wrong."""
-    body = ErrorBody(error=ErrorInfo(code=code, message=message, hint=hint))
-    return web.Response(
-        body=msgspec.json.encode(body),
-        status=status or STATUS.get(code, 500),
-        content_type="application/json",
-    )
+class ErrorAnswer(web.Response):
+    """An answer that says what went wrong; `code` is the error's."""
+
+    def __init__(self, code: str, message: str, hint: str = "", status: int = 0) -> None:
+        body = ErrorBody(error=ErrorInfo(code=code, message=message, hint=hint))
+        super().__init__(
+            body=msgspec.json.encode(body),
+            status=status or STATUS.get(code, 500),
+            content_type="application/json",
+        )
+        self.code = code
 
 
 @web.middleware
@@ -54,12 +54,10 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     try:
         return await handler(request)
     except TemplatedError as error:
-        request[ERROR_CODE] = error.code
-        return error_response(error.code, error.message, error.hint)
+        return ErrorAnswer(error.code, error.message, error.hint)
     except web.HTTPException as error:
         code = {404: "not_found", 405: "invalid", 413: "invalid"}.get(error.status, "invalid")
-        request[ERROR_CODE] = code
-        return error_response(
+        return ErrorAnswer(
             code,
             f"{request.method} {request.path}: {error.reason}",
             "see /v1/openapi.json",
@@ -67,8 +65,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         )
     except Exception as error:
         log.exception("%s %s failed", request.method, request.path)
-        request[ERROR_CODE] = "internal"
-        return error_response(
+        return ErrorAnswer(
             "internal",
             f"{type(error).__name__}: {error}",
             "the daemon's log has the details; this is a defect",

@@ -16,7 +16,7 @@ from prometheus_client.aiohttp import make_aiohttp_handler
 
 from templated import __version__
 from templated.api.errors import body_of
-from templated.api.record import note
+from templated.api.gate import note
 from templated.errors import HostError, InvalidRequest
 from templated.model.api import (
     BuildRequest,
@@ -77,7 +77,7 @@ async def list_clones(request: web.Request) -> web.Response:
 
 async def create_clones(request: web.Request) -> web.Response:
     wanted = await body_of(request, CloneRequest)
-    note(request, target=wanted.name, detail=f"count {wanted.count}" if wanted.count else "")
+    note(target=wanted.name, detail=f"count {wanted.count}" if wanted.count else "")
     services = request.app[SERVICES]
     views = await services.clones.create(wanted)
     return json_answer(views if wanted.count is not None else views[0], 201)
@@ -95,7 +95,7 @@ async def remove_clone(request: web.Request) -> web.Response:
 
 async def exec_in_clone(request: web.Request) -> web.StreamResponse:
     wanted = await body_of(request, ExecRequest)
-    note(request, detail=wanted.argv[0])  # arguments, environment and input may be secrets
+    note(detail=wanted.argv[0])  # arguments, environment and input may be secrets
     try:
         stdin = base64.b64decode(wanted.stdin, validate=True) if wanted.stdin else None
     except binascii.Error as error:
@@ -191,7 +191,7 @@ async def show_pool(request: web.Request) -> web.Response:
 
 async def set_pool(request: web.Request) -> web.Response:
     wanted = await body_of(request, PoolRequest)
-    note(request, detail=_sizes(wanted))
+    note(detail=_sizes(wanted))
     pools = request.app[SERVICES].pools
     return json_answer(await asyncio.shield(pools.set(request.match_info["template"], wanted)))
 
@@ -266,7 +266,7 @@ def _mode(request: web.Request) -> int:
 
 def _guest_path(request: web.Request) -> str:
     path = request.query.get("path", "")
-    note(request, detail=path)
+    note(detail=path)
     if not path.startswith("/"):
         raise InvalidRequest("path must be an absolute path in the guest", hint="as in NAME:/tmp/x")
     return path

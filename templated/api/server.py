@@ -13,9 +13,9 @@ from pathlib import Path
 from aiohttp import web
 
 from templated.api import handlers
-from templated.api.callers import Callers, guarded
+from templated.api.callers import Callers
 from templated.api.errors import errors_as_json
-from templated.api.record import Recorder
+from templated.api.gate import Gate, guarded
 from templated.api.routes import ROUTES
 from templated.errors import ConfigError, HostError
 from templated.model.config import Config, MetricsConfig, SocketConfig
@@ -27,12 +27,10 @@ _SHUTDOWN = 1.0
 _BACKLOG = 4096
 
 
-def make_app(services: Services) -> web.Application:
+def make_app(config: Config, services: Services) -> web.Application:
     """The API as an aiohttp application. ConfigError when `access` names nobody of this host."""
-    recorder = Recorder(Callers(services.context.config.access), services.audit)
-    app = web.Application(
-        middlewares=[recorder.middleware, errors_as_json], client_max_size=_MAX_BODY
-    )
+    gate = Gate(Callers(config.access), services.audit)
+    app = web.Application(middlewares=[gate.middleware, errors_as_json], client_max_size=_MAX_BODY)
     app[handlers.SERVICES] = services
     for route in ROUTES:
         app.router.add_route(route.method, route.path, guarded(route))
@@ -45,7 +43,7 @@ async def listeners(config: Config, services: Services) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as stack:
         listener = _unix_listener(config)
         stack.callback(_unlink, Path(config.socket), os.stat(config.socket).st_ino)
-        api = web.AppRunner(make_app(services), access_log=None, shutdown_timeout=_SHUTDOWN)
+        api = web.AppRunner(make_app(config, services), access_log=None, shutdown_timeout=_SHUTDOWN)
         await api.setup()
         stack.push_async_callback(api.cleanup)
         await web.SockSite(api, listener, backlog=_BACKLOG).start()

@@ -20,6 +20,7 @@ import pytest
 from aiohttp import web
 
 from templated.api import server
+from templated.api.callers import Callers
 from templated.api.routes import ROUTES
 from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.errors import ConfigError, HostError
@@ -376,7 +377,7 @@ def test_no_uid_over_tcp(tmp_path: Path) -> None:
     seen = []
 
     async def handler(request: web.Request) -> web.Response:
-        seen.append(server.peer_uid(request))
+        seen.append(Callers(None).of(request).uid)
         return web.Response()
 
     async def scenario(running: Services, fake: FakeHypervisor) -> None:

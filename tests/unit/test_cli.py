@@ -159,6 +159,7 @@ def test_version(capsys: Capture) -> None:
         ("host", 6),
         ("timeout", 7),
         ("busy", 8),
+        ("forbidden", 9),
         ("start_failed", 1),
         ("a-code-of-the-future", 1),
     ],

@@ -110,6 +110,8 @@ EXAMPLES: dict[str, Any] = {
     "size": 1,
     "lines": 3,
     "follow": True,
+    "since": 60,
+    "user": "nobody",
 }
 
 

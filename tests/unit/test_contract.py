@@ -8,7 +8,7 @@ from openapi_spec_validator import validate
 from prometheus_client import generate_latest
 
 from templated import errors
-from templated.api.errors import STATUS, error_response
+from templated.api.errors import STATUS, ErrorAnswer
 from templated.api.openapi import document
 from templated.api.routes import ROUTES
 from templated.cli import exit_codes
@@ -44,7 +44,7 @@ def test_every_error_code_has_a_status_and_an_exit_code() -> None:
 
 def test_error_shape() -> None:
     """code, message, hint; nothing else."""
-    answer = error_response("conflict", "what", "how")
+    answer = ErrorAnswer("conflict", "what", "how")
     assert answer.status == 409
     assert isinstance(answer.body, bytes)
     decoded = msgspec.json.decode(answer.body)

@@ -12,10 +12,10 @@ import errno
 import logging
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic
 
 import msgspec
 
@@ -68,7 +68,7 @@ class AuditLog:
 
     def _left_out(self, entry: AuditEntry) -> int | None:
         """How many such refusals were left out before; None when this one is left out as well."""
-        kind, present = (entry.uid, entry.action), time.monotonic()
+        kind, present = (entry.uid, entry.action), monotonic()
         until, left_out = self._refusals.get(kind, (present, 0))
         if present < until:
             self._refusals[kind] = until, left_out + 1
