@@ -6,6 +6,7 @@ import grp
 import os
 import pwd
 import re
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from templated.model.access import (
     grant,
     granted,
 )
-from templated.model.config import AccessConfig, AccessRule
+from templated.model.config import AccessConfig, AccessRule, MetricsConfig, SocketConfig
 from templated.services.daemon import Services
 from tests.unit.as_user import User, ask, needs_root
 from tests.unit.fake_daemon import play
@@ -90,11 +91,10 @@ def serve(tmp_path: Path, work: Work, access: AccessConfig | None = ACCESS) -> N
     folder.chmod(0o755)
 
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
-        socket = msgspec.structs.replace(running.context.config.socket_access, mode="0666")
         config = msgspec.structs.replace(
             running.context.config,
             socket=str(folder / "templated.sock"),
-            socket_access=socket,
+            socket_access=SocketConfig(mode="0666"),
             access=access,
         )
         async with server.listeners(config, running):
@@ -195,6 +195,28 @@ def test_the_daemons_own_user(tmp_path: Path) -> None:
             assert answer.status == 404
 
     serve(tmp_path, work, access=AccessConfig(roles=()))
+
+
+def test_metrics_over_tcp(tmp_path: Path) -> None:
+    """Are not concerned: nobody can be asked there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        config = msgspec.structs.replace(
+            running.context.config,
+            metrics=MetricsConfig(listen=address),
+            access=AccessConfig(roles=()),
+        )
+        async with (
+            server.listeners(config, running),
+            aiohttp.ClientSession() as session,
+            session.get(f"http://{address}/metrics") as answer,
+        ):
+            assert answer.status == 200
+
+    play(tmp_path, scenario)
 
 
 def test_who_calls_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from templated.cli import exit_codes
 from templated.cli.main import main
@@ -119,6 +120,68 @@ def test_events_until_interrupted(daemon: Daemon) -> None:
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1] == b""
     assert process.returncode == exit_codes.INTERRUPTED
+
+
+ENTRY: dict[str, Any] = {
+    "time": "T",
+    "uid": 1000,
+    "pid": 5,
+    "user": "alice",
+    "role": "operator",
+    "action": "exec_in_clone",
+    "target": "fn-123",
+    "detail": "uname",
+    "outcome": "ok",
+    "status": 200,
+    "left_out": 0,
+}
+REFUSED = {**ENTRY, "user": "", "outcome": "forbidden", "left_out": 3, "detail": "\x1b[2J"}
+
+
+def test_audit(daemon: Daemon, capsys: Capture) -> None:
+    """A table for people, a line of JSON or a YAML document for programs."""
+    daemon.lines("GET", "/v1/audit", ENTRY, REFUSED)
+    assert main(["audit"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "TIME  USER   PID  ACTION         TARGET  DETAIL  OUTCOME",
+        "T     alice  5    exec_in_clone  fn-123  uname   ok",
+        "T     1000   5    exec_in_clone  fn-123  ?[2J    forbidden (3 more before)",
+    ]
+    assert main(["audit", "-o", "json"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [ENTRY, REFUSED]
+    assert main(["audit", "-o", "yaml"]) == 0
+    assert list(yaml.safe_load_all(capsys.readouterr().out)) == [ENTRY, REFUSED]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "query"),
+    [
+        (["--since", "90s"], "since=90"),
+        (["--since", "1h", "--user", "alice", "-n", "3"], "lines=3&since=3600&user=alice"),
+        (["--since", "2d"], "since=172800"),
+        (["--since", "30m", "-n", "0"], "lines=0&since=1800"),
+    ],
+)
+def test_audit_asks_for(daemon: Daemon, arguments: list[str], query: str) -> None:
+    """What the options say."""
+    daemon.lines("GET", "/v1/audit")
+    assert main(["audit", *arguments]) == 0
+    assert daemon.requests[0][1] == f"/v1/audit?{query}"
+
+
+@pytest.mark.parametrize("since", ["", "1", "h", "1w", "-1h", "1h\n", "1.5h", "1234567s"])
+def test_audit_takes_no_other_times(daemon: Daemon, capsys: Capture, since: str) -> None:
+    """A usage error in one line."""
+    assert main(["audit", "--since", since]) == exit_codes.USAGE
+    assert "30m" in capsys.readouterr().err.splitlines()[0]
+    assert daemon.requests == []
+
+
+def test_audit_is_refused(daemon: Daemon, capsys: Capture) -> None:
+    """To whom is no admin."""
+    daemon.fail("GET", "/v1/audit", "forbidden", 403)
+    assert main(["audit"]) == exit_codes.FORBIDDEN
+    assert capsys.readouterr().err.startswith("templated: error: no luck: forbidden")
 
 
 def test_cp_into_a_clone(daemon: Daemon, tmp_path: Path) -> None:
