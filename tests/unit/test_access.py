@@ -172,6 +172,19 @@ def test_the_refusal(tmp_path: Path) -> None:
 
 
 @needs_root
+def test_a_large_file_that_is_refused(tmp_path: Path) -> None:
+    """The caller gets to read why, and the connection can be used on."""
+    found = []
+
+    async def work(path: Path, running: Services) -> None:
+        put = ("PUT", "/v1/clones/a/files?path=/x", "x" * (20 << 20))
+        found.extend(await ask(User(40001, 40001), path, put))
+
+    serve(tmp_path, work)
+    assert [answer.code for answer in found] == ["forbidden"]
+
+
+@needs_root
 def test_without_the_section(tmp_path: Path) -> None:
     """Whoever can open the socket is an admin."""
     user, found = User(40005, 40005), []

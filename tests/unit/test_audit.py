@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
+from yarl import URL
 
 from templated.drivers.guest import Agent, Output
 from templated.errors import Conflict, HostError
@@ -147,6 +148,28 @@ def test_what_is_long_is_cut(tmp_path: Path) -> None:
         assert (only["detail"], only["target"]) == ("x" * 200, "y" * 200)
 
     talk(tmp_path, work)
+
+
+def test_what_is_no_text(tmp_path: Path) -> None:
+    """Is recorded as well as it can be shown."""
+
+    async def work(session: aiohttp.ClientSession, running: Services) -> None:
+        base = URL("http://x/v1/clones/%FF/files?path=/%FF%0A", encoded=True)
+        async with session.get(base) as answer:
+            assert answer.status == 400
+        await send(session, "POST", "/v1/clones", {"name": "a\nb\x00"})
+        (read, made) = await audited(session)
+        assert (read["action"], read["outcome"]) == ("get_file", "invalid")
+        assert read["detail"].startswith("/") and made["target"] == "a\nb\x00"
+
+    talk(tmp_path, work)
+
+    async def main() -> None:
+        log = AuditLog(tmp_path / "a", 1 << 20)
+        log.add(entry("\udcff", detail="/\udcff"))
+        assert targets(await log.read(10)) == ["?"]
+
+    run(main())
 
 
 @needs_root

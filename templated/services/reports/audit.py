@@ -177,9 +177,18 @@ def _append(fd: int, size: int, data: bytes) -> None:
 
 
 def _line(entry: AuditEntry) -> bytes:
-    if entry.uid is not None:
-        entry = msgspec.structs.replace(entry, user=user_name(entry.uid))
-    return msgspec.json.encode(entry) + b"\n"
+    known = msgspec.structs.replace(
+        entry,
+        user="" if entry.uid is None else user_name(entry.uid),
+        target=_encodable(entry.target),
+        detail=_encodable(entry.detail),
+    )
+    return msgspec.json.encode(known) + b"\n"
+
+
+def _encodable(text: str) -> str:
+    """What came in a URL can be no text at all: lone surrogates, which JSON cannot have."""
+    return text.encode(errors="replace").decode()
 
 
 def _content(path: Path) -> bytes:
