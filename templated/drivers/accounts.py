@@ -11,6 +11,7 @@ import pwd
 import socket
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from templated.errors import ConfigError
@@ -23,18 +24,18 @@ _SO_PEERGROUPS = 59
 _SHORT = 1024
 # NGROUPS_MAX, of four bytes each.
 _LONG = 65536 * 4
-_UCRED = struct.Struct("=iii")
+_UCRED = struct.Struct("=iII")
 _DATABASES = {"user": "passwd", "group": "group"}
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
+@dataclass(frozen=True)
 class Peer:
     """The process that connected, as it was then: pid, uid and all its groups."""
 
-    def __init__(self, pid: int, uid: int, gids: frozenset[int]) -> None:
-        self.pid = pid
-        self.uid = uid
-        self.gids = gids
+    pid: int
+    uid: int
+    gids: frozenset[int]
 
 
 class Socket(Protocol):
@@ -53,7 +54,7 @@ def peer_of(sock: Socket) -> Peer | None:
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     assert isinstance(credentials, bytes)
     pid, uid, gid = _UCRED.unpack(credentials)
-    return Peer(pid, uid & 0xFFFFFFFF, frozenset({gid & 0xFFFFFFFF, *_groups(sock)}))
+    return Peer(pid, uid, frozenset({gid, *_groups(sock)}))
 
 
 def _groups(sock: Socket) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
@@ -9,6 +10,7 @@ import re
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -256,6 +258,20 @@ def test_who_calls_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert peer is not None
         assert (peer.pid, peer.uid) == (os.getpid(), os.geteuid())
         assert peer.gids == {os.getegid(), *os.getgroups()}
+
+
+def test_a_kernel_that_does_not_say_the_groups() -> None:
+    """Before Linux 4.13: the primary group counts alone."""
+
+    class Old(socket.socket):
+        def getsockopt(self, *args: int) -> Any:
+            if args[1] != socket.SO_PEERCRED:
+                raise OSError(errno.ENOPROTOOPT, os.strerror(errno.ENOPROTOOPT))
+            return super().getsockopt(*args)
+
+    one, other = socket.socketpair()
+    with one, other, Old(fileno=one.detach()) as old:
+        assert peer_of(old) == Peer(os.getpid(), os.geteuid(), frozenset({os.getegid()}))
 
 
 # Rules
