@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.lab.product import Product
@@ -68,12 +70,18 @@ def test_metrics(host: Product) -> None:
 
 
 def test_group_uses_the_socket(host: Product) -> None:
-    """`socket_access.group`, as the guide has it: a member may, another user may not."""
+    """`socket_access` and `access`, as the guide has them: a member may look, others may not."""
     lab = host.lab
     lab.do("useradd -m -G templated member && useradd -m other")
-    host.configure(socket_access={"group": "templated"})
+    roles = [{"role": "viewer", "group": "templated"}]
+    host.configure(socket_access={"group": "templated"}, access={"roles": roles})
     list_templates = "TEMPLATED_SOCKET=/run/templated/templated.sock templated template ls"
     assert "python-fn" in lab.do(f"runuser -u member -- env {list_templates}")
+    start = "TEMPLATED_SOCKET=/run/templated/templated.sock templated clone mine"
+    refused = lab.run(f"runuser -u member -- env {start}")
+    assert refused.returncode == 9, refused
+    assert "needs the role operator" in refused.stderr
+    assert json.loads(host.cli("-o", "json", "audit", "--user", "member"))["action"]
     refused = lab.run(f"runuser -u other -- env {list_templates}")
     assert refused.returncode == 5, refused
     assert "permission denied on the daemon's socket" in refused.stderr
