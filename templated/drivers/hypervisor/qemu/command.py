@@ -63,8 +63,7 @@ def qemu_arguments(qemu: str, launch: Launch) -> list[str]:
 def _sandbox(launch: Launch) -> list[str]:
     """A filter of system calls (seccomp) that QEMU gives itself before the guest runs.
 
-    Who breaks out of the guest into QEMU ends with it when he starts a program, changes his uid or
-    raises a priority.
+    Who breaks out of the guest into QEMU can start no program, and change neither uid nor priority.
     """
     if not launch.confined:
         return []
