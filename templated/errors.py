@@ -25,6 +25,8 @@ The API maps `code` to an HTTP status (`templated.api.errors`), the CLI maps it 
 
 from __future__ import annotations
 
+_LONGEST = 4000
+
 
 class TemplatedError(Exception):
     """Base of the tree; never raised itself."""
@@ -32,9 +34,18 @@ class TemplatedError(Exception):
     code = "internal"
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        super().__init__(one_line(message))
+        self.message = one_line(message)
+        self.hint = one_line(hint)
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and what a terminal would obey; the rest of a long one is cut off.
+
+    Much of what errors quote comes from guests and from files.
+    """
+    cut = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return "".join(c if c.isprintable() else " " for c in cut)
 
 
 class ConfigError(TemplatedError):

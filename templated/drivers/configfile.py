@@ -120,12 +120,14 @@ def _parse(text: str, source: str) -> _Document:
         data = None if node is None else loader.construct_document(node)
         msgspec.json.encode(data)  # values that the API could not report are refused here
         return _Document(source, node, data)
+    except ConfigError:
+        raise
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         where = f"{source}:{mark.line + 1}" if mark else source
         raise ConfigError(f"{where}: not YAML: {problem}", hint="check the indentation") from error
-    except (RecursionError, ValueError, TypeError) as error:
+    except Exception as error:  # PyYAML's constructors raise anything, such as an IndexError
         raise ConfigError(f"{source}: not YAML: {error}", hint="check its syntax") from error
 
 

@@ -11,13 +11,14 @@ import base64
 import contextlib
 import enum
 import itertools
+import math
 import secrets
 import struct
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -30,8 +31,11 @@ CHUNK = 32768
 MAX_FILE = 64 << 20
 ENTROPY_BYTES = 64
 _CONNECT_TRIES, _CONNECT_PAUSE = 20, 0.05
-# Pieces of output, of up to 64 KiB each, that wait for a slow reader before it is given up.
-MAX_UNREAD = 512
+# Output, in bytes, that waits for a slow reader before it is given up; a piece has its own size.
+MAX_UNREAD = 32 << 20
+_PIECE = 64
+# Seconds for all parts of a file; each has the caller's bound.
+_WHOLE_FILE = 600.0
 _Sink = Callable[["Output"], None]
 
 
@@ -45,10 +49,16 @@ class Output(msgspec.Struct, frozen=True):
 class ExecResult(msgspec.Struct, frozen=True, kw_only=True):
     """How a command in the guest ended. One of `exit_code` and `signal` is set."""
 
-    exit_code: int | None = None
-    signal: int | None = None
+    exit_code: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
+    signal: Annotated[int, msgspec.Meta(ge=1, le=127)] | None = None
     timed_out: bool = False
     error: str | None = None
+
+
+class _Clock(msgspec.Struct, frozen=True):
+    """The agent's reply to a shift of its clock, in seconds since the epoch."""
+
+    time: float
 
 
 class _Seen(msgspec.Struct, frozen=True):
@@ -78,6 +88,8 @@ class Confirmation:
             seen = bytes.fromhex(_convert(raw, _Seen).seen)
             mac, ip, netmask, clock = SEEN.unpack_from(seen)
             hostname, machine_id, boot_id, uid = seen[SEEN.size :].decode().splitlines()
+            if not math.isfinite(clock):
+                raise ValueError("its clock is no number")
         except (ValueError, struct.error) as error:
             raise GuestError(f"the agent answered nonsense: {error}") from error
         return cls(
@@ -267,7 +279,7 @@ class Agent:
     async def adjust_clock(self, seconds: float, timeout: float) -> float:
         """Shift the guest's wall clock; returns its time after that."""
         raw = await self.request("clock", timeout, {"adjust": seconds})
-        return float(_convert(raw, dict[str, float])["time"])
+        return _convert(raw, _Clock).time
 
     async def quiesce(self, timeout: float) -> None:
         """Prepare the guest to be frozen: address dropped, file systems synced."""
@@ -291,16 +303,20 @@ class Agent:
         if stdin:
             arguments["stdin"] = base64.b64encode(stdin).decode()
         unread: asyncio.Queue[Output | None] = asyncio.Queue()
+        waiting = 0
 
         def keep(output: Output) -> None:
-            if unread.qsize() > MAX_UNREAD:
+            nonlocal waiting
+            if waiting > MAX_UNREAD:
                 raise Busy("the client does not read the command's output")
+            waiting += len(output.data) + _PIECE
             unread.put_nowait(output)
 
         request = asyncio.create_task(self.request("exec", timeout + 5.0, arguments, keep))
         request.add_done_callback(lambda _: unread.put_nowait(None))
         try:
             while (output := await unread.get()) is not None:
+                waiting -= len(output.data) + _PIECE
                 yield output
             yield _convert(await request, ExecResult)
         finally:
@@ -327,16 +343,29 @@ class Agent:
                 return
 
     async def get(self, path: str, timeout: float) -> bytes:
-        """Read a file of the guest."""
+        """Read a file of the guest. Its parts come within `timeout` seconds each."""
         content = bytearray()
-        while True:
-            part = {"path": path, "offset": len(content), "length": CHUNK}
-            chunk = _convert(await self.request("get", timeout, part), FileChunk)
-            content += base64.b64decode(chunk.data)
-            if len(content) > MAX_FILE:
-                raise GuestError(f"{path} in the guest has more than {MAX_FILE >> 20} MiB")
-            if chunk.eof:
-                return bytes(content)
+        try:
+            async with asyncio.timeout(_WHOLE_FILE):
+                while not await self._get_part(path, timeout, content):
+                    if len(content) > MAX_FILE:
+                        raise GuestError(f"{path} in the guest has more than {MAX_FILE >> 20} MiB")
+        except TimeoutError:
+            raise Timeout(f"{path} in the guest has no end after {_WHOLE_FILE:g} s") from None
+        return bytes(content)
+
+    async def _get_part(self, path: str, timeout: float, content: bytearray) -> bool:
+        """Add the next part of a file; whether it was the last."""
+        part = {"path": path, "offset": len(content), "length": CHUNK}
+        chunk = _convert(await self.request("get", timeout, part), FileChunk)
+        try:
+            data = base64.b64decode(chunk.data, validate=True)
+        except ValueError as error:
+            raise GuestError(f"the agent answered nonsense: {error}") from error
+        if not data and not chunk.eof:
+            raise GuestError("the agent answered nonsense: a part of a file that is empty")
+        content += data
+        return chunk.eof
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
         try:
@@ -355,7 +384,7 @@ class Agent:
             if line.strip():
                 self._dispatch(_decoder.decode(line))
             return bool(line)
-        except (msgspec.DecodeError, ValueError) as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             self._fail_pending(f"the agent answered nonsense: {error}")
             return True
 
@@ -384,5 +413,5 @@ class Agent:
 def _convert(raw: msgspec.Raw, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(raw, type=kind)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise GuestError(f"the agent answered nonsense: {error}") from error

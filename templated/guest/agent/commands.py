@@ -74,7 +74,7 @@ class Agent(Port):
                         break
                     os.write(self._out, reply)
                     self._marked_at = time.monotonic()
-        except (Refused, ValueError, OSError, struct.error):
+        except Exception:
             pass  # it is tried once more below, where a failure is answered
         os.set_blocking(self._in, False)
         self._parked, self._connected = False, True
@@ -89,7 +89,7 @@ class Agent(Port):
             request = self._parse(line)
             if not isinstance(request, dict):
                 raise Refused("invalid", "a request must be an object")
-            number = request.get("id")
+            number = self._number(request)
             command = COMMANDS.get(request.get("cmd"))  # type: ignore[arg-type]
             if command is None:
                 raise Refused("unknown_command", f"no command {request.get('cmd')!r}")
@@ -100,11 +100,18 @@ class Agent(Port):
                     self._marked_at = time.monotonic()
         except Refused as error:
             self.refuse(number, error.code, str(error))
-        except (KeyError, TypeError, ValueError, RecursionError, struct.error) as error:
-            self.refuse(number, "invalid", f"{type(error).__name__}: {error}")
         except OSError as error:
             code = errno.errorcode.get(error.errno or 0, "os").lower()
             self.refuse(number, code, str(error))
+        except Exception as error:
+            self.refuse(number, "invalid", f"{type(error).__name__}: {error}")
+
+    def _number(self, request: dict[str, Any]) -> int:
+        """The id of a request; another kind of one might not go into its reply."""
+        number = request.get("id")
+        if not isinstance(number, int):
+            raise Refused("invalid", "the id of a request must be an integer")
+        return number
 
     def _parse(self, line: bytes) -> Any:
         try:

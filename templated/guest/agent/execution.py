@@ -37,7 +37,9 @@ class Execution(Source):
         self._port, self._number = port, request.get("id")
         self._connection = port.connection
         self._stdin = memoryview(binascii.a2b_base64(request.get("stdin") or ""))
-        timeout = min(float(request.get("timeout") or 30.0), MAX_EXEC_SECONDS)
+        timeout = float(request.get("timeout") or 30.0)
+        # The other way round a timeout that is no number would never end.
+        timeout = timeout if timeout < MAX_EXEC_SECONDS else MAX_EXEC_SECONDS
         self.deadline = time.monotonic() + timeout
         self.timed_out = False
         self._ended = False

@@ -1,0 +1,1 @@
+"""Hostile input, made at random within a bound on the time: see `tests.fuzz.cases`."""

@@ -1,0 +1,154 @@
+"""Journals that something has spoiled: the daemon starts, or says what is wrong with them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import strategies as st
+
+from templated.drivers.hypervisor.fake import FakeHypervisor
+from templated.errors import TemplatedError
+from templated.model.api import CloneRequest
+from templated.model.config import Config
+from templated.services.places import Layout
+from tests.fuzz.cases import check_error, fuzz
+from tests.unit.fake_daemon import activate, configured, daemon, freeze
+
+_COLUMNS = {
+    "templates": ["name", "active"],
+    "generations": ["id", "template", "state", "created"],
+    "slots": ["id", "idx", "generation", "uuid", "mac", "ip", "machine_id", "boot_id"],
+    "clones": [
+        *("name", "slot", "template", "state", "path", "created"),
+        *("pid", "pid_start", "phases", "total_ms", "reason"),
+    ],
+    "counters": ["name", "value"],
+    "pools": ["template", "standby", "warm"],
+}
+_PLACES = [(table, column) for table, columns in _COLUMNS.items() for column in columns]
+_VALUES = st.one_of(
+    st.none(),
+    st.integers(-(1 << 63), (1 << 63) - 1),
+    st.floats(),
+    st.binary(max_size=12),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+    st.sampled_from(
+        [
+            *(
+                "",
+                ".",
+                "..",
+                "../..",
+                "a/b",
+                "/",
+                "\0",
+                "starting",
+                "removing",
+                "building",
+                "ready",
+            ),
+            *("{}", "[]", '{"spawn": "x"}', "[" * 5000, "x" * 5000, "direct", "dead", 0, -1, 1),
+        ]
+    ),
+)
+_ROWS = st.lists(st.tuples(st.sampled_from(_PLACES), _VALUES), min_size=1, max_size=3)
+_DAMAGE = st.one_of(
+    st.tuples(st.just("cut"), st.floats(0, 1), st.just(b"")),
+    st.tuples(st.just("overwrite"), st.floats(0, 1), st.binary(min_size=1, max_size=64)),
+)
+_CASE = st.one_of(_ROWS, _ROWS, st.lists(_DAMAGE, min_size=1, max_size=3))
+
+
+def _spoil_rows(path: Path, changes: list[Any]) -> None:
+    """As another program might, without the journal's care; STRICT tables refuse some of it."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        for (table, column), value in changes:
+            row = f"(SELECT max(rowid) FROM {table})"
+            try:
+                db.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = {row}", (value,))
+            except (sqlite3.Error, OverflowError):
+                continue
+
+
+def _spoil_bytes(path: Path, changes: list[Any]) -> None:
+    data = bytearray(path.read_bytes())
+    for kind, where, new in changes:
+        at = int(where * len(data))
+        if kind == "cut":
+            del data[at:]
+        else:
+            data[at : at + len(new)] = new
+    path.write_bytes(data)
+
+
+async def _prepare(config: Config, fake: FakeHypervisor) -> None:
+    """A daemon that ran, with two clones and a pool."""
+    Layout(config).create()
+    freeze(config)
+    await activate(config)
+    async with daemon(config, fake) as running:
+        await running.clones.create(CloneRequest(name="c", count=2))
+    with closing(sqlite3.connect(Layout(config).journal)) as db, db:
+        db.execute("INSERT INTO pools VALUES ('u', 0, 0)")
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _rows(path: Path) -> set[str]:
+    with closing(sqlite3.connect(path)) as db:
+        return {name for (name,) in db.execute("SELECT CAST(name AS TEXT) FROM clones")}
+
+
+def test_spoiled_journals(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """No traceback; nothing outside is touched, and no other clone is lost."""
+    config = configured(tmp_path)
+    layout, kept = Layout(config), tmp_path / "kept"
+    bystander = tmp_path / "bystander"
+    bystander.write_text("nobody's")
+
+    async def case(changes: list[Any], fake: FakeHypervisor) -> None:
+        caplog.clear()
+        for path in (layout.state, layout.shm, layout.runtime):
+            shutil.rmtree(path, ignore_errors=True)
+            shutil.copytree(kept / path.name, path, symlinks=True)
+        by_row = isinstance(changes[0][0], tuple)
+        (_spoil_rows if by_row else _spoil_bytes)(layout.journal, changes)
+        untouched = by_row and all(place[0] in ("pools", "counters") for place, _ in changes)
+        try:
+            async with asyncio.timeout(30), daemon(config, fake) as running:
+                if untouched:
+                    assert {view.name for view in running.clones.views()} == {"c-1", "c-2"}
+        except TemplatedError as error:
+            check_error(error)
+        assert bystander.exists() and layout.slots.is_dir() and layout.sockets.is_dir()
+        assert layout.generation("t", "").is_dir() or not by_row
+        if by_row and not any(place[0] in ("slots", "clones") for place, _ in changes):
+            assert _rows(layout.journal) == {"c-1", "c-2"}
+        wrong = [record for record in caplog.records if record.exc_info]
+        assert not wrong, wrong
+
+    async def prepare() -> None:
+        fake = FakeHypervisor()
+        await _prepare(config, fake)
+        await fake.close()
+        for path in (layout.state, layout.shm, layout.runtime):
+            shutil.copytree(
+                path, kept / path.name, ignore=shutil.ignore_patterns("*.sock", "agent", "qmp")
+            )
+
+    async def one(changes: list[Any]) -> None:
+        fake = FakeHypervisor()
+        try:
+            await case(changes, fake)
+        finally:
+            await fake.close()
+
+    caplog.set_level(logging.INFO)
+    asyncio.run(prepare())
+    fuzz("journal", _CASE, lambda changes: asyncio.run(one(changes)))
