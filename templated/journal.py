@@ -17,9 +17,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
-from msgspec import Struct, convert
+from msgspec import Meta, Struct, ValidationError, convert
 
 from templated.errors import Busy, Conflict, Defect, HostError
 from templated.model.clone import TRANSITIONS as CLONE_TRANSITIONS
@@ -74,11 +74,15 @@ CREATE TABLE pools (
 """
 
 
+Key = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,63}$(?!\n)")]
+"""What becomes a part of a path: a spoiled one must not name another directory."""
+
+
 class GenerationRow(Struct, frozen=True, kw_only=True):
     """One generation."""
 
-    id: str
-    template: str
+    id: Key
+    template: Key
     state: GenerationState
     created: str
 
@@ -86,13 +90,13 @@ class GenerationRow(Struct, frozen=True, kw_only=True):
 class CloneRow(Struct, frozen=True, kw_only=True):
     """One clone with its slot."""
 
-    name: str
+    name: Key
     slot: Slot
-    template: str
+    template: Key
     state: CloneState
     path: StartPath
     created: str
-    pid: int | None
+    pid: Annotated[int, Meta(ge=1, lt=1 << 31)] | None
     pid_start: int | None
     phases: dict[str, float]
     total_ms: float | None
@@ -180,7 +184,7 @@ class Journal:
 
     async def free_slots(self) -> list[Slot]:
         """Slots without a clone."""
-        return await self._run(lambda db: [convert({**r}, Slot) for r in db.execute(_FREE)])
+        return await self._run(lambda db: [_read({**r}, Slot) for r in db.execute(_FREE)])
 
     # --- pools ----------------------------------------------------------------------------------
 
@@ -189,7 +193,7 @@ class Journal:
         sql = "SELECT template, standby, warm FROM pools"
         return await self._run(
             lambda db: {
-                r["template"]: PoolSpec(standby=r["standby"], warm=r["warm"])
+                r["template"]: _read({"standby": r["standby"], "warm": r["warm"]}, PoolSpec)
                 for r in db.execute(sql)
             }
         )
@@ -241,12 +245,14 @@ class Journal:
     async def generations(self) -> list[GenerationRow]:
         """All generations, oldest first."""
         sql = "SELECT * FROM generations ORDER BY created, id"
-        return await self._run(lambda db: [convert({**r}, GenerationRow) for r in db.execute(sql)])
+        return await self._run(lambda db: [_read({**r}, GenerationRow) for r in db.execute(sql)])
 
     async def active(self) -> dict[str, str]:
         """The active generation of each template that has one."""
         sql = "SELECT name, active FROM templates"
-        return await self._run(lambda db: {r["name"]: r["active"] for r in db.execute(sql)})
+        return await self._run(
+            lambda db: _read({r["name"]: r["active"] for r in db.execute(sql)}, dict[Key, Key])
+        )
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -379,5 +385,24 @@ def _insert_clone(db: sqlite3.Connection, row: CloneRow) -> None:
 
 
 def _clone_row(row: sqlite3.Row) -> CloneRow:
-    fields = {**row, "slot": {**row}, "phases": json.loads(row["phases"])}
-    return convert(fields, CloneRow)
+    fields = {**row, "slot": {**row}, "phases": _phases(row["phases"])}
+    return _read(fields, CloneRow)
+
+
+def _phases(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text  # which is refused with the row
+
+
+def _read(fields: dict[str, Any], kind: type[T]) -> T:
+    """A row as what it must be. HostError otherwise: to leave it out would lose a VM."""
+    try:
+        return convert(fields, kind)
+    except ValidationError as error:
+        first = next(iter(fields.values()), "")
+        raise HostError(
+            f"the journal has a spoiled row, {str(first)[:70]!r}: {error}",
+            hint="mend the row with sqlite3, or stop all VMs and move state_dir away",
+        ) from error

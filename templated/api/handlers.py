@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import contextlib
 import os
 from collections.abc import AsyncIterator
@@ -98,7 +97,7 @@ async def exec_in_clone(request: web.Request) -> web.StreamResponse:
     note(detail=wanted.argv[0])  # arguments, environment and input may be secrets
     try:
         stdin = base64.b64decode(wanted.stdin, validate=True) if wanted.stdin else None
-    except binascii.Error as error:
+    except ValueError as error:  # also for what is not ASCII
         raise InvalidRequest(f"stdin is not base64: {error}") from None
     frames = request.app[SERVICES].guests.exec(
         request.match_info["name"],

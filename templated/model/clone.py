@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
+from typing import Annotated
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 
 class CloneState(enum.StrEnum):
@@ -68,16 +69,16 @@ class Identity(Struct, frozen=True, kw_only=True):
 class Slot(Struct, frozen=True, kw_only=True):
     """All that a clone needs, made ahead of requests and without an owner."""
 
-    id: str
+    id: Annotated[str, Meta(pattern=r"^[0-9a-z]{1,16}$(?!\n)")]
     """Names its directories and its tap."""
-    index: int
+    index: Annotated[int, Meta(ge=0)]
     """The number that MAC and IP are computed from."""
-    generation: str
-    uuid: str
-    mac: str
-    ip: str
-    machine_id: str
-    boot_id: str
+    generation: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,63}$(?!\n)")]
+    uuid: Annotated[str, Meta(pattern=r"^[0-9a-f-]{36}$(?!\n)")]
+    mac: Annotated[str, Meta(pattern=r"^([0-9a-f]{2}:){5}[0-9a-f]{2}$(?!\n)")]
+    ip: Annotated[str, Meta(pattern=r"^[0-9]{1,3}(\.[0-9]{1,3}){3}$(?!\n)")]
+    machine_id: Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$(?!\n)")]
+    boot_id: Annotated[str, Meta(pattern=r"^[0-9a-f-]{36}$(?!\n)")]
 
 
 class CloneView(Struct, frozen=True, kw_only=True, omit_defaults=False):

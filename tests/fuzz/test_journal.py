@@ -95,7 +95,7 @@ async def _prepare(config: Config, fake: FakeHypervisor) -> None:
     await activate(config)
     async with daemon(config, fake) as running:
         await running.clones.create(CloneRequest(name="c", count=2))
-    with closing(sqlite3.connect(Layout(config).journal)) as db, db:
+    with closing(sqlite3.connect(Layout(config).journal, isolation_level=None)) as db:
         db.execute("INSERT INTO pools VALUES ('u', 0, 0)")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 

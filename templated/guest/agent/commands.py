@@ -34,6 +34,8 @@ TYPE_CHECKING = False  # a module less in every guest
 if TYPE_CHECKING:
     from typing import Any
 
+# What a request of the wrong kind can raise: an offset without end is an OverflowError.
+BAD = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError, struct.error)
 SPARE = 100_000
 """Bytes; below the size from which malloc(3) gives memory back at once."""
 
@@ -74,7 +76,7 @@ class Agent(Port):
                         break
                     os.write(self._out, reply)
                     self._marked_at = time.monotonic()
-        except Exception:
+        except (Refused, OSError, *BAD):
             pass  # it is tried once more below, where a failure is answered
         os.set_blocking(self._in, False)
         self._parked, self._connected = False, True
@@ -103,7 +105,7 @@ class Agent(Port):
         except OSError as error:
             code = errno.errorcode.get(error.errno or 0, "os").lower()
             self.refuse(number, code, str(error))
-        except Exception as error:
+        except BAD as error:
             self.refuse(number, "invalid", f"{type(error).__name__}: {error}")
 
     def _number(self, request: dict[str, Any]) -> int:

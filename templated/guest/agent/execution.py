@@ -37,9 +37,8 @@ class Execution(Source):
         self._port, self._number = port, request.get("id")
         self._connection = port.connection
         self._stdin = memoryview(binascii.a2b_base64(request.get("stdin") or ""))
-        timeout = float(request.get("timeout") or 30.0)
-        # The other way round a timeout that is no number would never end.
-        timeout = timeout if timeout < MAX_EXEC_SECONDS else MAX_EXEC_SECONDS
+        # In this order: of NaN and a number, min() takes the first.
+        timeout = min(MAX_EXEC_SECONDS, float(request.get("timeout") or 30.0))
         self.deadline = time.monotonic() + timeout
         self.timed_out = False
         self._ended = False
