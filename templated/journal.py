@@ -276,7 +276,7 @@ class Journal:
                     self._db = self._connect()
                 with self._db:
                     return work(self._db)
-        except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # it quotes a broken file
             if isinstance(error, sqlite3.IntegrityError):
                 raise
             raise HostError(

@@ -185,6 +185,8 @@ class _Pending:
 
     def __init__(self, sink: _Sink | None) -> None:
         self.reply: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
+        # It may come when nobody waits for it any more, and is no news then.
+        self.reply.add_done_callback(lambda reply: reply.cancelled() or reply.exception())
         self.sink = sink
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
 from templated.errors import TemplatedError
@@ -24,6 +24,8 @@ SECONDS = float(os.environ.get(LONGER) or 5)
 _SETTINGS = settings(
     # A seed's cases: few, so that the seconds are kept.
     max_examples=40,
+    # To explain a failure it traces every line, and calls a case again and again.
+    phases=(Phase.generate, Phase.shrink),
     # A seed repeats a failure; what an earlier run found is no case of this one.
     database=None,
     # pytest-timeout has a bound for all of them; on a busy host one of them may be slow.

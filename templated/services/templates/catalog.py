@@ -410,8 +410,10 @@ class Templates:
 
     async def _load(self, template: Template, generation_id: str) -> None:
         """Load the active generation at the daemon's start; a problem is kept, not raised."""
-        leases = template.known[generation_id].leases
         try:
+            if generation_id not in template.known:
+                raise HostError(f"the journal has no generation {generation_id} of it")
+            leases = template.known[generation_id].leases
             generation = await generations.load(
                 self._context.layout, template.name, generation_id, leases
             )
