@@ -317,7 +317,7 @@ class Journal:
 
 
 _CLONES = """
-SELECT clones.*, slots.*, slots.idx AS "index" FROM clones JOIN slots ON slots.id = clones.slot
+SELECT clones.*, slots.*, slots.idx AS "index" FROM clones LEFT JOIN slots ON slots.id = clones.slot
 """
 _FREE = """
 SELECT *, idx AS "index" FROM slots WHERE id NOT IN (SELECT slot FROM clones) ORDER BY idx

@@ -64,6 +64,7 @@ def load_config(path: Path | None) -> Config:
 
 def parse_template(text: str, source: str) -> TemplateSpec:
     """A template from YAML text; ConfigError names `source`, the line and the field."""
+    _require_short(len(text), source)
     return _convert(_parse(text, source), TemplateSpec)
 
 
@@ -97,10 +98,7 @@ def load_template(directories: tuple[str, ...], name: str) -> TemplateSpec:
 def _read(path: Path) -> str:
     try:
         content = path.read_bytes()
-        if len(content) > _MAX_BYTES:
-            raise ConfigError(
-                f"{path} is too large: {len(content)} bytes", hint="a template is a few KB of YAML"
-            )
+        _require_short(len(content), str(path))
         return content.decode()
     except OSError as error:
         raise ConfigError(
@@ -110,6 +108,13 @@ def _read(path: Path) -> str:
         raise ConfigError(
             f"{path} is not UTF-8: {error.reason}", hint="save it as UTF-8"
         ) from error
+
+
+def _require_short(size: int, source: str) -> None:
+    if size > _MAX_BYTES:
+        raise ConfigError(
+            f"{source} is too large: {size} bytes", hint="a template is a few KB of YAML"
+        )
 
 
 def _parse(text: str, source: str) -> _Document:

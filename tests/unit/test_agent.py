@@ -145,6 +145,11 @@ def test_ping(host: Host) -> None:
         (b'{"id": 3, "cmd": "exec", "argv": "ls"}', 3, "invalid"),
         (b'{"id": 3, "cmd": "get", "path": "/not/there"}', 3, "enoent"),
         (b"x" * (3 << 20), None, "too_long"),
+        # Found by tests/fuzz/test_guest_side.py: each of these ended the agent.
+        (b'{"id": 3, "cmd": "get", "path": "/etc", "offset": Infinity}', 3, "invalid"),
+        (b'{"id": 3, "cmd": "get", "path": "/etc/passwd", "offset": 1e30}', 3, "invalid"),
+        # An id that does not go into a reply.
+        (b'{"id": [[1]], "cmd": "ping"}', None, "invalid"),
     ],
 )
 def test_bad_request_is_refused_and_the_agent_goes_on(
@@ -421,3 +426,15 @@ def test_starts_as_a_directory_and_imports_little() -> None:
     modules = set(done.stdout.split())
     assert {"agent.commands", "agent.kernel"} <= modules
     assert not modules & {"templated", "typing", "shutil", "asyncio", "logging", "inspect"}
+
+
+def test_a_timeout_that_is_no_number(host: Host) -> None:
+    """The command has a deadline all the same, and waiting for it is no busy loop."""
+    host.write(b'{"id": 7, "cmd": "exec", "argv": ["cat"], "timeout": NaN, "stdin": "YQ=="}\n')
+    host.write(b'{"id": 8, "cmd": "exec", "argv": ["sleep", "600"], "timeout": NaN}\n')
+    host.collect(7)
+    (source,) = host.agent.sources
+    assert source.deadline is not None and source.deadline < time.monotonic() + 90_000
+    source.deadline = 0.0
+    replies, _ = host.collect(8)
+    assert replies[8]["result"]["timed_out"]

@@ -106,6 +106,11 @@ BAD = [
     ("POST", "/v1/clones/up/exec", b'{"argv": "ls"}', 400, "invalid", "`$.argv`"),
     ("POST", "/v1/clones/up/exec", b'{"argv": ["x"], "timeout": 0}', 400, "invalid", "timeout"),
     ("POST", "/v1/clones/up/exec", b'{"argv": ["x"], "stdin": "?"}', 400, "invalid", "base64"),
+    # Found by tests/fuzz/test_api.py.
+    (
+        *("POST", "/v1/clones/up/exec", b'{"argv": ["x"], "stdin": "\xc2\x80"}'),
+        *(400, "invalid", "base64"),
+    ),
     ("GET", "/v1/clones/up/logs?lines=x", b"", 400, "invalid", "lines is not a number"),
     ("GET", "/v1/clones/up/logs?lines=-1", b"", 400, "invalid", "lines must be between"),
     ("GET", "/v1/clones/none/logs?follow=true", b"", 404, "not_found", "no clone"),

@@ -11,10 +11,19 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from templated.drivers import guest
-from templated.drivers.guest import CHUNK, MAX_LINE, Agent, ExecResult, IdentityOrder, Output
+from templated.drivers.guest import (
+    CHUNK,
+    MAX_LINE,
+    Agent,
+    Confirmation,
+    ExecResult,
+    IdentityOrder,
+    Output,
+)
 from templated.errors import Busy, GuestError, Timeout
 from templated.guest.agent.wire import SEEN
 
@@ -378,5 +387,116 @@ def test_identity(tmp_path: Path) -> None:
         for _ in answers[1:]:
             with pytest.raises(GuestError, match="nonsense"):
                 await agent.identify(5.0, identity)
+
+    scenario(tmp_path, peer, body)
+
+
+def replying(**answer: Any) -> Peer:
+    """A peer that answers every request with the same, under the request's id."""
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            body = {"id": json.loads(line)["id"], **answer}
+            writer.write(json.dumps(body).encode() + b"\n")
+
+    return peer
+
+
+# Those below were found by tests/fuzz/test_host_side.py.
+@pytest.mark.parametrize("data", ["", "!!!!", "YQ", "\u00e9"])
+def test_a_file_without_end(tmp_path: Path, data: str) -> None:
+    """A part that brings nothing and is not the last would be asked for again for ever."""
+
+    async def body(agent: Agent) -> None:
+        with pytest.raises(GuestError, match="nonsense"):
+            await agent.get("/x", 5.0)
+
+    result = {"data": data, "eof": False, "size": 9, "mode": 0o644}
+    scenario(tmp_path, replying(ok=True, result=result), body)
+
+
+def test_a_file_that_comes_byte_by_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest, "_WHOLE_FILE", 0.1)
+
+    async def body(agent: Agent) -> None:
+        with pytest.raises(Timeout, match="has no end"):
+            await agent.get("/x", 5.0)
+
+    result = {"data": "YQ==", "eof": False, "size": 9, "mode": 0o644}
+    scenario(tmp_path, replying(ok=True, result=result), body)
+
+
+def test_an_answer_that_is_nested_too_deep(tmp_path: Path) -> None:
+    """It does not end the connection."""
+    deep = b'{"error": {"a": ' + b"[" * 5000 + b"]" * 5000 + b"}}\n"
+
+    async def body(agent: Agent) -> None:
+        for _ in range(2):
+            with pytest.raises(GuestError, match="nonsense"):
+                await agent.ping(5.0)
+
+    scenario(tmp_path, answering(deep), body)
+
+
+def test_a_refusal_is_one_short_line(tmp_path: Path) -> None:
+    """A guest's words reach logs, the API and a terminal."""
+
+    async def body(agent: Agent) -> None:
+        with pytest.raises(GuestError, match="refused") as caught:
+            await agent.ping(5.0)
+        assert caught.value.message.isprintable() and len(caught.value.message) < 5000
+
+    error = {"code": "x", "message": "a\nb\x1b[2J" * 5000}
+    scenario(tmp_path, replying(ok=False, error=error), body)
+
+
+@pytest.mark.parametrize("result", [{}, {"time": None}, {"hour": 1.0}])
+def test_a_clock_without_its_time(tmp_path: Path, result: dict[str, Any]) -> None:
+    async def body(agent: Agent) -> None:
+        with pytest.raises(GuestError, match="nonsense"):
+            await agent.adjust_clock(1.0, 5.0)
+
+    scenario(tmp_path, replying(ok=True, result=result), body)
+
+
+def test_a_clock_that_is_no_number() -> None:
+    """It would lie within every tolerance."""
+    seen = SEEN.pack(bytes(6), bytes(4), bytes(4), float("nan")) + b"a\nb\nc\nd"
+    with pytest.raises(GuestError, match="nonsense"):
+        Confirmation.of(msgspec.Raw(json.dumps({"seen": seen.hex()}).encode()))
+
+
+@pytest.mark.parametrize("result", [{"exit_code": 1 << 70}, {"exit_code": -1}, {"signal": 300}])
+def test_an_end_that_no_command_has(tmp_path: Path, result: dict[str, Any]) -> None:
+    async def body(agent: Agent) -> None:
+        with pytest.raises(GuestError, match="nonsense"):
+            async for _ in agent.exec(["x"], timeout=5.0):
+                pass
+
+    scenario(tmp_path, replying(ok=True, result=result), body)
+
+
+def test_large_pieces_of_output_that_nobody_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound counts bytes, not pieces."""
+    monkeypatch.setattr(guest, "MAX_UNREAD", 1 << 20)
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number = json.loads(await reader.readline())["id"]
+        data = base64.b64encode(bytes(500_000)).decode()
+        frame = {"id": number, "stream": "stdout", "data": data}
+        writer.write((json.dumps(frame).encode() + b"\n") * 5)
+        ping = json.loads(await reader.readline())["id"]
+        writer.write(json.dumps({"id": ping, "ok": True, "result": {}}).encode() + b"\n")
+        await reader.read()
+
+    async def body(agent: Agent) -> None:
+        output = agent.exec(["x"], timeout=5)
+        await anext(output)
+        await agent.ping(5.0)
+        with pytest.raises(Busy, match="does not read"):
+            async for _ in output:
+                pass
 
     scenario(tmp_path, peer, body)

@@ -6,7 +6,7 @@ import asyncio
 import sqlite3
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
@@ -335,5 +335,73 @@ def test_interrupted_while_the_file_is_made(
             await journal.close()
         async with opened(tmp_path) as journal:
             journal.new_slot("g", make, 9)
+
+    asyncio.run(main())
+
+
+async def read_all(path: Path) -> None:
+    """What a daemon reads when it starts."""
+    async with opened(path) as journal:
+        await journal.clones()
+        await journal.free_slots()
+        await journal.generations()
+        await journal.active()
+        await journal.pool_sizes()
+
+
+SPOILED = [
+    ("UPDATE slots SET id = '../..'", "`$.slot.id`"),
+    ("UPDATE slots SET id = 'another'", "`$.slot.id`"),  # of which the clone knows nothing
+    ("UPDATE slots SET idx = -1", "`$.slot.index`"),
+    ("UPDATE slots SET uuid = 'x'", "`$.slot.uuid`"),
+    ("UPDATE clones SET name = 'a/b'", "`$.name`"),
+    ("UPDATE clones SET state = 'asleep'", "'asleep'"),
+    ("UPDATE clones SET phases = '[[['", "`$.phases`"),
+    ("UPDATE clones SET phases = '[1]'", "`$.phases`"),
+    ("UPDATE clones SET pid = -1", "`$.pid`"),
+    ("UPDATE generations SET id = '..'", "`$.id`"),
+    ("UPDATE generations SET template = '../x'", "`$.template`"),
+    ("UPDATE generations SET state = ''", "`$.state`"),
+    ("UPDATE templates SET active = '../x'", "`$[...]`"),
+    ("UPDATE pools SET warm = -1", "`$.warm`"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "what"), SPOILED)
+def test_a_spoiled_row(tmp_path: Path, spoil: str, what: str) -> None:
+    """It is refused in one line before it can name a directory, and every row stays."""
+
+    async def main() -> None:
+        async with opened(tmp_path) as journal:
+            await journal.new_generation("g", "t")
+            await journal.activate("g", "t")
+            await journal.set_pool("t", PoolSpec(warm=1))
+            await journal.new_clone(clone("a", journal.new_slot("g", make, 9)))
+            journal.new_slot("g", make, 9)
+        with closing(sqlite3.connect(tmp_path / "journal.sqlite", isolation_level=None)) as db:
+            db.execute(f"{spoil} WHERE rowid = 1")
+        with pytest.raises(HostError, match="spoiled row") as caught:
+            await read_all(tmp_path)
+        assert what in caught.value.message and "\n" not in caught.value.message
+        with closing(sqlite3.connect(tmp_path / "journal.sqlite")) as db:
+            for table, count in (("slots", 2), ("clones", 1), ("generations", 1), ("pools", 1)):
+                assert db.execute(f"SELECT count(*) FROM {table}").fetchone() == (count,)
+
+    asyncio.run(main())
+
+
+def test_a_file_whose_schema_is_no_text(tmp_path: Path) -> None:
+    """Found by tests/fuzz/test_journal.py: SQLite quotes it in its error."""
+
+    async def main() -> None:
+        async with opened(tmp_path):
+            pass
+        path = tmp_path / "journal.sqlite"
+        content = path.read_bytes()
+        assert content.count(b"CREATE TABLE pools")
+        path.write_bytes(content.replace(b"CREATE TABLE pools", b"CRE\x80TE TABLE pools"))
+        with pytest.raises(HostError, match="cannot be used"):
+            async with opened(tmp_path) as journal:
+                await journal.pool_sizes()
 
     asyncio.run(main())

@@ -122,6 +122,11 @@ def test_shipped_templates(path: Path) -> None:
         ),
         ('name: "a\x00b"\n', "", "not YAML"),
         ("a: 1\nb: &b [*b]\n", ":2", "not YAML: an alias"),
+        # Found by tests/fuzz/test_files.py, as are those below.
+        ("name: !!int ''\n", "", "not YAML"),
+        ("name: !!bool x\n", "", "not YAML"),
+        ("name: !!timestamp x\n", "", "not YAML"),
+        ('name: t\n"a\\nb": 1\n', ":2", "unknown field `a b`"),
         ("a: " + "[" * 5000, "", "not YAML"),
     ],
 )
@@ -220,3 +225,8 @@ def test_a_directory_is_not_a_template(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").mkdir()
     with pytest.raises(ConfigError, match=r"cannot read .*a\.yaml: Is a directory"):
         load_template((str(tmp_path),), "a")
+
+
+def test_a_text_that_is_too_large() -> None:
+    """Also one that did not come from a file: reading it would take minutes."""
+    assert "too large" in refused("#" * (1 << 20) + "\nname: t\n").message

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import shutil
+import sqlite3
 from pathlib import Path
 
 import msgspec
@@ -211,6 +213,22 @@ def test_another_qemu(tmp_path: Path) -> None:
         with pytest.raises(HostError, match=r"frozen by QEMU 7\.2\.0, this host has 8\.0\.0"):
             await running.clones.create(CloneRequest(name="a"))
         assert (await running.templates.view("t")).problem
+
+    play(tmp_path, first, second)
+
+
+def test_an_active_generation_without_a_row(tmp_path: Path) -> None:
+    """As a spoiled journal has it: its template is broken, and the daemon starts all the same."""
+
+    async def first(running: Services, fake: FakeHypervisor) -> None:
+        path = running.context.layout.journal
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+            db.execute("INSERT INTO templates SELECT 'u', active FROM templates")
+        (tmp_path / "u.yaml").write_text("name: u\n")
+
+    async def second(running: Services, fake: FakeHypervisor) -> None:
+        assert "no generation" in (await running.templates.view("u")).problem
+        assert not (await running.templates.view("t")).problem
 
     play(tmp_path, first, second)
 
