@@ -72,7 +72,7 @@ def _lines(operation: str, content: bytes) -> None:
         msgspec.json.decode(line, type=_STREAMS[operation])
 
 
-def _check(case: schemathesis.Case) -> None:
+def _check(case: schemathesis.Case[Any]) -> None:
     operation = case.operation.definition.raw["operationId"]
     if isinstance(case.query, dict):
         case.query.pop("follow", None)  # it would not end
@@ -92,7 +92,7 @@ def _check(case: schemathesis.Case) -> None:
 
 
 @st.composite
-def _cases(draw: st.DrawFn, schema: Any) -> schemathesis.Case:
+def _cases(draw: st.DrawFn, schema: Any) -> schemathesis.Case[Any]:
     operations = [result.ok() for result in schema.get_all_operations()]
     operation = draw(st.sampled_from(operations))
     mode = draw(
@@ -100,7 +100,7 @@ def _cases(draw: st.DrawFn, schema: Any) -> schemathesis.Case:
             [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]
         )
     )
-    case: schemathesis.Case = draw(operation.as_strategy(generation_mode=mode))
+    case: schemathesis.Case[Any] = draw(operation.as_strategy(generation_mode=mode))
     inside = operation.definition.raw["operationId"] in _INSIDE
     for name in case.path_parameters or {}:
         if not inside and draw(st.booleans()):
