@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.beside import divide
-from tests.fuzz.cases import SECONDS
+from tests.fuzz import SECONDS
 
 # Seconds, by the folder; setup.cfg has the default. The first test of a run makes images.
 _BOUNDS = {"real": 600, "debian13": 1800, "lab": 1800, "fuzz": SECONDS + 85}

@@ -52,7 +52,8 @@ class ExecResult(msgspec.Struct, frozen=True, kw_only=True):
     exit_code: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
     signal: Annotated[int, msgspec.Meta(ge=1, le=127)] | None = None
     timed_out: bool = False
-    error: str | None = None
+    # A word: it reaches a terminal.
+    error: Annotated[str, msgspec.Meta(pattern=r"^[a-z_]{1,40}$(?!\n)")] | None = None
 
 
 class _Clock(msgspec.Struct, frozen=True):

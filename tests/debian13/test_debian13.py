@@ -57,7 +57,7 @@ def test_demo(root: Path, tmp_path: Path) -> None:
 
 def test_unit(root: Path, tmp_path: Path) -> None:
     """All unit tests under the Python of Debian 13."""
-    assert " passed" in passes(root, tmp_path / "log", *_PYTEST, "tests/unit")
+    assert " passed" in passes(root, tmp_path / "log", *_PYTEST, "tests/unit", "tests/fuzz")
 
 
 def test_real(root: Path, tmp_path: Path) -> None:

@@ -17,13 +17,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
 from templated.errors import TemplatedError
+from tests.fuzz import LONGER, SECONDS, SEED
 
-LONGER = "TEMPLATED_FUZZ_SECONDS"
-SEED = "TEMPLATED_FUZZ_SEED"
-SECONDS = float(os.environ.get(LONGER) or 5)
 _SETTINGS = settings(
     # A seed's cases: few, so that the seconds are kept.
-    max_examples=40,
+    max_examples=20,
     # To explain a failure it traces every line, and calls a case again and again.
     phases=(Phase.generate, Phase.shrink),
     # A seed repeats a failure; what an earlier run found is no case of this one.

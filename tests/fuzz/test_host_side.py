@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import math
+import resource
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from tests.fuzz.values import JSON, mutated, nested
 from tests.unit.test_agent import identity
 
 _BOUND, _TIMEOUT = 20.0, 0.05
+# KiB that the peak may grow by: a file and output that waits, each at its bound, and a copy.
+_MEMORY = 256 << 10
 _ID = b'"ID"'
 _GOOD = [
     {"id": "ID", "ok": True, "result": {}},
@@ -149,8 +152,10 @@ def test_hostile_answers(tmp_path: Path) -> None:
             server.close()
         assert not strange, strange
 
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     fuzz(
         "agent protocol, host's side",
         st.tuples(_SCRIPT, st.sampled_from(sorted(_CALLS))),
         lambda value: asyncio.run(case(*value)),
     )
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < _MEMORY

@@ -466,7 +466,15 @@ def test_a_clock_that_is_no_number() -> None:
         Confirmation.of(msgspec.Raw(json.dumps({"seen": seen.hex()}).encode()))
 
 
-@pytest.mark.parametrize("result", [{"exit_code": 1 << 70}, {"exit_code": -1}, {"signal": 300}])
+@pytest.mark.parametrize(
+    "result",
+    [
+        {"exit_code": 1 << 70},
+        {"exit_code": -1},
+        {"signal": 300},
+        {"exit_code": 1, "error": "\x1b[2J"},
+    ],
+)
 def test_an_end_that_no_command_has(tmp_path: Path, result: dict[str, Any]) -> None:
     async def body(agent: Agent) -> None:
         with pytest.raises(GuestError, match="nonsense"):

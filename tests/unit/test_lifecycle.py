@@ -53,7 +53,14 @@ MEANT: dict[str, tuple[Table[Any], str]] = {
 
 def slot() -> Slot:
     return Slot(
-        id="s", index=0, generation="g", uuid="u", mac="m", ip="i", machine_id="a", boot_id="b"
+        id="s",
+        index=0,
+        generation="g",
+        uuid="0" * 36,
+        mac="02:00:00:00:00:01",
+        ip="10.0.0.3",
+        machine_id="a" * 32,
+        boot_id="b" * 36,
     )
 
 
