@@ -27,6 +27,7 @@ from templated.errors import HostError
 from templated.model.api import CloneRequest, ErrorBody
 from templated.services.daemon import Services
 from templated.services.templates.catalog import Templates
+from tests.fuzz import SECONDS
 from tests.fuzz.cases import fuzz
 from tests.unit.fake_daemon import play
 
@@ -56,7 +57,9 @@ def _served(tmp_path: Path) -> Iterator[str]:
         finally:
             await runner.cleanup()
 
-    thread = threading.Thread(target=play, args=(tmp_path, scenario))
+    thread = threading.Thread(
+        target=play, args=(tmp_path, scenario), kwargs={"within": SECONDS + 80}
+    )
     thread.start()
     try:
         assert ready.wait(_TIMEOUT)

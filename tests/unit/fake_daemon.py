@@ -108,13 +108,16 @@ async def until(condition: Callable[[], object]) -> None:
 Scenario = Callable[[Services, FakeHypervisor], Coroutine[Any, Any, None]]
 
 
-def play(tmp_path: Path, *scenarios: Scenario) -> None:
-    """Run scenarios one after the other, each on a restarted daemon with the same machines."""
+def play(tmp_path: Path, *scenarios: Scenario, within: float = 60) -> None:
+    """Run scenarios one after the other, each on a restarted daemon with the same machines.
+
+    All of them within so many seconds.
+    """
     config = configured(tmp_path)
 
     async def main() -> None:
         fake = FakeHypervisor()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(within):
             (await asyncio.to_thread(Installation, config, fake)).close()
             await asyncio.to_thread(freeze, config)
             await activate(config)

@@ -233,6 +233,24 @@ def test_an_active_generation_without_a_row(tmp_path: Path) -> None:
     play(tmp_path, first, second)
 
 
+def test_an_active_generation_that_is_being_built(tmp_path: Path) -> None:
+    """As a spoiled journal has it: the daemon does not start, and the files stay."""
+    seen: list[Path] = []
+
+    async def first(running: Services, fake: FakeHypervisor) -> None:
+        seen.append(running.context.layout.generation("t", GENERATION))
+        path = running.context.layout.journal
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+            db.execute("UPDATE generations SET state = 'building'")
+
+    async def second(running: Services, fake: FakeHypervisor) -> None:
+        raise AssertionError("it started")
+
+    with pytest.raises(HostError, match="active and yet being built"):
+        play(tmp_path, first, second)
+    assert (seen[0] / "manifest.json").is_file()
+
+
 def test_an_unfinished_build_is_removed(tmp_path: Path) -> None:
     """What a killed daemon was building goes; the active generation stays."""
 

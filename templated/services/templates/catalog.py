@@ -56,14 +56,16 @@ class Templates:
         Raises HostError when the journal cannot be read. Nothing serves before `load`.
         """
         journal = self._context.journal
+        active = await journal.active()
         for row in await journal.generations():
             if row.state is GenerationState.BUILDING:
+                _require_unfinished(row, active)
                 await generations.remove_files(self._context.layout, row.template, row.id)
                 await journal.drop_generation(row.id)
             else:
                 self._learn(row, Leases())
-        for name, active in (await journal.active()).items():
-            self._template(name).active = active
+        for name, generation in active.items():
+            self._template(name).active = generation
 
     async def load(self) -> None:
         """Verify the active generations, after clones have taken their leases; serve them.
@@ -452,6 +454,15 @@ class Templates:
             )
         known = ", ".join(self.names()) or "none"
         return NotFound(f"there is no template {name}", hint=f"known templates: {known}")
+
+
+def _require_unfinished(row: GenerationRow, active: dict[str, str]) -> None:
+    """A build becomes ready and active in one step, so that its files would be of use."""
+    if row.id in active.values():
+        raise HostError(
+            f"the journal calls generation {row.id} active and yet being built",
+            hint="mend its row with sqlite3, or stop all VMs and move state_dir away",
+        )
 
 
 def _code(error: BaseException) -> str:
