@@ -428,7 +428,7 @@ def test_a_file_that_comes_byte_by_byte(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_an_answer_that_is_nested_too_deep(tmp_path: Path) -> None:
     """It does not end the connection."""
-    deep = b'{"error": {"a": ' + b"[" * 5000 + b"]" * 5000 + b"}}\n"
+    deep = b'{"error": {"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}}\n"
 
     async def body(agent: Agent) -> None:
         for _ in range(2):
