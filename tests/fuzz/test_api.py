@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,17 +12,20 @@ from typing import Any
 
 import msgspec
 import pytest
+import requests
 import schemathesis
-from aiohttp import web
 from hypothesis import strategies as st
+from requests.adapters import HTTPAdapter
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_schema_conformance,
     status_code_conformance,
 )
+from urllib3.connection import HTTPConnection
+from urllib3.connectionpool import HTTPConnectionPool
 
+from templated.api import server
 from templated.api.routes import ROUTES
-from templated.api.server import make_app
 from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.errors import HostError
 from templated.model.api import CloneRequest, ErrorBody
@@ -40,22 +44,18 @@ _INSIDE = ("exec_in_clone", "get_file", "put_file")
 
 @contextmanager
 def _served(tmp_path: Path) -> Iterator[str]:
-    """A daemon with one clone, in a thread, on a loopback port; gives its address."""
+    """A daemon with one clone, in a thread; gives its socket."""
     ready, ended = threading.Event(), threading.Event()
-    address: list[str] = []
+    place: list[str] = []
 
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
         await running.clones.create(CloneRequest(name="c"))
-        runner = web.AppRunner(make_app(running), access_log=None, shutdown_timeout=0.1)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            address.append("http://127.0.0.1:{1}".format(*runner.addresses[0]))
+        config = running.context.config
+        async with server.listeners(config, running):
+            place.append(config.socket)
             ready.set()
             while not ended.is_set():
                 await asyncio.sleep(0.02)
-        finally:
-            await runner.cleanup()
 
     thread = threading.Thread(
         target=play, args=(tmp_path, scenario), kwargs={"within": SECONDS + 80}
@@ -63,10 +63,34 @@ def _served(tmp_path: Path) -> Iterator[str]:
     thread.start()
     try:
         assert ready.wait(_TIMEOUT)
-        yield address[0]
+        yield place[0]
     finally:
         ended.set()
         thread.join()
+
+
+class _Socket(HTTPAdapter):
+    """Sends all requests to a unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+
+        class Connection(HTTPConnection):
+            def _new_conn(self) -> socket.socket:
+                one = socket.socket(socket.AF_UNIX)
+                one.settimeout(_TIMEOUT)
+                one.connect(path)
+                return one
+
+        self._pool = HTTPConnectionPool("templated", maxsize=1)
+        self._pool.ConnectionCls = Connection
+
+    def get_connection_with_tls_context(self, *_: object, **__: object) -> HTTPConnectionPool:
+        return self._pool
+
+    def close(self) -> None:
+        self._pool.close()
+        super().close()
 
 
 def _lines(operation: str, content: bytes) -> None:
@@ -75,11 +99,11 @@ def _lines(operation: str, content: bytes) -> None:
         msgspec.json.decode(line, type=_STREAMS[operation])
 
 
-def _check(case: schemathesis.Case[Any]) -> None:
+def _check(session: requests.Session, case: schemathesis.Case[Any]) -> None:
     operation = case.operation.definition.raw["operationId"]
     if isinstance(case.query, dict):
         case.query.pop("follow", None)  # it would not end
-    response = case.call(timeout=_TIMEOUT)
+    response = case.call(base_url="http://templated", session=session, timeout=_TIMEOUT)
     if response.status_code >= 400:
         error = msgspec.json.decode(response.content, type=ErrorBody).error
         assert error.code != "internal", error
@@ -116,6 +140,8 @@ def test_every_answer_is_as_documented(tmp_path: Path, monkeypatch: pytest.Monke
         raise HostError("nothing is built here", hint="")
 
     monkeypatch.setattr(Templates, "build", build)
-    with _served(tmp_path) as address:
-        schema = schemathesis.openapi.from_url(f"{address}/v1/openapi.json")
-        fuzz("API", _cases(schema), _check)
+    with _served(tmp_path) as path, requests.Session() as session:
+        session.mount("http://", _Socket(path))
+        served = session.get("http://templated/v1/openapi.json", timeout=_TIMEOUT).json()
+        schema = schemathesis.openapi.from_dict(served)
+        fuzz("API", _cases(schema), lambda case: _check(session, case))
