@@ -193,7 +193,9 @@ class Journal:
         sql = "SELECT template, standby, warm FROM pools"
         return await self._run(
             lambda db: {
-                r["template"]: _read({"standby": r["standby"], "warm": r["warm"]}, PoolSpec)
+                r["template"]: _read(
+                    {"standby": r["standby"], "warm": r["warm"]}, PoolSpec, r["template"]
+                )
                 for r in db.execute(sql)
             }
         )
@@ -251,7 +253,9 @@ class Journal:
         """The active generation of each template that has one."""
         sql = "SELECT name, active FROM templates"
         return await self._run(
-            lambda db: _read({r["name"]: r["active"] for r in db.execute(sql)}, dict[Key, Key])
+            lambda db: _read(
+                {r["name"]: r["active"] for r in db.execute(sql)}, dict[Key, Key], "of templates"
+            )
         )
 
     # --- inside -------------------------------------------------------------------------------
@@ -396,13 +400,16 @@ def _phases(text: str) -> Any:
         return text  # which is refused with the row
 
 
-def _read(fields: dict[str, Any], kind: type[T]) -> T:
-    """A row as what it must be. HostError otherwise: to leave it out would lose a VM."""
+def _read(fields: dict[str, Any], kind: type[T], name: str = "") -> T:
+    """A row as what it must be. HostError otherwise: to leave it out would lose a VM.
+
+    The error names the row by `name`, or by its first field.
+    """
     try:
         return convert(fields, kind)
     except ValidationError as error:
-        first = next(iter(fields.values()), "")
+        named = name or str(next(iter(fields.values()), ""))
         raise HostError(
-            f"the journal has a spoiled row, {str(first)[:70]!r}: {error}",
+            f"the journal has a spoiled row, {named[:70]!r}: {error}",
             hint="mend the row with sqlite3, or stop all VMs and move state_dir away",
         ) from error
