@@ -273,7 +273,8 @@ def test_identify_reports_what_it_reads_back(host: Host, tmp_path: Path) -> None
         assert getattr(seen, name) == getattr(wanted, name)
     names = [name for name, _ in host.system.calls]
     assert names == ["sync", "entropy", "clock", "address"]
-    assert 1000.2 <= dict(host.system.calls)["clock"] <= 1000 + passed
+    # The mark is set after the reply: how much of the pause it saw, depends on the host's load.
+    assert 1000 < dict(host.system.calls)["clock"] <= 1000 + passed
     assert dict(host.system.calls)["entropy"] == struct.pack("ii", 512, 64) + bytes(range(64))
     texts = {
         "hostname": "clone-1\n",

@@ -108,11 +108,11 @@ class Agent(Port):
         except BAD as error:
             self.refuse(number, "invalid", f"{type(error).__name__}: {error}")
 
-    def _number(self, request: dict[str, Any]) -> int:
+    def _number(self, request: dict[str, Any]) -> int | str:
         """The id of a request; another kind of one might not go into its reply."""
         number = request.get("id")
-        if not isinstance(number, int):
-            raise Refused("invalid", "the id of a request must be an integer")
+        if not isinstance(number, (int, str)):
+            raise Refused("invalid", "the id of a request must be an integer or a string")
         return number
 
     def _parse(self, line: bytes) -> Any:
