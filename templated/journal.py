@@ -23,7 +23,7 @@ from msgspec import Meta, Struct, ValidationError, convert
 
 from templated.errors import Busy, Conflict, Defect, HostError
 from templated.model.clone import TRANSITIONS as CLONE_TRANSITIONS
-from templated.model.clone import CloneState, Slot, StartPath
+from templated.model.clone import CloneState, Key, Slot, StartPath
 from templated.model.generation import TRANSITIONS as GENERATION_TRANSITIONS
 from templated.model.generation import GenerationState
 from templated.model.lifecycle import S, Table, move
@@ -72,10 +72,6 @@ CREATE TABLE pools (
     warm INTEGER NOT NULL
 ) STRICT;
 """
-
-
-Key = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,63}$(?!\n)")]
-"""What becomes a part of a path: a spoiled one must not name another directory."""
 
 
 class GenerationRow(Struct, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@ is recorded, as a line in the daemon's log and as an entry in the audit log."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class Gate:
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Note the caller, wait for the answer, and record how it came out."""
+        """Note the caller, wait for the answer, and record how it came out once it is sent."""
         passage = _Passage(self._callers.of(request))
         _PASSAGE.set(passage)
         response = None
@@ -79,7 +80,8 @@ class Gate:
             response = await handler(request)
             return response
         finally:
-            self._record(request, passage, response)
+            # Only then: to write the log would delay the answer, which a start waits for.
+            asyncio.get_running_loop().call_soon(self._record, request, passage, response)
 
     def _record(
         self, request: web.Request, passage: _Passage, response: web.StreamResponse | None

@@ -7,6 +7,9 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+Key = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,63}$(?!\n)")]
+"""What becomes a part of a path: a spoiled one must not name another directory."""
+
 
 class CloneState(enum.StrEnum):
     """Where a clone is in its life. `TRANSITIONS` says what may follow what."""
@@ -73,7 +76,7 @@ class Slot(Struct, frozen=True, kw_only=True):
     """Names its directories and its tap."""
     index: Annotated[int, Meta(ge=0)]
     """The number that MAC and IP are computed from."""
-    generation: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,63}$(?!\n)")]
+    generation: Key
     uuid: Annotated[str, Meta(pattern=r"^[0-9a-f-]{36}$(?!\n)")]
     mac: Annotated[str, Meta(pattern=r"^([0-9a-f]{2}:){5}[0-9a-f]{2}$(?!\n)")]
     ip: Annotated[str, Meta(pattern=r"^[0-9]{1,3}(\.[0-9]{1,3}){3}$(?!\n)")]

@@ -38,7 +38,7 @@ class Check:
 
 
 def run_checks(config: Config) -> list[Check]:
-    """All checks, in a fixed order. Takes at most some 70 s, when KVM has to be proven."""
+    """All checks, in a fixed order. Takes at most some 130 s, when KVM has to be proven."""
     checks: list[Callable[[Config], Iterator[Check]]] = [
         _qemu,
         _confinement,

@@ -16,6 +16,9 @@ UPLINK = "uplink"
 CODE_SERIAL = "templated-code"
 """How the guest knows the second disk: /sys/block/vdb/serial."""
 
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,resourcecontrol=deny"
+"""`-sandbox`, but for `spawn`, which depends on the launch."""
+
 STATE_FILE = "/dev/fdset/1"
 """The saved state's descriptor, as a QEMU that takes `file:` names it."""
 
@@ -23,7 +26,6 @@ STATE_FILE = "/dev/fdset/1"
 # qboot can start a kernel. It has to be named: by default microvm with ACPI has the SeaBIOS of
 # bios-microvm.bin, which is a link to qboot in Debian 12 and SeaBIOS in Debian 13.
 _MICROVM = "firmware=qboot.rom,x-option-roms=off,isa-serial=on,rtc=on"
-SANDBOX = "on,obsolete=deny,elevateprivileges=deny,resourcecontrol=deny"
 MACHINES = {"microvm": f"microvm,{_MICROVM}", "q35": "q35,smm=off,vmport=off"}
 """`-machine`, by a template's `machine.type`. Of a guest's boot, too, that proves something."""
 
