@@ -7,6 +7,7 @@ QEMU ends. QEMU ends with the process that started it, however that one ends.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import socket
@@ -176,6 +177,11 @@ class Lab:
         image = self._image
         return [
             *_ending_with_us(),
+            # All its threads on one CPU of the host. When VMRUN finds an interrupt that waits for
+            # the guest, QEMU 7.2 sets a bit in a word in which its main loop sets others, with a
+            # plain instruction and no lock: on two CPUs one of the bits can get lost. When it was
+            # the timer's, the lab stood still until something else interrupted it.
+            *("taskset", "--cpu-list", str(max(os.sched_getaffinity(0)))),
             *("qemu-system-x86_64", "-name", "templated-lab", "-no-user-config", "-nodefaults"),
             # AMD's virtualisation, with nested paging, is what TCG emulates. It has no five-level
             # paging there. One CPU: QEMU 7.2 may go on with code that another CPU has changed
