@@ -352,8 +352,8 @@ def _next_index(db: sqlite3.Connection, capacity: int) -> int:
             db.execute("INSERT OR REPLACE INTO counters VALUES ('slot', ?)", (index + 1,))
             return index
     raise Busy(
-        f"all {capacity} addresses of the subnet are in use",
-        hint="remove clones, or configure a larger network.subnet",
+        f"all {capacity} slots are in use, by the addresses of the subnet or by the uids",
+        hint="remove clones, or configure a larger network.subnet, or more `uids`",
     )
 
 

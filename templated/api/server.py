@@ -98,6 +98,9 @@ def _give_access(path: Path, access: SocketConfig) -> None:
                 f"socket_access.group: there is no group {access.group}",
                 hint=f"groupadd --system {access.group}",
             ) from None
+        with contextlib.suppress(OSError):
+            # chown(2): a file may be given to a group of one's own without CAP_CHOWN.
+            os.setgroups([*os.getgroups(), gid])
         os.chown(path, -1, gid)
     os.chmod(path, int(access.mode, 8))
 

@@ -13,6 +13,7 @@ from typing import Any
 from templated.bench.interrupts import interruptible, uninterrupted
 from templated.client import Client
 from templated.drivers.host.procfs import read_memory
+from templated.drivers.image.store import image_disk
 from templated.errors import HostError, InvalidRequest, RemoteError, TemplatedError, Timeout
 from templated.model.api import Info, PoolView, TierView
 from templated.model.clone import CloneView
@@ -94,7 +95,13 @@ class Session:
             manifest = read_manifest(directory)
         except HostError as error:
             raise HostError(error.message, hint=hint) from error
-        found = Generation(manifest, directory, Path(info.shm_dir) / self.template / active)
+        found = Generation(
+            manifest=manifest,
+            directory=directory,
+            frozen=Path(info.shm_dir) / self.template / active,
+            image=image_disk(Path(info.state_dir), manifest.image),
+            read_only_memory=False,
+        )
         for path in (*found.files().values(), found.layer.empty):
             if not os.access(path, os.R_OK):
                 raise HostError(f"cannot read {path}", hint=hint)

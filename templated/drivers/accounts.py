@@ -10,13 +10,15 @@ import os
 import pwd
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from templated.errors import ConfigError
 from templated.model.access import EVERYTHING, Rule, grant
 from templated.model.config import AccessConfig, AccessRule
+from templated.model.uids import UidRange
 
 # <asm-generic/socket.h>, since Linux 4.13.
 _SO_PEERGROUPS = 59
@@ -111,3 +113,40 @@ def _number(look_up: Callable[[str], int], kind: str, name: str, where: str) -> 
             f"there is no {kind} {name!r} - at {where}.{kind}`",
             hint=f"make it, or correct the name: getent {_DATABASES[kind]}",
         ) from None
+
+
+def range_problem(uids: UidRange) -> str:
+    """Why VMs cannot run as these users; empty when they can. Reads the host's lists of users."""
+    if not _mapped("uid", uids) or not _mapped("gid", uids):
+        return f"the uids {uids} do not exist in this user namespace"
+    for user in pwd.getpwall():
+        if user.pw_uid in uids:
+            return f"user {user.pw_name} has uid {user.pw_uid}, one of {uids}"
+    for group in grp.getgrall():
+        if group.gr_gid in uids:
+            return f"group {group.gr_name} has gid {group.gr_gid}, one of {uids}"
+    for file in ("/etc/subuid", "/etc/subgid"):
+        for owner, first, count in _subordinate(file):
+            if uids.meets(first, count):
+                return f"{file} gives {owner} ids that are among {uids}"
+    return ""
+
+
+def _mapped(kind: str, uids: UidRange) -> bool:
+    """Whether the user namespace of this process has all of them (user_namespaces(7))."""
+    rows = [line.split() for line in Path(f"/proc/self/{kind}_map").read_text().splitlines()]
+    last = uids.first + uids.count
+    return any(int(first) <= uids.first and last <= int(first) + int(n) for first, _, n in rows)
+
+
+def _subordinate(file: str) -> Iterator[tuple[str, int, int]]:
+    """The rows of subuid(5) or subgid(5); none where there is no such file."""
+    try:
+        lines = Path(file).read_text(errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        owner, _, numbers = line.partition(":")
+        first, _, count = numbers.partition(":")
+        if first.isdecimal() and count.isdecimal():
+            yield owner, int(first), int(count)

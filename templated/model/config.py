@@ -12,6 +12,7 @@ from templated.model.access import Right, Role
 from templated.model.network import BridgeNetwork, UserNetwork
 from templated.model.socket import SOCKET, default_runtime
 from templated.model.spec import Percent
+from templated.model.uids import UidRange
 from templated.model.units import Duration, Size, seconds, size_bytes
 
 AbsolutePath = Annotated[str, Meta(pattern=r"^/[^\0]{0,4000}$(?!\n)")]
@@ -132,6 +133,8 @@ class Config(_Section, frozen=True, kw_only=True):
     restore: RestoreConfig = RestoreConfig()
     confine: bool = True
     """Take from hypervisors what they do not need; false exists to compare with."""
+    uids: UidRange | None = None
+    """Who VMs run as, when the daemon is root; None: a range that follows from state_dir."""
     slots: SlotConfig = SlotConfig()
     pools: PoolConfig = PoolConfig()
     limits: LimitConfig = LimitConfig()

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from templated.drivers.accounts import range_problem
 from templated.drivers.hypervisor.base import Hypervisor
 from templated.drivers.hypervisor.qemu.driver import Qemu
 from templated.drivers.image.store import ImageStore
@@ -19,6 +20,7 @@ from templated.errors import Conflict
 from templated.journal import Journal
 from templated.model.config import Config
 from templated.model.network import AddressPlan
+from templated.model.uids import UidRange, block_of
 from templated.model.units import size_bytes
 from templated.services.clones.guest import Guests
 from templated.services.clones.recovery import recover
@@ -66,12 +68,16 @@ class Installation:
         self._lock = _lock(self.layout.lock)
         self.hypervisor = hypervisor or make_hypervisor(config)
         self.hypervisor.prepare()
-        tag = _machine_id()
-        # Two daemons on one host differ by their state_dir.
-        tag += str(self.layout.state).encode()
+        tag = _tag(config)
         self.plan = AddressPlan(config.network.subnet, tag)
+        self.uids = _uids(config, self.hypervisor)
         owner = hashlib.sha256(tag).hexdigest()[:12]
         self.network: Network = make_network(config.network, self.plan, owner)
+
+    @property
+    def capacity(self) -> int:
+        """How many slots there can be: each has an address, and a user where VMs have their own."""
+        return min(self.plan.capacity, self.uids.count if self.uids else self.plan.capacity)
 
     def close(self) -> None:
         """Let another daemon use state_dir."""
@@ -140,7 +146,12 @@ def _context(installation: Installation, journal: Journal) -> Context:
     config, layout = installation.config, installation.layout
     metrics = Metrics()
     slots = Slots(
-        journal, layout, installation.network, installation.plan, ready=config.slots.ready
+        journal,
+        layout,
+        installation.network,
+        installation.plan,
+        ready=config.slots.ready,
+        capacity=installation.capacity,
     )
     starter = Starter(
         installation.hypervisor,
@@ -148,6 +159,7 @@ def _context(installation: Installation, journal: Journal) -> Context:
         installation.plan,
         config.restore.transport,
         config.confine,
+        installation.uids,
     )
     return Context(
         config=config,
@@ -163,6 +175,31 @@ def _context(installation: Installation, journal: Journal) -> Context:
         events=EventBus(metrics.events),
         metrics=metrics,
     )
+
+
+def uid_range(config: Config) -> UidRange:
+    """Who VMs run as, where they can."""
+    return config.uids or block_of(_tag(config))
+
+
+def uids_problem(config: Config, hypervisor: Hypervisor) -> str:
+    """Why VMs run as this process's own user; empty when they do not."""
+    if not config.confine:
+        return "confine is false"
+    return hypervisor.user_problem() or range_problem(uid_range(config))
+
+
+def _uids(config: Config, hypervisor: Hypervisor) -> UidRange | None:
+    problem = uids_problem(config, hypervisor)
+    if problem:
+        log.warning("VMs run as the user of this process: %s", problem)
+        return None
+    return uid_range(config)
+
+
+def _tag(config: Config) -> bytes:
+    """What tells this daemon from all others: two of one host differ by their state_dir."""
+    return _machine_id() + config.state_dir.encode()
 
 
 def _lock(path: Path) -> int:

@@ -18,7 +18,7 @@ from templated.drivers.image.store import ImageStore
 from templated.errors import HostError, TemplatedError
 from templated.model.config import Config
 from templated.model.network import BridgeNetwork
-from templated.services.daemon import make_hypervisor
+from templated.services.daemon import make_hypervisor, uid_range, uids_problem
 from templated.services.places import Layout
 
 Status = Literal["PASS", "WARN", "FAIL"]
@@ -42,6 +42,7 @@ def run_checks(config: Config) -> list[Check]:
     checks: list[Callable[[Config], Iterator[Check]]] = [
         _qemu,
         _confinement,
+        _users,
         _accelerator,
         _tools,
         _places,
@@ -87,6 +88,16 @@ def _confinement(config: Config) -> Iterator[Check]:
         yield Check("confinement", "WARN", detail, "restore: {transport: fd}")
     else:
         yield Check("confinement", "PASS", "QEMU filters its system calls, and starts no program")
+
+
+def _users(config: Config) -> Iterator[Check]:
+    problem = uids_problem(config, make_hypervisor(config))
+    if not problem:
+        detail = f"each VM runs as a user of its own, of {uid_range(config)}"
+        yield Check("users", "PASS", detail)
+        return
+    fix = "run the daemon as root with util-linux installed, and give it unused `uids`"
+    yield Check("users", "WARN", f"VMs run as the daemon's user: {problem}", fix)
 
 
 def _accelerator(config: Config) -> Iterator[Check]:

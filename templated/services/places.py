@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from templated.drivers.hypervisor.base import Places
+from templated.drivers.image.store import image_disk
 from templated.errors import ConfigError, HostError
 from templated.model.config import Config
 
@@ -62,6 +63,10 @@ class Layout:
     def overlay(self, slot_id: str) -> Path:
         """Disk layer 3."""
         return self.slots / slot_id / "disk.qcow2"
+
+    def image_disk(self, digest: str) -> Path:
+        """Disk layer 1."""
+        return image_disk(self.state, digest)
 
     def image_overlay(self, digest: str) -> Path:
         """An empty layer over an image, for cold boots."""

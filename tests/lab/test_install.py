@@ -37,15 +37,17 @@ def test_systemd_knows_the_units(product: Product) -> None:
 
 
 def test_sandbox(host: Product) -> None:
-    """The daemon and its VMs have the unit's four capabilities, its filter, and no way to write."""
+    """The daemon has the unit's five capabilities, a VM none; neither has a way to write."""
     host.clone("boxed")
-    filters = {}
+    filters, users, effective = {}, {}, {}
     for pid in (int(host.unit("MainPID")), host.pid("boxed")):
         status = host.lab.do(f"cat /proc/{pid}/status")
         fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-        # CHOWN 0, DAC_OVERRIDE 1, NET_ADMIN 12, SYS_NICE 23
-        assert int(fields["CapBnd"], 16) == 1 << 0 | 1 << 1 | 1 << 12 | 1 << 23
-        assert int(fields["CapEff"], 16) & ~int(fields["CapBnd"], 16) == 0
+        # KILL, SETGID, SETUID, NET_ADMIN, SYS_NICE
+        assert int(fields["CapBnd"], 16) == 1 << 5 | 1 << 6 | 1 << 7 | 1 << 12 | 1 << 23
+        users[pid], effective[pid] = fields["Uid"].split(), int(fields["CapEff"], 16)
+        if effective[pid]:
+            assert effective[pid] == int(fields["CapBnd"], 16)
         assert fields["NoNewPrivs"].strip() == "1"
         assert fields["Seccomp"].strip() == "2"
         filters[pid] = int(fields["Seccomp_filters"])
@@ -54,9 +56,12 @@ def test_sandbox(host: Product) -> None:
             assert done.returncode != 0, path
         devices = host.lab.do(f"nsenter --mount --target {pid} ls /root /home")
         assert "templated" not in devices
+    daemon, vm = users.values()
+    assert daemon == ["0"] * 4 and len(set(vm)) == 1 and int(vm[0]) > 1 << 30
+    assert [bool(mask) for mask in effective.values()] == [True, False]
     # QEMU has one of its own beside the unit's.
-    daemon, vm = filters.values()
-    assert vm == daemon + 1
+    ours, its = filters.values()
+    assert its == ours + 1
     assert host.lab.do("stat -c %a /var/lib/templated /run/templated").split() == ["700", "755"]
 
 

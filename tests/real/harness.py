@@ -230,6 +230,15 @@ class Daemon:
             tables = ("clones", "slots", "generations", "templates")
             return {t: db.execute(f"SELECT count(*) FROM {t}").fetchone()[0] for t in tables}
 
+    def at_rest(self) -> dict[str, Any]:
+        """`held()`, once it has not changed for a second: slots are being made in between."""
+        held, since = self.held(), time.monotonic()
+        while time.monotonic() - since < 1:
+            time.sleep(0.1)
+            if (now := self.held()) != held:
+                held, since = now, time.monotonic()
+        return held
+
     def settled(self, expected: dict[str, Any]) -> dict[str, Any]:
         """`held()`, once it equals `expected` or does not come to it within 10 s."""
         deadline = time.monotonic() + 10

@@ -21,7 +21,7 @@ def steady(host: Daemon) -> Iterator[Daemon]:
     """The shared daemon; after the test it must hold exactly what it held before."""
     host.cli("clone", "warm-up")
     host.cli("rm", "warm-up")
-    before = host.held()
+    before = host.at_rest()
     yield host
     for path in host.templates.glob("*.yaml"):
         if path.name != PYTHON_FN.name:

@@ -171,7 +171,7 @@ def test_two_hundred_cycles_leave_nothing(host: Daemon) -> None:
     host.cli("clone", "warm-up")
     host.cli("rm", "warm-up")
     time.sleep(1)
-    before = host.held()
+    before = host.at_rest()
 
     def cycle(names: str) -> None:
         for i in range(100):

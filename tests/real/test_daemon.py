@@ -174,6 +174,43 @@ def _filters(process: Path) -> int:
     return int(found[1])
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives VMs users of their own")
+def test_users(copied: Daemon) -> None:
+    """Each VM has a user of its own; with a range that others use it has not, and that is said."""
+    copied.config["uids"] = {"first": 1999000000, "count": 64}
+    copied.start()
+    clones = [copied.json("clone", name)["pid"] for name in ("one", "two")]
+    users = {_user(pid) for pid in clones}
+    assert len(users) == 2 and all(1999000000 <= user < 1999000064 for user in users)
+    copied.stop()
+    copied.config["uids"] = {"first": 65530, "count": 10}
+    copied.start()
+    assert "VMs run as the user of this process: user nobody has uid 65534" in copied.log
+    assert copied.cli("exec", "one", "--", "hostname") == "one\n"
+    assert _user(copied.json("clone", "three")["pid"]) == os.geteuid()
+    said = copied.run("doctor", "--config", str(copied.places / "templated.yaml")).stdout
+    assert "WARN" in next(line for line in said.splitlines() if "users" in line)
+    copied.cli("rm", "--all", "--yes")
+    assert copied.qemus() == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives VMs users of their own")
+def test_few_users(copied: Daemon) -> None:
+    """No more VMs than users, and one line says so; what is given back can be used again."""
+    copied.config["uids"] = {"first": 1999000000, "count": 2}
+    copied.config["slots"] = {"ready": 0}
+    copied.start()
+    copied.cli("clone", "one")
+    copied.cli("clone", "two")
+    assert "all 2 slots are in use" in copied.fails("clone", "three")
+    copied.cli("rm", "one")
+    copied.cli("clone", "three")
+
+
+def _user(pid: int) -> int:
+    return os.stat(f"/proc/{pid}").st_uid
+
+
 def test_probe_types(fresh: Daemon) -> None:
     """tcp and http, from inside the guest and through a forward; and a build's events as JSON."""
     fresh.variant(

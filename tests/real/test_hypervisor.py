@@ -137,7 +137,7 @@ def test_who_breaks_out_starts_no_program(rig: Rig, handed: bool) -> None:
                 launch = replace(launch, state_fd=fd if handed else None)
                 async with rig.spawned(launch) as machine:
                     await machine.connect(BOUND)
-                    state = SavedState(rig.frozen.state, "fd" if handed else "exec", fd)
+                    state = SavedState(rig.frozen.state, *(("fd", fd) if handed else ("exec",)))
                     await machine.restore(state, BOUND)
                     for task in Path(f"/proc/{machine.pid}/task").iterdir():
                         assert "Seccomp:\t2" in (task / "status").read_text()

@@ -22,9 +22,9 @@ from templated.model.network import BridgeNetwork, NetworkConfig
 pytestmark = pytest.mark.real
 UNITS = Path(__file__).parents[2] / "systemd"
 NAMES = ("templated.service", "templated-image@.service")
-# systemd-analyze takes tenths: an exposure of 3.5 for the daemon. Images are made with mounts, a
+# systemd-analyze takes tenths: an exposure of 3.0 for the daemon. Images are made with mounts, a
 # chroot and files of any owner.
-THRESHOLDS = {"templated.service": 35, "templated-image@.service": 45}
+THRESHOLDS = {"templated.service": 30, "templated-image@.service": 40}
 
 
 def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -56,6 +56,9 @@ def freeze(config: Config) -> None:
         digest = hashlib.sha256(path.name.encode()).hexdigest()
         files[path.name] = FileDigest(size=len(path.name), sha256=digest)
     (directory / "empty.qcow2").write_bytes(b"empty")
+    image = layout.image_disk("none")
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"image")
     manifest = Manifest(
         format=generations.MANIFEST_FORMAT,
         id=GENERATION,

@@ -273,7 +273,7 @@ def test_images(tmp_path: Path) -> None:
         # The template was frozen on an image named "none".
         for name in ("none", "other", "incomplete"):
             folder = Path(running.context.config.state_dir) / "images" / name
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             for file in ("disk.qcow2", "vmlinuz", "initrd"):
                 (folder / file).touch()
             record: dict[str, Any] = {

@@ -42,7 +42,9 @@ def no_qemu_img(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_image(running: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Image:
     """Make the daemon find an image, of which nothing is ever booted."""
-    paths = [tmp_path / name for name in ("base.qcow2", "vmlinuz", "initrd")]
+    disk = running.context.layout.image_disk("0" * 16)
+    disk.parent.mkdir(exist_ok=True)
+    paths = [disk, tmp_path / "vmlinuz", tmp_path / "initrd"]
     for path in paths:
         path.write_bytes(path.name.encode())
     image = Image("0" * 16, paths[0], paths[1], paths[2], 0.0, ImageSpec())

@@ -66,6 +66,31 @@ CASES = {
         memory_shared=True,
         code=Path("/code.img"),
     ),
+    "own-user": replace(
+        LAUNCH,
+        state_fd=9,
+        uid=2000000007,
+        opened={
+            LAUNCH.disk: 10,
+            Path("/state/g/disk.qcow2"): 11,
+            Path("/images/i/disk.qcow2"): 12,
+            LAUNCH.places.serial_log: 13,
+            LAUNCH.memory or Path(): 14,
+        },
+        backing=(Path("/state/g/disk.qcow2"), Path("/images/i/disk.qcow2")),
+    ),
+    "own-user-boot": replace(
+        LAUNCH,
+        boot=BOOT,
+        memory_shared=True,
+        code=Path("/code.img"),
+        opened={
+            BOOT.kernel: 20,
+            BOOT.initrd: 21,
+            LAUNCH.memory or Path(): 14,
+            Path("/code.img"): 22,
+        },
+    ),
     "commas": replace(LAUNCH, disk=Path("/a,b/disk.qcow2"), memory=Path("/c,d/memory")),
 }
 
@@ -88,8 +113,9 @@ def test_the_path_of_a_clone_has_no_kernel() -> None:
 
 
 def test_what_the_command_line_names_is_inherited() -> None:
-    """The sockets, the tap and the saved state."""
+    """The sockets, the tap, the saved state, and files that are opened before."""
     assert inherited(LAUNCH) == (7, 8)
+    assert inherited(CASES["own-user"]) == (7, 8, 9, 10, 11, 12, 13, 14)
     assert inherited(CASES["tap-and-fd"]) == (7, 8, 9, 10)
 
 

@@ -52,7 +52,9 @@ async def built(running: Services, new: str) -> None:
     """Activate another generation in the way a build does."""
     await asyncio.to_thread(_copy, running, new)
     await running.context.journal.new_generation(new, "t")
-    generation = await generations.load(running.context.layout, "t", new)
+    generation = await generations.load(
+        running.context.layout, running.context.hypervisor, "t", new
+    )
     await running.templates.activate(generation)
 
 
@@ -327,7 +329,9 @@ class _Built(Build):
         await running.context.journal.new_generation(self.id, "t")
         if self.end is not None:
             raise self.end
-        return await generations.load(running.context.layout, "t", self.id)
+        return await generations.load(
+            running.context.layout, running.context.hypervisor, "t", self.id
+        )
 
     running: Services
 

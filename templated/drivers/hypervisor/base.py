@@ -98,6 +98,14 @@ class Launch:
     only if its template had one; the content may differ."""
     boot: Kernel | None = None
     """None: start waiting for state."""
+    opened: Mapping[Path, int] = field(default_factory=dict)
+    """Of the files above and of `places.serial_log`: those that the VM inherits, by a descriptor,
+    in place of opening them by their paths."""
+    backing: tuple[Path, ...] = ()
+    """The layers below an opened `disk`, the highest first: what its header names is not used."""
+    uid: int | None = None
+    """The user and the group that the hypervisor runs as, with no privileges; it must then
+    inherit all its files. None: this process's own."""
     confined: bool = True
     """The kernel refuses the hypervisor what no VM needs, above all to start programs. One that
     waits for state starts a program for it, unless it has `state_fd`."""
@@ -110,7 +118,8 @@ class SavedState:
     path: Path
     transport: str = "exec"
     fd: int | None = field(default=None, compare=False)
-    """For the transport `fd`: a descriptor that the VM inherited at its start."""
+    """A descriptor that the VM inherited at its start. The transport `fd` reads from it; `exec`
+    has its program open it, for a VM whose user cannot open the path."""
 
     def check(self) -> None:
         """Raise HostError when the file is missing or empty: a restore may wait for ever for it."""
@@ -281,6 +290,9 @@ class Hypervisor(Protocol):
 
     async def confinement_problem(self) -> str:
         """Why no VM can be confined on this host; empty when one can."""
+
+    def user_problem(self) -> str:
+        """Why no VM can run as a user of its own here; empty when one can."""
 
     def clock_problem(self, accelerator: str) -> str:
         """Why a guest's clock may drift; empty when it keeps time."""

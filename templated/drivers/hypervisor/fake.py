@@ -73,6 +73,9 @@ class FakeHypervisor:
     async def confinement_problem(self) -> str:
         return ""
 
+    def user_problem(self) -> str:
+        return ""
+
     def clock_problem(self, accelerator: str) -> str:
         return ""
 

@@ -11,17 +11,27 @@ import contextlib
 import ctypes
 import functools
 import os
+import resource
+import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from templated.drivers.host.capabilities import may_raise_priority
+from templated.drivers.host.capabilities import (
+    CAP_KILL,
+    CAP_SETGID,
+    CAP_SETUID,
+    has_capabilities,
+    may_raise_priority,
+)
 from templated.drivers.host.procfs import command_line, start_time
 from templated.errors import HostError
 
 _PR_SET_THP_DISABLE = 41  # linux/prctl.h
 _LOWEST = 19
+_THREADS = 512
 
 
 def background(pid: int, on: bool) -> None:
@@ -44,6 +54,43 @@ def use_small_pages() -> None:
     kernel without huge pages refuses the call, which does no harm.
     """
     ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+
+
+def limit_children() -> None:
+    """Limits of this process that its children inherit, and that do not bind root itself.
+
+    No core dump: it would hold a guest's memory. With a user of its own, a VM can have so many
+    threads: QEMU 64 for its disk, beside one for each virtual CPU and some of its own.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if os.geteuid() == 0:
+        _, most = resource.getrlimit(resource.RLIMIT_NPROC)
+        threads = _THREADS if most == resource.RLIM_INFINITY else min(_THREADS, most)
+        resource.setrlimit(resource.RLIMIT_NPROC, (threads, most))
+
+
+@dataclass(frozen=True)
+class Demotion:
+    """The user that a process becomes before its program runs; it can never gain rights again."""
+
+    uid: int
+    groups: tuple[int, ...] = ()
+    """Beside the group of the same number."""
+
+    def command(self) -> list[str]:
+        """setpriv(1). A change from root to another user gives up all capabilities."""
+        groups = f"--groups={','.join(map(str, self.groups))}" if self.groups else "--clear-groups"
+        return [
+            *("setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", groups),
+            *("--no-new-privs", "--inh-caps=-all", "--ambient-caps=-all", "--"),
+        ]
+
+
+def demotion_problem() -> str:
+    """Why a child cannot become another user; empty when it can."""
+    if not has_capabilities(CAP_KILL, CAP_SETGID, CAP_SETUID):
+        return "this daemon may not start and end processes of other users"
+    return "" if shutil.which("setpriv") else "setpriv (util-linux) is not installed"
 
 
 class Process:
@@ -69,11 +116,21 @@ class Process:
         return start_time(self.pid) or 0
 
     @classmethod
-    def spawn(cls, arguments: Sequence[str], *, log: Path, fds: Sequence[int]) -> Process:
+    def spawn(
+        cls,
+        arguments: Sequence[str],
+        *,
+        log: Path,
+        fds: Sequence[int],
+        user: Demotion | None = None,
+    ) -> Process:
         """Start a process in a session of its own; HostError when that is not possible.
 
-        vfork and exec take about a millisecond; a thread would cost as much.
+        vfork and exec take about a millisecond; a thread would cost as much. With a `user`, a
+        program changes to it in between, for half a millisecond: Python itself would fork.
         """
+        if user is not None:
+            arguments = [*user.command(), *arguments]
         try:
             with open(log, "ab", buffering=0) as output:
                 child = subprocess.Popen(

@@ -33,6 +33,8 @@ from templated.model.spec import ImageSpec
 BUILDER_VERSION = 3
 _LOCK_INTERVAL = 0.2
 
+_IMAGES, _DISK = "images", "disk.qcow2"
+
 
 @dataclass(frozen=True)
 class Image:
@@ -69,6 +71,11 @@ def image_digest(spec: ImageSpec) -> str:
     return content.hexdigest()[:16]
 
 
+def image_disk(root: Path, digest: str) -> Path:
+    """Disk layer 1 of the image in the state directory `root`, whether it is there or not."""
+    return root / _IMAGES / digest / _DISK
+
+
 def lacks_rights() -> bool:
     """Whether this is root without the capabilities that mmdebstrap needs, as under systemd.
 
@@ -83,7 +90,7 @@ class ImageStore:
     """The images under `root/images`. Several processes may use one store."""
 
     def __init__(self, root: Path) -> None:
-        self._folder = root / "images"
+        self._folder = root / _IMAGES
 
     def get(self, digest: str) -> Image | None:
         """The image, or None when it is not there or not complete."""
@@ -92,7 +99,7 @@ class ImageStore:
             record = msgspec.json.decode((folder / "image.json").read_bytes(), type=_Record)
         except (OSError, msgspec.DecodeError, msgspec.ValidationError):
             return None
-        files = [folder / name for name in ("disk.qcow2", "vmlinuz", "initrd")]
+        files = [folder / name for name in (_DISK, "vmlinuz", "initrd")]
         if record.digest != digest or not all(file.is_file() for file in files):
             return None
         disk, kernel, initrd = files

@@ -143,7 +143,8 @@ class Start:
         async with self.turns.starts, _bound(terms.booted_s):
             empty = await image_overlay(self.context.layout, image)
             # Not a layer that slots are kept ready for.
-            prepared = await self._slot(Layer(f"cold-{image.digest}", empty), undo)
+            layer = Layer(f"cold-{image.digest}", empty, (image.disk,))
+            prepared = await self._slot(layer, undo)
             launch = starter.launch(prepared, generation.hardware)
             kernel = boot_kernel(self.context.hypervisor, image, manifest.spec, manifest.accel)
             self.clock.allotted()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import errno
+import fcntl
 import functools
 import hashlib
 import os
 import shutil
-import stat
+import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from templated.drivers.host.files import Stamp, stamp
-from templated.drivers.hypervisor.base import Hardware, SavedState
+from templated.drivers.hypervisor.base import Hardware, Hypervisor, SavedState
 from templated.errors import HostError
 from templated.model.generation import FileDigest, Manifest
 from templated.model.spec import TemplateSpec
@@ -29,6 +31,7 @@ from templated.model.units import seconds, size_bytes
 from templated.services.machines.slots import Layer
 from templated.services.places import Layout
 
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 MANIFEST_FORMAT = 3
 """2: the frozen agent takes its identity in one packed field."""
 DISK, EMPTY, MANIFEST, MEMORY, STATE = (
@@ -132,8 +135,14 @@ class Generation:
     manifest: Manifest
     directory: Path
     frozen: Path
+    image: Path
+    """Disk layer 1."""
+    read_only_memory: bool
+    """The hypervisor maps a file that it has opened for reading only. Otherwise clones get a
+    sealed copy of the memory, which nobody can write: see `sealed_copy`."""
     leases: Leases = field(default_factory=Leases)
     stamps: dict[Path, Stamp] = field(default_factory=dict)
+    _memory_fd: int | None = None
 
     @property
     def id(self) -> str:
@@ -142,6 +151,12 @@ class Generation:
     @property
     def memory(self) -> Path:
         return self.frozen / MEMORY
+
+    @property
+    def memory_fd(self) -> int:
+        """What clones map, privately. Of a generation that was verified, and as long as it is."""
+        assert self._memory_fd is not None
+        return self._memory_fd
 
     @property
     def template(self) -> str:
@@ -155,7 +170,7 @@ class Generation:
     @functools.cached_property
     def layer(self) -> Layer:
         """The source of a slot's disk layer 3."""
-        return Layer(self.id, self.directory / EMPTY)
+        return Layer(self.id, self.directory / EMPTY, (self.directory / DISK, self.image))
 
     @functools.cached_property
     def terms(self) -> Terms:
@@ -218,6 +233,21 @@ class Generation:
             if (await digest_file(path)).sha256 != expected.sha256:
                 raise _damaged(self, f"the content of {path} has changed since it was frozen")
             self.stamps[path] = before
+        if self._memory_fd is None:
+            await self._open_memory()
+
+    async def _open_memory(self) -> None:
+        if self.read_only_memory:
+            descriptor = os.open(self.memory, os.O_RDONLY | os.O_CLOEXEC)
+        else:
+            descriptor = await asyncio.to_thread(sealed_copy, self.memory)
+        # It is closed with the last VM's or service's reference to this generation.
+        weakref.finalize(self, os.close, descriptor)
+        # What is mapped is what was checked, also when the file was exchanged meanwhile.
+        content = await digest_file(Path(f"/proc/self/fd/{descriptor}"))
+        if content.sha256 != self.manifest.files[MEMORY].sha256:
+            raise _damaged(self, f"the content of {self.memory} changes")
+        self._memory_fd = descriptor
 
 
 def _damaged(generation: Generation, what: str) -> HostError:
@@ -242,9 +272,52 @@ async def digest_file(path: Path) -> FileDigest:
     return await asyncio.to_thread(work)
 
 
+def sealed_copy(source: Path) -> int:
+    """A descriptor of a copy in memory that nobody can write, root neither. Blocks; HostError.
+
+    memfd_create(2), fcntl(2) "File sealing": QEMU before 8.2 opens the memory of a clone for
+    writing, too, and a seal is what lets it and still holds. Holes stay holes.
+    """
+    try:
+        with open(source, "rb", buffering=0) as file:
+            copy = os.memfd_create("templated-memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            try:
+                _copy_data(file.fileno(), copy, os.fstat(file.fileno()).st_size)
+                fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
+            except BaseException:
+                os.close(copy)
+                raise
+    except OSError as error:
+        raise HostError(
+            f"cannot hold {source} in memory: {error.strerror}",
+            hint="free some memory, or use QEMU 8.2 or later, which needs no copy",
+        ) from error
+    return copy
+
+
+def _copy_data(source: int, target: int, size: int) -> None:
+    os.ftruncate(target, size)
+    end = 0
+    while end < size:
+        try:
+            begin = os.lseek(source, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole follows
+                return
+            raise
+        end = os.lseek(source, begin, os.SEEK_HOLE)
+        os.lseek(target, begin, os.SEEK_SET)
+        while begin < end:
+            begin += os.sendfile(target, source, begin, end - begin)
+
+
 def freeze_file(path: Path) -> None:
-    """Make a file read-only for good."""
-    path.chmod(stat.S_IRUSR | stat.S_IRGRP)
+    """Make a file read-only for good.
+
+    For all, since a VM with a user of its own opens what it inherits once more. Nobody else
+    reaches it: the directories are their owner's alone.
+    """
+    path.chmod(0o444)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -276,15 +349,32 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 async def load(
-    layout: Layout, template: str, generation: str, leases: Leases | None = None
+    layout: Layout,
+    hypervisor: Hypervisor,
+    template: str,
+    generation: str,
+    leases: Leases | None = None,
 ) -> Generation:
     """Read and verify a generation. Raises HostError when it cannot be used."""
     directory = layout.generation(template, generation)
     manifest = await asyncio.to_thread(read_manifest, directory)
-    frozen = layout.frozen(template, generation)
-    loaded = Generation(manifest, directory, frozen, leases or Leases())
+    loaded = describe(layout, hypervisor, manifest, leases or Leases())
     await loaded.verify()
     return loaded
+
+
+def describe(
+    layout: Layout, hypervisor: Hypervisor, manifest: Manifest, leases: Leases
+) -> Generation:
+    """A generation by its manifest; nothing is verified yet."""
+    return Generation(
+        manifest=manifest,
+        directory=layout.generation(manifest.template, manifest.id),
+        frozen=layout.frozen(manifest.template, manifest.id),
+        image=layout.image_disk(manifest.image),
+        read_only_memory=hypervisor.support(manifest.qemu.version).read_only_memory,
+        leases=leases,
+    )
 
 
 async def remove_files(layout: Layout, template: str, generation: str) -> None:

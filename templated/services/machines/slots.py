@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import shutil
 import socket
@@ -29,14 +30,34 @@ from templated.services.places import Layout
 
 log = logging.getLogger(__name__)
 _RETRY_AFTER = 5.0
+_APPENDED = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The source of a slot's disk layer 3: an empty overlay to copy."""
+    """The source of a slot's disk layer 3: an empty overlay to copy, and the layers below it."""
 
     generation: str
     empty: Path
+    backing: tuple[Path, ...]
+    """The highest first. The VM follows this and not what the overlay's header says."""
+
+
+@dataclass(frozen=True)
+class Inheritance:
+    """What a VM inherits: its listening sockets, and its files, by their paths."""
+
+    control: socket.socket
+    agent: socket.socket
+    opened: dict[Path, int]
+    """The layers of the disk, and the log of the console."""
+
+    def close(self) -> None:
+        """Close our copies. Idempotent."""
+        self.control.close()
+        self.agent.close()
+        while self.opened:
+            os.close(self.opened.popitem()[1])
 
 
 @dataclass
@@ -50,14 +71,13 @@ class PreparedSlot:
     places: Places
     overlay: Path
     port: Port
-    control: socket.socket
-    agent: socket.socket
+    files: Inheritance
+    backing: tuple[Path, ...]
     vm: Vm | None = None
 
     def close(self) -> None:
         """Close our copies; a QEMU that was started has its own."""
-        self.control.close()
-        self.agent.close()
+        self.files.close()
         self.port.close()
 
 
@@ -72,12 +92,14 @@ class Slots:
         plan: AddressPlan,
         *,
         ready: int,
+        capacity: int,
     ) -> None:
         self._journal = journal
         self._layout = layout
         self._network = network
         self._plan = plan
         self._target = ready
+        self._capacity = capacity
         self._ready: dict[str, deque[PreparedSlot]] = defaultdict(deque)
         self._layers: dict[str, Layer] = {}
         self._wanted = asyncio.Event()
@@ -112,10 +134,9 @@ class Slots:
 
     async def _make(self, layer: Layer) -> PreparedSlot:
         # One thread for row and files: handing over from thread to thread costs more than either.
-        slot, control, agent = await asyncio.to_thread(self._numbered, layer)
+        slot, files = await asyncio.to_thread(self._numbered, layer)
         with contextlib.ExitStack() as undo:
-            undo.callback(control.close)
-            undo.callback(agent.close)
+            undo.callback(files.close)
             try:
                 port = await self._network.make_port(slot.id, slot.index)
             except BaseException:
@@ -123,7 +144,7 @@ class Slots:
                 raise
             undo.pop_all()
         places, overlay = self._layout.vm(slot.id), self._layout.overlay(slot.id)
-        return PreparedSlot(slot, places, overlay, port, control, agent)
+        return PreparedSlot(slot, places, overlay, port, files, layer.backing)
 
     async def drop(self, slot_id: str) -> None:
         """Give back everything that a slot holds, its journal rows last. Idempotent.
@@ -208,14 +229,14 @@ class Slots:
             boot_id=str(uuid.uuid4()),
         )
 
-    def _numbered(self, layer: Layer) -> tuple[Slot, socket.socket, socket.socket]:
+    def _numbered(self, layer: Layer) -> tuple[Slot, Inheritance]:
         """A slot's row, and its files; nothing of either is left on failure."""
         slot = self._journal.new_slot(
-            layer.generation, lambda index: self._numbers(index, layer), self._plan.capacity
+            layer.generation, lambda index: self._numbers(index, layer), self._capacity
         )
         try:
             places, overlay = self._layout.vm(slot.id), self._layout.overlay(slot.id)
-            return slot, *_files(places, layer.empty, overlay)
+            return slot, _files(places, layer, overlay)
         except BaseException:
             self._forget(slot.id)
             raise
@@ -225,19 +246,26 @@ class Slots:
         self._journal.drop_slot(slot_id)
 
 
-def _files(places: Places, empty: Path, overlay: Path) -> tuple[socket.socket, socket.socket]:
-    try:
-        places.directory.mkdir(mode=0o700)
-        places.sockets.mkdir(mode=0o700)
-        disk.copy_overlay(empty, overlay)
-        control = _listen(places.control)
+def _files(places: Places, layer: Layer, overlay: Path) -> Inheritance:
+    with contextlib.ExitStack() as undo:
         try:
-            return control, _listen(places.agent)
-        except BaseException:
-            control.close()
-            raise
-    except OSError as error:
-        raise HostError(f"cannot prepare a slot: {error}", hint="see `templated doctor`") from error
+            places.directory.mkdir(mode=0o700)
+            places.sockets.mkdir(mode=0o700)
+            disk.copy_overlay(layer.empty, overlay)
+            control = undo.enter_context(_listen(places.control))
+            agent = undo.enter_context(_listen(places.agent))
+            opened: dict[Path, int] = {}
+            undo.callback(Inheritance(control, agent, opened).close)
+            opened[overlay] = os.open(overlay, os.O_RDWR | os.O_CLOEXEC)
+            for lower in layer.backing:
+                opened[lower] = os.open(lower, os.O_RDONLY | os.O_CLOEXEC)
+            opened[places.serial_log] = os.open(places.serial_log, _APPENDED, 0o600)
+        except OSError as error:
+            raise HostError(
+                f"cannot prepare a slot: {error}", hint="see `templated doctor`"
+            ) from error
+        undo.pop_all()
+        return Inheritance(control, agent, opened)
 
 
 def _listen(path: Path) -> socket.socket:

@@ -13,12 +13,15 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from templated.drivers.guest import Step
 from templated.drivers.hypervisor.base import Hardware, Hypervisor, Kernel, Launch
 from templated.drivers.network import Network
+from templated.errors import HostError
 from templated.model.clone import Phase
 from templated.model.network import AddressPlan, Forward
+from templated.model.uids import UidRange
 from templated.services.machines.clock import PhaseClock
 from templated.services.machines.generation import Generation, Terms
 from templated.services.machines.identify import correct_clock, identify
@@ -47,6 +50,8 @@ class Starter:
     plan: AddressPlan
     transport: str
     confine: bool
+    uids: UidRange | None
+    """Each VM gets the one of its slot's index; None: all run as this process's user."""
 
     def launch(
         self,
@@ -67,9 +72,12 @@ class Starter:
             memory_shared=False,
             disk=prepared.overlay,
             network=self.network.attach(prepared.port, slot.index, forwards),
-            control_fd=prepared.control.fileno(),
-            agent_fd=prepared.agent.fileno(),
+            control_fd=prepared.files.control.fileno(),
+            agent_fd=prepared.files.agent.fileno(),
             confined=self.confine,
+            opened=dict(prepared.files.opened),
+            backing=prepared.backing,
+            uid=self.uids[slot.index] if self.uids else None,
         )
 
     async def spawn(
@@ -87,14 +95,17 @@ class Starter:
         Timeout.
         """
         launch = self.launch(prepared, generation.hardware, forwards=forwards)
-        launch = replace(launch, memory=generation.memory)
+        opened = {**launch.opened, generation.memory: generation.memory_fd}
+        launch = replace(launch, memory=generation.memory, opened=opened)
         state = generation.state(self.transport)
         with contextlib.ExitStack() as files:
+            # Opened for each VM: who shares a descriptor shares its position, too.
+            fd = _opened(state.path, files)
+            state = replace(state, fd=fd)
             if self.transport == "fd":
-                state = replace(state, fd=os.open(state.path, os.O_RDONLY | os.O_CLOEXEC))
-                assert state.fd is not None
-                files.callback(os.close, state.fd)
-                launch = replace(launch, state_fd=state.fd)
+                launch = replace(launch, state_fd=fd)
+            else:
+                opened[state.path] = fd
             vm = self._spawn(prepared, launch)
         if background:
             vm.machine.background(True)
@@ -177,7 +188,10 @@ class Starter:
         Raises HostError, HypervisorError, GuestError, IdentityError or Timeout.
         """
         with clock(Phase.SPAWN):
-            vm = self._spawn(prepared, replace(launch, boot=kernel))
+            with contextlib.ExitStack() as files:
+                parts = {path: _opened(path, files) for path in (kernel.kernel, kernel.initrd)}
+                launch = replace(launch, boot=kernel, opened={**launch.opened, **parts})
+                vm = self._spawn(prepared, launch)
             await vm.connect(terms.start_s)
         await vm.machine.set_link(False)
         with clock(Phase.BOOT):
@@ -224,6 +238,16 @@ class Starter:
         if took > terms.clock_tolerance_s:
             # The guest's time was taken before it ran: its clock may be late by that much.
             await correct_clock(vm, terms)
+
+
+def _opened(path: Path, files: contextlib.ExitStack) -> int:
+    """A file that a VM inherits; closed with `files`. Raises HostError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostError(f"cannot open {path}: {error.strerror}") from error
+    files.callback(os.close, descriptor)
+    return descriptor
 
 
 @asynccontextmanager

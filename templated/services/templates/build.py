@@ -34,7 +34,13 @@ from templated.services.context import Context
 from templated.services.machines import generation as generations
 from templated.services.machines.boot import boot_kernel, image_overlay
 from templated.services.machines.clock import PhaseClock
-from templated.services.machines.generation import Generation, Terms, digest_file, freeze_file
+from templated.services.machines.generation import (
+    Generation,
+    Leases,
+    Terms,
+    digest_file,
+    freeze_file,
+)
 from templated.services.machines.slots import Layer, PreparedSlot
 from templated.services.machines.vm import Vm, require_space, tail
 from templated.services.reports.operations import Progress
@@ -101,7 +107,8 @@ class Build:
         self.directory.mkdir(mode=0o700, parents=True)
         self.frozen.mkdir(mode=0o700, parents=True)
         manifest = await self._base(image, hardware, qemu)
-        generation = Generation(manifest, self.directory, self.frozen)
+        context = self.context
+        generation = generations.describe(context.layout, context.hypervisor, manifest, Leases())
         with self._phase("digest"):
             manifest = await self._seal(manifest)
             generation.manifest = manifest
@@ -139,10 +146,13 @@ class Build:
         """Boot, probe and freeze the base VM."""
         kernel = boot_kernel(self.context.hypervisor, image, self.spec, hardware.accel)
         empty = await image_overlay(self.context.layout, image)
-        async with self._slot(empty) as prepared:
+        memory = self.frozen / generations.MEMORY
+        layer = Layer(self.id, empty, (image.disk,))
+        async with self._slot(layer) as prepared, _memory_file(memory) as descriptor:
             forwards, ports = self._forwards()
             launch = self.context.starter.launch(prepared, hardware, forwards=forwards)
-            launch = replace(launch, memory=self.frozen / generations.MEMORY, memory_shared=True)
+            opened = {**launch.opened, memory: descriptor}
+            launch = replace(launch, memory=memory, memory_shared=True, opened=opened)
             async with self._tail_on_failure(prepared):
                 with self._phase("boot"):
                     vm = await self._boot(prepared, launch, kernel)
@@ -193,16 +203,13 @@ class Build:
         layer2 = self.directory / generations.DISK
         await asyncio.to_thread(fsync, layer2)
         files = {}
-        support = self.context.hypervisor.support(manifest.qemu.version)
         paths = {
             generations.MEMORY: self.frozen / generations.MEMORY,
             generations.STATE: self.frozen / generations.STATE,
             generations.DISK: layer2,
         }
         for name, path in paths.items():
-            # Some QEMUs open a private memory file for writing too; only root still can then.
-            opened_to_write = name == generations.MEMORY and not support.read_only_memory
-            freeze_file(path) if _is_root() or not opened_to_write else path.chmod(0o600)
+            freeze_file(path)
             files[name] = await digest_file(path)
         await disk.create_overlay(self.directory / generations.EMPTY, layer2)
         freeze_file(self.directory / generations.EMPTY)
@@ -211,7 +218,7 @@ class Build:
 
     async def _canary(self, generation: Generation) -> tuple[ProbeResult, ...]:
         """Start one clone of the new generation and run the probes on it."""
-        async with self._slot(generation.layer.empty) as prepared:
+        async with self._slot(generation.layer) as prepared:
             forwards, ports = self._forwards()
             async with self._tail_on_failure(prepared):
                 vm = await self._start_canary(prepared, generation, forwards)
@@ -239,10 +246,10 @@ class Build:
         return tuple(Forward(guest, host) for guest, (_, host) in ports.items()), ports
 
     @asynccontextmanager
-    async def _slot(self, empty: Path) -> AsyncIterator[PreparedSlot]:
+    async def _slot(self, layer: Layer) -> AsyncIterator[PreparedSlot]:
         """A slot for a VM of this build; both are given back at the end."""
         slots = self.context.slots
-        prepared = await slots.make(Layer(self.id, empty))
+        prepared = await slots.make(layer)
         try:
             yield prepared
         finally:
@@ -315,5 +322,16 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _is_root() -> bool:
-    return os.geteuid() == 0
+@asynccontextmanager
+async def _memory_file(path: Path) -> AsyncIterator[int]:
+    """A new file for the memory of a base VM, open. Raises OSError.
+
+    Any user may write it, since a VM with a user of its own opens what it inherits once more;
+    only its owner gets to it by its path.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(descriptor, 0o666)
+        yield descriptor
+    finally:
+        os.close(descriptor)

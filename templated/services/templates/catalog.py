@@ -279,7 +279,7 @@ class Templates:
             )
         target = ready[-1]
         generation = await generations.load(
-            self._context.layout, name, target.row.id, target.leases
+            self._context.layout, self._context.hypervisor, name, target.row.id, target.leases
         )
         await self._context.host.check(generation.id, generation.manifest)
         await self._context.journal.activate(generation.id, name)
@@ -417,7 +417,11 @@ class Templates:
                 raise HostError(f"the journal has no generation {generation_id} of it")
             leases = template.known[generation_id].leases
             generation = await generations.load(
-                self._context.layout, template.name, generation_id, leases
+                self._context.layout,
+                self._context.hypervisor,
+                template.name,
+                generation_id,
+                leases,
             )
             await self._context.host.check(generation.id, generation.manifest)
         except TemplatedError as error:

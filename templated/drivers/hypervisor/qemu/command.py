@@ -6,6 +6,10 @@ platform"; docs/devel/migration for `x-ignore-shared`. What depends on the versi
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 from templated.drivers.hypervisor.base import Hardware, Launch
 from templated.drivers.hypervisor.qemu.features import features
 from templated.model.network import Attachment, Forward, Tap
@@ -19,7 +23,8 @@ CODE_SERIAL = "templated-code"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,resourcecontrol=deny"
 """`-sandbox`, but for `spawn`, which depends on the launch."""
 
-STATE_FILE = "/dev/fdset/1"
+_STATE_SET = 1
+STATE_FILE = f"/dev/fdset/{_STATE_SET}"
 """The saved state's descriptor, as a QEMU that takes `file:` names it."""
 
 # No PCI and no option ROMs: the state file is 64 KB and the boot short. Without option ROMs only
@@ -47,14 +52,14 @@ def qemu_arguments(qemu: str, launch: Launch) -> list[str]:
     ]
     if launch.boot is None:
         if launch.state_fd is not None and features(hardware.version).file_uri:
-            arguments += ["-add-fd", f"fd={launch.state_fd},set=1"]
+            arguments += ["-add-fd", f"fd={launch.state_fd},set={_STATE_SET}"]
         arguments += ["-incoming", "defer"]
     else:
         arguments += [
             "-kernel",
-            str(launch.boot.kernel),
+            _reopened(launch, launch.boot.kernel),
             "-initrd",
-            str(launch.boot.initrd),
+            _reopened(launch, launch.boot.initrd),
         ]
         arguments += ["-append", launch.boot.cmdline]
     if hardware.type == "q35":
@@ -89,7 +94,7 @@ def _memory(launch: Launch) -> str:
     hardware = launch.hardware
     if launch.memory is None:
         return f"memory-backend-ram,id=ram,size={hardware.memory_bytes}"
-    path = _escaped(launch.memory)
+    path = _escaped(_reopened(launch, launch.memory))
     backend = f"memory-backend-file,id=ram,size={hardware.memory_bytes},mem-path={path}"
     if launch.memory_shared:
         return f"{backend},share=on"
@@ -123,9 +128,10 @@ def _devices(launch: Launch) -> list[str]:
     return [
         *("-chardev", f"socket,id=qmp,fd={launch.control_fd},server=on,wait=off"),
         *("-mon", "chardev=qmp,mode=control"),
+        *_descriptors(launch),
         *(
             "-chardev",
-            f"file,id=serial,path={_escaped(launch.places.serial_log)},append=on",
+            f"file,id=serial,path={_escaped(_in_set(launch, launch.places.serial_log))},append=on",
         ),
         *("-serial", "chardev:serial"),
         *("-blockdev", _blockdev(launch)),
@@ -144,17 +150,28 @@ def _devices(launch: Launch) -> list[str]:
 def _blockdev(launch: Launch) -> str:
     # A clone's disk dies with it, so its flushes need not reach the platter; the template's
     # layers are synced once, when they are frozen.
-    return (
-        "driver=qcow2,node-name=disk,discard=unmap,cache.no-flush=on,"
-        f"file.driver=file,file.filename={_escaped(launch.disk)}"
-    )
+    options: dict[str, Any] = {
+        "driver": "qcow2",
+        "node-name": "disk",
+        "discard": "unmap",
+        "cache": {"no-flush": True},
+        "file": {"driver": "file", "filename": _in_set(launch, launch.disk)},
+    }
+    above = options
+    for layer in launch.backing:
+        name = _in_set(launch, layer)
+        file = {"driver": "file", "filename": name, "read-only": True}
+        above["backing"] = {"driver": "qcow2", "read-only": True, "file": file}
+        above = above["backing"]
+    return json.dumps(options)
 
 
 def _code(launch: Launch, bus: str) -> list[str]:
     """The second disk, by two nodes: what is below the upper one can be exchanged later."""
     if launch.code is None:
         return []
-    file = f"driver=file,node-name=code-file,filename={_escaped(launch.code)},read-only=on"
+    name = _escaped(_in_set(launch, launch.code))
+    file = f"driver=file,node-name=code-file,filename={name},read-only=on"
     return [
         *("-blockdev", file),
         *("-blockdev", "driver=raw,node-name=code,read-only=on,file=code-file"),
@@ -204,7 +221,35 @@ def inherited(launch: Launch) -> tuple[int, ...]:
     """The descriptors that the command line names: QEMU must have them under these numbers."""
     network = (launch.network.fd,) if isinstance(launch.network, Tap) else ()
     state = () if launch.state_fd is None else (launch.state_fd,)
-    return (launch.control_fd, launch.agent_fd, *network, *state)
+    return (launch.control_fd, launch.agent_fd, *network, *state, *launch.opened.values())
+
+
+def _reopened(launch: Launch, path: Path) -> str:
+    """A file for an option that takes only paths: QEMU opens an inherited one once more."""
+    fd = launch.opened.get(path)
+    return str(path) if fd is None else f"/proc/self/fd/{fd}"
+
+
+def _in_set(launch: Launch, path: Path) -> str:
+    """A file for an option that takes a member of a descriptor set, too."""
+    fd = launch.opened.get(path)
+    return str(path) if fd is None else f"/dev/fdset/{_set(fd)}"
+
+
+def _descriptors(launch: Launch) -> list[str]:
+    """The sets, of one descriptor each, with a path that tells people what it is."""
+    code = () if launch.code is None else (launch.code,)
+    files = (launch.disk, *launch.backing, launch.places.serial_log, *code)
+    words: list[str] = []
+    for file in files:
+        if (fd := launch.opened.get(file)) is not None:
+            words += ["-add-fd", f"fd={fd},set={_set(fd)},opaque={_escaped(file)}"]
+    return words
+
+
+def _set(fd: int) -> int:
+    """A set's number: QEMU asks for one that is not 0, and 1 is the state's."""
+    return fd + _STATE_SET + 1
 
 
 def _escaped(value: object) -> str:

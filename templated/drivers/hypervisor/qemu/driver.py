@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import stat
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from templated.drivers.host import procfs
 from templated.drivers.host.programs import run
 from templated.drivers.hypervisor.base import Launch, Machine, Places, Proof, Support
-from templated.drivers.hypervisor.process import Process, use_small_pages
+from templated.drivers.hypervisor.process import (
+    Demotion,
+    Process,
+    demotion_problem,
+    limit_children,
+    use_small_pages,
+)
 from templated.drivers.hypervisor.qemu import accel
 from templated.drivers.hypervisor.qemu.command import SANDBOX, inherited, qemu_arguments
 from templated.drivers.hypervisor.qemu.features import PROVEN, features, proven, release
@@ -34,6 +44,7 @@ class Qemu:
 
     def prepare(self) -> None:
         use_small_pages()
+        limit_children()
         tsc_khz()  # remembered from here on
 
     async def version(self) -> QemuVersion:
@@ -70,6 +81,9 @@ class Qemu:
             return error.message
         return ""
 
+    def user_problem(self) -> str:
+        return demotion_problem()
+
     def clock_problem(self, accelerator: str) -> str:
         if accelerator == "kvm" or tsc_khz() is not None:
             return ""
@@ -85,11 +99,14 @@ class Qemu:
         return f"tsc=reliable tsc_early_khz={frequency}" if frequency else "tsc=reliable"
 
     def describe(self, launch: Launch) -> tuple[str, ...]:
-        return tuple(qemu_arguments(self._program.path, launch))
+        # By their paths: the numbers of descriptors say nothing to people.
+        return tuple(qemu_arguments(self._program.path, replace(launch, opened={})))
 
     def spawn(self, launch: Launch) -> QemuMachine:
         arguments = qemu_arguments(self._binary, launch)
-        child = Process.spawn(arguments, log=launch.places.log, fds=inherited(launch))
+        child = Process.spawn(
+            arguments, log=launch.places.log, fds=inherited(launch), user=_user(launch)
+        )
         first = MachineState.WAITING if launch.boot is None else MachineState.RUNNING
         return QemuMachine(child, launch.places, features(launch.hardware.version), first)
 
@@ -106,3 +123,15 @@ class Qemu:
             if machine is not None:
                 found[uuid].append(machine)
         return dict(found)
+
+
+def _user(launch: Launch) -> Demotion | None:
+    if launch.uid is None:
+        return None
+    groups: tuple[int, ...] = ()
+    if launch.hardware.accel == "kvm":
+        # QEMU opens the device by its path; Debian lets the members of a group do so.
+        with contextlib.suppress(OSError):
+            device = os.stat("/dev/kvm")
+            groups = (device.st_gid,) if device.st_mode & stat.S_IWGRP else ()
+    return Demotion(launch.uid, groups)

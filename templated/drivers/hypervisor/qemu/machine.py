@@ -188,7 +188,8 @@ class QemuMachine(Life):
 
     def private_bytes(self) -> int:
         mapped = procfs.mapped_bytes(self.pid)
-        return mapped.private if mapped else 0
+        # The kernel shows another user's mappings only to who may trace it.
+        return mapped.private if mapped else procfs.anonymous_bytes(self.pid) or 0
 
     def background(self, on: bool) -> None:
         process.background(self.pid, on)
@@ -288,5 +289,6 @@ class QemuMachine(Life):
 def incoming_uri(state: SavedState, can: Features) -> str:
     """Where QEMU reads a saved state from: the argument of `migrate-incoming`."""
     if state.transport != "fd":
-        return f"exec:exec cat {shlex.quote(str(state.path))}"
+        inherited = f"/proc/$PPID/fd/{state.fd}"
+        return f"exec:exec cat {shlex.quote(str(state.path)) if state.fd is None else inherited}"
     return f"file:{STATE_FILE}" if can.file_uri else f"fd:{state.fd}"
