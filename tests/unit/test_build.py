@@ -85,7 +85,7 @@ def test_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert manifest.image == image.digest and manifest.accel == "tcg"
         assert [p.name for p in manifest.probes] == ["up"]
         assert [p.name for p in manifest.canary_probes] == ["up"]
-        phases = ["image", "accelerator", "boot", "probes", "freeze", "digest", "canary"]
+        phases = ["image", "accelerator", "boot", "probes", "freeze", "digest", "canary", "keep"]
         assert list(manifest.phases_s) == phases
         for name, path in generation.files().items():
             content = await asyncio.to_thread(path.read_bytes)

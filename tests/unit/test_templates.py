@@ -145,6 +145,49 @@ def test_what_served_before_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("state", b"state", ""),
+        ("state", b"STATE", "content of .*state has changed since it was frozen"),
+        ("memory", b"longer than it was", "has 18 bytes, frozen were 6"),
+        ("memory", None, "memory is missing"),
+    ],
+)
+def test_a_reboot(tmp_path: Path, name: str, content: bytes | None, problem: str) -> None:
+    """What shm_dir lost comes back from the disk, when it is still what was frozen."""
+
+    def reboot(running: Services) -> None:
+        generation = running.templates.serving("t")
+        generation.keep()
+        shutil.rmtree(running.context.layout.shm / "t")
+        # What a daemon left that was killed while it brought it back.
+        generation.frozen.with_suffix(".part").mkdir(parents=True)
+        kept = generation.directory / name
+        kept.unlink()
+        if content is not None:
+            kept.write_bytes(content)
+
+    async def before(running: Services, fake: FakeHypervisor) -> None:
+        await asyncio.to_thread(reboot, running)
+
+    async def after(running: Services, fake: FakeHypervisor) -> None:
+        if problem:
+            with pytest.raises(HostError, match=problem):
+                running.templates.serving("t")
+            return
+        frozen = running.templates.serving("t").frozen
+        assert {p.name: p.read_bytes() for p in frozen.iterdir()} == {
+            "memory": b"memory",
+            "state": b"state",
+        }
+        assert {p.stat().st_mode & 0o777 for p in frozen.iterdir()} == {0o444}
+        assert [p.name for p in frozen.parent.iterdir()] == [GENERATION]
+        await running.clones.create(CloneRequest(name="a"))
+
+    play(tmp_path, before, after)
+
+
+@pytest.mark.parametrize(
     ("name", "content", "what"),
     [
         ("memory", None, "memory is missing"),

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import shutil
 import weakref
@@ -22,15 +23,17 @@ from pathlib import Path
 
 import msgspec
 
-from templated.drivers.host.files import Stamp, stamp
+from templated.drivers.host.files import Stamp, fsync, stamp
 from templated.drivers.hypervisor.base import Hardware, Hypervisor, SavedState
 from templated.errors import HostError
 from templated.model.generation import FileDigest, Manifest
 from templated.model.spec import TemplateSpec
 from templated.model.units import seconds, size_bytes
 from templated.services.machines.slots import Layer
+from templated.services.machines.vm import require_space
 from templated.services.places import Layout
 
+log = logging.getLogger(__name__)
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 MANIFEST_FORMAT = 3
 """2: the frozen agent takes its identity in one packed field."""
@@ -41,6 +44,8 @@ DISK, EMPTY, MANIFEST, MEMORY, STATE = (
     "memory",
     "state",
 )
+_KEPT = (MEMORY, STATE)
+"""The frozen files that shm_dir loses when the host boots."""
 
 
 class Holder(enum.Enum):
@@ -215,6 +220,40 @@ class Generation:
         """
         return set(self.changed()) <= {STATE}
 
+    def keep(self) -> None:
+        """Keep memory and state on the disk as well, for the time after a reboot. Blocks.
+
+        Holes stay holes. Raises HostError; leaves files that are removed with the generation.
+        """
+        for name in _KEPT:
+            _copy_file(self.frozen / name, self.directory / name, durable=True)
+        fsync(self.directory)
+
+    def bring_back(self) -> None:
+        """Put memory and state back into shm_dir when both are gone, as after a reboot. Blocks.
+
+        `verify` then says whether they are what was frozen. Raises HostError when there is no
+        room; leaves nothing in shm_dir then.
+        """
+        lost = not any((self.frozen / name).exists() for name in _KEPT)
+        if not lost or not all((self.directory / name).exists() for name in _KEPT):
+            return
+        needed = sum(self.manifest.files[name].size for name in _KEPT)
+        require_space(self.frozen.parents[1], needed, f"template {self.template}")
+        log.info("bringing generation %s of %s back from the disk", self.id, self.template)
+        partial = _partial(self.frozen)
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(mode=0o700, parents=True)
+            for name in _KEPT:
+                _copy_file(self.directory / name, partial / name, durable=False)
+            shutil.rmtree(self.frozen, ignore_errors=True)
+            partial.rename(self.frozen)
+        except OSError as error:
+            raise HostError(f"cannot write {self.frozen}: {error.strerror}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
     async def verify(self) -> None:
         """Digest all frozen files, in a thread.
 
@@ -295,6 +334,22 @@ def sealed_copy(source: Path) -> int:
     return copy
 
 
+def _partial(frozen: Path) -> Path:
+    return frozen.with_suffix(".part")
+
+
+def _copy_file(source: Path, target: Path, *, durable: bool) -> None:
+    """A read-only copy of a frozen file, as sparse as it is."""
+    try:
+        with open(source, "rb", buffering=0) as old, open(target, "wb", buffering=0) as new:
+            _copy_data(old.fileno(), new.fileno(), os.fstat(old.fileno()).st_size)
+            if durable:
+                os.fsync(new.fileno())
+    except OSError as error:
+        raise HostError(f"cannot copy {source} to {target}: {error.strerror}") from error
+    freeze_file(target)
+
+
 def _copy_data(source: int, target: int, size: int) -> None:
     os.ftruncate(target, size)
     end = 0
@@ -355,10 +410,14 @@ async def load(
     generation: str,
     leases: Leases | None = None,
 ) -> Generation:
-    """Read and verify a generation. Raises HostError when it cannot be used."""
+    """Read and verify a generation, after a reboot of the host from what was kept on the disk.
+
+    Raises HostError when it cannot be used; leaves what is there of it.
+    """
     directory = layout.generation(template, generation)
     manifest = await asyncio.to_thread(read_manifest, directory)
     loaded = describe(layout, hypervisor, manifest, leases or Leases())
+    await asyncio.to_thread(loaded.bring_back)
     await loaded.verify()
     return loaded
 
@@ -382,10 +441,8 @@ async def remove_files(layout: Layout, template: str, generation: str) -> None:
 
     Raises nothing; leaves what cannot be deleted.
     """
-    for directory in (
-        layout.frozen(template, generation),
-        layout.generation(template, generation),
-    ):
+    frozen = layout.frozen(template, generation)
+    for directory in (frozen, _partial(frozen), layout.generation(template, generation)):
         await asyncio.to_thread(shutil.rmtree, directory, True)
         try:
             await asyncio.to_thread(directory.parent.rmdir)

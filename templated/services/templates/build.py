@@ -115,6 +115,8 @@ class Build:
             await generation.verify()
         with self._phase("canary"):
             canary = await self._canary(generation)
+        with self._phase("keep"):
+            await asyncio.to_thread(generation.keep)
         generation.manifest = _with(
             manifest, canary_probes=canary, phases_s=self.phases_s, clone_bytes=self.clone_bytes
         )
