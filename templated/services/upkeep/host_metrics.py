@@ -19,7 +19,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from templated.drivers.host.files import Space, file_system
 from templated.drivers.host.pressure import RESOURCES, Pressure, read_pressure
-from templated.drivers.host.procfs import Memory, cpu_seconds, mapped_bytes, read_memory, start_time
+from templated.drivers.host.procfs import (
+    Memory,
+    anonymous_bytes,
+    cpu_seconds,
+    mapped_bytes,
+    read_memory,
+    start_time,
+)
 from templated.model.config import Config, LimitConfig
 from templated.services.clones.registry import Clones
 from templated.services.context import Context
@@ -91,6 +98,7 @@ class HostMetrics:
         self.memory = self._gauge(
             "templated_clone_memory_bytes",
             "Memory of VMs, shared pages divided by their users (PSS): the sum over those measured."
+            " Without shared pages where the kernel does not show them, as under the unit."
             " state: the clone's, or the pool's tier.",
             *group,
         )
@@ -209,7 +217,9 @@ class VmMeter:
         for pid in [*new, *self._known][: self._per_round]:
             before = self._known.pop(pid, None)
             mapped = mapped_bytes(pid)
-            now = _Reading(mapped.proportional if mapped else None, cpu_seconds(pid))
+            # The kernel shows a VM's mappings only to who may trace its user, and always this.
+            memory = mapped.proportional if mapped else anonymous_bytes(pid)
+            now = _Reading(memory, cpu_seconds(pid))
             since = before.cpu if before else self._unseen(pid, now)
             spent[templates[pid]] += max(0.0, now.cpu - since)
             self._known[pid] = now
