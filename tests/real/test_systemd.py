@@ -60,9 +60,9 @@ def test_what_running_vms_need() -> None:
         assert line in lines
     settings = {line.partition("=")[0] for line in lines if not line.startswith("#")}
     assert not settings & {"MemoryDenyWriteExecute", "PrivateDevices", "PrivateNetwork"}
-    # chown for socket_access.group, which @privileged denies
+    # What @privileged denies: chown for socket_access.group, the others for users of VMs.
     filters = [line for line in lines if line.startswith("SystemCallFilter=")]
-    assert filters[-1] == "SystemCallFilter=@chown setpriority seccomp"
+    assert filters[-1] == "SystemCallFilter=@chown @setuid capset setpriority seccomp"
 
 
 def test_sysusers_and_tmpfiles(tmp_path: Path) -> None:
