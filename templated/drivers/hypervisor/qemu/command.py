@@ -23,8 +23,8 @@ CODE_SERIAL = "templated-code"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,resourcecontrol=deny"
 """`-sandbox`, but for `spawn`, which depends on the launch."""
 
-_STATE_SET = 1
-STATE_FILE = f"/dev/fdset/{_STATE_SET}"
+STATE_SET = 1
+STATE_FILE = f"/dev/fdset/{STATE_SET}"
 """The saved state's descriptor, as a QEMU that takes `file:` names it."""
 
 # No PCI and no option ROMs: the state file is 64 KB and the boot short. Without option ROMs only
@@ -52,7 +52,7 @@ def qemu_arguments(qemu: str, launch: Launch) -> list[str]:
     ]
     if launch.boot is None:
         if launch.state_fd is not None and features(hardware.version).file_uri:
-            arguments += ["-add-fd", f"fd={launch.state_fd},set={_STATE_SET}"]
+            arguments += ["-add-fd", f"fd={launch.state_fd},set={STATE_SET}"]
         arguments += ["-incoming", "defer"]
     else:
         arguments += [
@@ -249,7 +249,7 @@ def _descriptors(launch: Launch) -> list[str]:
 
 def _set(fd: int) -> int:
     """A set's number: QEMU asks for one that is not 0, and 1 is the state's."""
-    return fd + _STATE_SET + 1
+    return fd + STATE_SET + 1
 
 
 def _escaped(value: object) -> str:

@@ -19,7 +19,7 @@ from templated.drivers.host import procfs
 from templated.drivers.hypervisor import process
 from templated.drivers.hypervisor.base import Places, SavedState
 from templated.drivers.hypervisor.process import Process
-from templated.drivers.hypervisor.qemu.command import STATE_FILE, UPLINK
+from templated.drivers.hypervisor.qemu.command import STATE_FILE, STATE_SET, UPLINK
 from templated.drivers.hypervisor.qemu.features import Features
 from templated.drivers.hypervisor.states import ANSWERS, HELD, LIVE, WAITS, Life, MachineState
 from templated.errors import HypervisorError, Timeout
@@ -139,21 +139,27 @@ class QemuMachine(Life):
         self._require(MachineState.PAUSED)
         self._move(MachineState.SAVING)
         await self._ignore_shared_memory()
-        uri = f"file:{target}" if self._can.file_uri else await self._handed(target)
+        uri = await self._handed(target)
         async with self._migration_events() as events:
             await self._execute("migrate", {"uri": uri})
             await self._guarded(self._completed(events), timeout, "save")
         self._move(MachineState.SAVED)
 
     async def _handed(self, target: Path) -> str:
-        """Hand a file to QEMU by its descriptor, and return how `migrate` knows it."""
+        """Hand a file to QEMU by its descriptor, and return how `migrate` knows it.
+
+        QEMU itself may be unable to open the path, as a user of its own.
+        """
         try:
             with open(target, "wb", buffering=0) as file:
                 self._qmp.send_fd(file.fileno())
+                if self._can.file_uri:
+                    await self._execute("add-fd", {"fdset-id": STATE_SET})
+                    return f"file:{STATE_FILE}"
                 await self._execute("getfd", {"fdname": "state"})
+                return "fd:state"
         except OSError as error:
             raise HypervisorError(f"cannot hand {target} to QEMU: {error.strerror}") from error
-        return "fd:state"
 
     async def quit(self, timeout: float) -> None:
         self._require(*ANSWERS)
