@@ -88,6 +88,8 @@ class Demotion:
 
 def demotion_problem() -> str:
     """Why a child cannot become another user; empty when it can."""
+    if os.geteuid() != 0:
+        return "this daemon does not run as root"
     if not has_capabilities(CAP_KILL, CAP_SETGID, CAP_SETUID):
         return "this daemon may not start and end processes of other users"
     return "" if shutil.which("setpriv") else "setpriv (util-linux) is not installed"

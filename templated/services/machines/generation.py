@@ -269,24 +269,26 @@ class Generation:
             size = path.stat().st_size
             if size != expected.size:
                 raise _damaged(self, f"{path} has {size} bytes, frozen were {expected.size}")
-            if (await digest_file(path)).sha256 != expected.sha256:
+            content, opened = path, self._memory_fd
+            if name == MEMORY and opened is None:
+                # What will be mapped is what is digested, also when the file is exchanged.
+                opened = await asyncio.to_thread(self._open_memory)
+                content = Path(f"/proc/self/fd/{opened}")
+            if (await digest_file(content)).sha256 != expected.sha256:
                 raise _damaged(self, f"the content of {path} has changed since it was frozen")
-            self.stamps[path] = before
-        if self._memory_fd is None:
-            await self._open_memory()
+            self.stamps[path], self._memory_fd = before, opened
 
-    async def _open_memory(self) -> None:
-        if self.read_only_memory:
-            descriptor = os.open(self.memory, os.O_RDONLY | os.O_CLOEXEC)
-        else:
-            descriptor = await asyncio.to_thread(sealed_copy, self.memory)
-        # It is closed with the last VM's or service's reference to this generation.
+    def _open_memory(self) -> int:
+        """What clones map; closed with the last reference to this generation. Blocks; HostError."""
+        try:
+            if self.read_only_memory:
+                descriptor = os.open(self.memory, os.O_RDONLY | os.O_CLOEXEC)
+            else:
+                descriptor = sealed_copy(self.memory)
+        except OSError as error:
+            raise _damaged(self, f"{self.memory}: {error.strerror}") from error
         weakref.finalize(self, os.close, descriptor)
-        # What is mapped is what was checked, also when the file was exchanged meanwhile.
-        content = await digest_file(Path(f"/proc/self/fd/{descriptor}"))
-        if content.sha256 != self.manifest.files[MEMORY].sha256:
-            raise _damaged(self, f"the content of {self.memory} changes")
-        self._memory_fd = descriptor
+        return descriptor
 
 
 def _damaged(generation: Generation, what: str) -> HostError:
