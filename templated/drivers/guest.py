@@ -14,11 +14,12 @@ import itertools
 import math
 import secrets
 import struct
-from collections.abc import AsyncGenerator, Callable, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
 
@@ -36,6 +37,13 @@ MAX_UNREAD = 32 << 20
 _PIECE = 64
 # Seconds for all parts of a file; each has the caller's bound.
 _WHOLE_FILE = 600.0
+# What is read at once, in bytes, and of it handled before others have their turn, in lines.
+_READ, _TURN = 65536, 64
+# Seconds: a line costs at least this, with all that the daemon does because of it; a rest is worth
+# a timer from here on.
+_LINE_COST, _LEAST_REST = 30e-6, 1e-3
+# How many times as long as it worked the reader rests, for lines that are asked for or not.
+_ASKED, _UNASKED = 2.0, 50.0
 _Sink = Callable[["Output"], None]
 
 
@@ -218,15 +226,16 @@ class Agent:
         # The first newline ends a line that an earlier connection left half-written. The second
         # tells the agent that this connection is new.
         self._writer.write(b"\n\n")
-        self._receiver = asyncio.create_task(self._receive(reader), name=f"agent {self._path}")
+        work = self._receive(reader, cast(asyncio.Transport, self._writer.transport))
+        self._receiver = asyncio.create_task(work, name=f"agent {self._path}")
 
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         for _ in range(_CONNECT_TRIES):
             try:
-                return await asyncio.open_unix_connection(self._path, limit=MAX_LINE)
+                return await asyncio.open_unix_connection(self._path, limit=_READ)
             except BlockingIOError:  # QEMU has not yet noticed that the last one was closed
                 await asyncio.sleep(_CONNECT_PAUSE)
-        return await asyncio.open_unix_connection(self._path, limit=MAX_LINE)
+        return await asyncio.open_unix_connection(self._path, limit=_READ)
 
     async def close(self) -> None:
         """End the connection; requests under way fail with GuestError."""
@@ -234,6 +243,10 @@ class Agent:
             self._receiver.cancel()
             await asyncio.wait({self._receiver})
         if self._writer is not None:
+            if self._writer.transport.get_write_buffer_size():
+                # What a guest has not taken it may never take. The next connection's newline ends
+                # a line of which it has a part.
+                self._writer.transport.abort()
             self._writer.close()
             with contextlib.suppress(OSError):
                 await self._writer.wait_closed()
@@ -248,7 +261,8 @@ class Agent:
     ) -> msgspec.Raw:
         """Send one request and wait for its reply, at most `timeout` seconds.
 
-        Raises Timeout, or GuestError when the agent reports an error or the connection ends.
+        Raises Timeout, or GuestError when the agent reports an error, when the guest does not take
+        what it was sent before, or when the connection ends.
         """
         if self._writer is None or self._receiver is None or self._receiver.done():
             raise GuestError(self._broken)
@@ -259,6 +273,8 @@ class Agent:
                 f"{command} is too large for one message to the guest",
                 hint=f"at most {MAX_LINE >> 20} MiB fit, base64 included; use `templated cp`",
             )
+        if self._writer.transport.get_write_buffer_size() >= MAX_LINE:
+            raise GuestError("the guest does not take what it was sent before")
         pending = self._pending[number] = _Pending(sink)
         try:
             async with asyncio.timeout(timeout):
@@ -370,36 +386,49 @@ class Agent:
         content += data
         return chunk.eof
 
-    async def _receive(self, reader: asyncio.StreamReader) -> None:
+    async def _receive(
+        self, reader: asyncio.StreamReader, transport: asyncio.ReadTransport
+    ) -> None:
+        pace, lines = Pace(transport), _Lines()
         try:
-            while await self._receive_line(reader):
-                pass
+            while data := await reader.read(_READ):
+                with pace.work(bool(self._pending)) as work:
+                    waiting = lines.feed(data)
+                    work.lines += 1
+                while waiting:
+                    with pace.work(True) as work:
+                        for line in waiting[:_TURN]:
+                            work.asked &= self._receive_line(line)
+                            work.lines += 1
+                    del waiting[:_TURN]
+                    await pace.rest()
+                await pace.rest()
             self._broken = "the agent's connection was closed by the hypervisor"
         except OSError as error:
             self._broken = f"the agent's connection broke: {error}"
         finally:
             self._fail_pending(self._broken)
 
-    async def _receive_line(self, reader: asyncio.StreamReader) -> bool:
-        """Handle one line; false at the end. A bad line fails only the requests under way."""
+    def _receive_line(self, line: bytes | None) -> bool:
+        """Handle a line; whether it was asked for. A bad one fails only the requests under way."""
         try:
-            line = await reader.readline()
-            if line.strip():
-                self._dispatch(_decoder.decode(line))
-            return bool(line)
+            if line is None:
+                raise ValueError(f"a line is longer than {MAX_LINE >> 20} MiB")
+            return self._dispatch(_decoder.decode(line))
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             self._fail_pending(f"the agent answered nonsense: {error}")
-            return True
+            return False
 
     def _fail_pending(self, why: str) -> None:
         for pending in self._pending.values():
             if not pending.reply.done():
                 pending.reply.set_exception(GuestError(why))
 
-    def _dispatch(self, reply: _Reply) -> None:
+    def _dispatch(self, reply: _Reply) -> bool:
+        """Give a line to who waits for it; false when nobody does, or not any more."""
         pending = self._pending.get(reply.id) if reply.id is not None else None
         if pending is None or pending.reply.done():
-            return  # the reply to a request that is no longer waited for
+            return False
         if reply.stream is not None:
             try:
                 if pending.sink is not None:
@@ -411,6 +440,73 @@ class Agent:
         else:
             message = (reply.error or {}).get("message", "no reason given")
             pending.reply.set_exception(GuestError(f"the guest's agent refused: {message}"))
+        return True
+
+
+class Pace:
+    """How fast one guest is listened to: it must not take the daemon's time from the others.
+
+    What it says is read with rests that grow with the work that it makes. Meanwhile its port is
+    full, and it waits itself. A guest that says only what it is asked for never notices.
+    """
+
+    def __init__(self, transport: asyncio.ReadTransport) -> None:
+        self._transport = transport
+        self._paid = 0.0
+        """When all rests of the work so far are over, on the monotonic clock."""
+
+    @contextlib.contextmanager
+    def work(self, asked: bool) -> Iterator[Work]:
+        """Count what is done inside, by the CPU time that it takes."""
+        work, begin = Work(asked), time.thread_time()
+        yield work
+        seconds = max(time.thread_time() - begin, work.lines * _LINE_COST)
+        self._paid = max(self._paid, time.monotonic())
+        self._paid += seconds * (_ASKED if work.asked else _UNASKED)
+
+    async def rest(self) -> None:
+        """Let others have their turn, once that is due."""
+        owed = self._paid - time.monotonic()
+        if owed < _LEAST_REST:
+            return
+        # Each byte that comes meanwhile would wake the loop. It reads no more already when the
+        # reader has as much as it takes.
+        reading = self._transport.is_reading()
+        if reading:
+            self._transport.pause_reading()
+        try:
+            await asyncio.sleep(owed)
+        finally:
+            if reading and not self._transport.is_closing():
+                self._transport.resume_reading()
+
+
+@dataclass
+class Work:
+    """What is done for a guest at once: whether all of it was asked for."""
+
+    asked: bool
+    lines: int = 0
+
+
+class _Lines:
+    """Makes lines of what comes."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._skipping = False
+
+    def feed(self, data: bytes) -> list[bytes | None]:
+        """The lines that end here and are not empty; None is a part of one that is too long."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if self._skipping and lines:
+            self._skipping = False
+            del lines[0]
+        whole: list[bytes | None] = [line for line in lines if line and not line.isspace()]
+        if len(self._rest) >= MAX_LINE or (self._skipping and self._rest):
+            whole.append(None)
+            self._rest, self._skipping = b"", True
+        return whole
 
 
 def _convert(raw: msgspec.Raw, kind: type[T]) -> T:

@@ -8,6 +8,7 @@ import logging
 import os
 import shlex
 import socket
+import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -27,6 +28,9 @@ from templated.errors import HypervisorError, Timeout
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _REPLY_TIMEOUT = 10.0
+# Bytes of QMP that may wait to be read, which is more than any answer has, and events that are
+# read in a second: a flood of them must not keep the daemon busy.
+_READ_LIMIT, _EVENTS = 256 << 10, 32
 # The states that QEMU reports of a VM (RunState of its QMP reference) in which it can be used.
 _STATUSES = {
     "inmigrate": MachineState.WAITING,
@@ -43,7 +47,24 @@ logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
 
 class _Client(QMPClient):
-    """The library's client, without its debug log: it would format every message for nothing."""
+    """The library's client, without its debug log: it would format every message for nothing.
+
+    Nor does it keep events that nobody listens for: the guest causes some, as often as it likes.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, _READ_LIMIT)
+        # The library's listener for everybody would keep each event, twice and for ever.
+        self.events.event_filter = lambda _: False
+        self._events_read, self._since = 0, time.monotonic()
+
+    async def _on_message(self, msg: Message) -> None:
+        await super()._on_message(msg)
+        if "event" in msg:
+            self._events_read += 1
+            if self._events_read % _EVENTS == 0:
+                since, self._since = time.monotonic() - self._since, time.monotonic()
+                await asyncio.sleep(max(0.0, 1.0 - since))
 
     def _cb_outbound(self, msg: Message) -> Message:
         return msg
