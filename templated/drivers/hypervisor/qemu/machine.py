@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 
+from templated.drivers import boundedlog
 from templated.drivers.host import procfs
 from templated.drivers.hypervisor import process
 from templated.drivers.hypervisor.base import Places, SavedState
@@ -203,9 +204,8 @@ class QemuMachine(Life):
 
     def last_words(self) -> str:
         try:
-            with open(self._places.log, "rb") as log:
-                log.seek(max(0, os.fstat(log.fileno()).st_size - _LOG_END))
-                lines = log.read().decode(errors="replace").strip().splitlines()
+            log = boundedlog.end(self._places.log, _LOG_END)
+            lines = log.decode(errors="replace").strip().splitlines()
         except OSError:
             return ""
         return lines[-1].strip()[:_LINE] if lines else ""
