@@ -2,68 +2,252 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from templated.drivers import boundedlog
 from templated.drivers.host.procfs import cpu_seconds
-from templated.errors import RemoteError
+from tests.real.conftest import prepare
 from tests.real.harness import Daemon
 
 GOOD = tuple(f"good-{number}" for number in range(1, 11))
 # In place of the guest's agent: it says one thing without end, another one after each request.
 _AGENT = r"""
-import os, re
-port = os.open("/dev/virtio-ports/templated.agent.0", os.O_RDWR | os.O_NONBLOCK)
+import os, re, select
+port = os.open("/dev/virtio-ports/templated.agent.0", os.O_RDWR)
 number, asked = 0, 0
-def kinds(n):
-    output = b'{"id": %d, "stream": "stdout", "data": "eA=="}\n' % n
-    return [
-        b"\n" * 65536,
-        b"{nonsense\n" * 6000,
-        b'{"id": 1, "ok": true, "result": {}}\n' * 1500,
-        b"x" * 65536,
-        os.urandom(65536),
-        output * 1000,
-        b'{"id": %d, "ok": true, "result": {"exit_code": ' % n + b"9" * 900000 + b"}}\n",
-        b'{"id": %d, "ok": true, "result": {"exit_code": 0}}\n' % (n - 1),
-        b'{"id": %d, "ok": false, "error": {"message": "' % n + b"\\u001b[2Ja\\n" * 9000 + b'"}}\n',
-        b"z",
-    ]
 while True:
-    try:
+    if select.select([port], [], [], 0)[0]:
         for found in re.findall(rb'"id": ?(\d+)', os.read(port, 65536)):
             number, asked = int(found), asked + 1
-    except OSError:
-        pass
-    for piece in kinds(number)[asked % 10 :][:1] * 20:
-        try:
-            os.write(port, piece)
-        except OSError:
-            pass
+    ok = b'{"id": %d, "ok": true, "result": '
+    kinds = [
+        (ok % (number - 1) + b'{"exit_code": 0}}\n') * 1000,
+        (ok % 1 + b"{}}\n") * 1000,
+        b"\n" * 65536,
+        b'{"id": %d, "stream": "stdout", "data": "eA=="}\n' % number * 1000,
+        ok % number + b'{"exit_code": ' + b"9" * 900000 + b"}}\n",
+        b'{"id": %d, "error": {"message": "' % number + rb"\u001b[2Ja\n" * 9000 + b'"}}\n',
+        b"{nonsense\n" * 6000,
+        b"x" * 65536,
+        os.urandom(65536),
+        b"z",
+    ]
+    piece = kinds[asked % len(kinds)]
+    while piece:
+        piece = piece[os.write(port, piece) :]
 """
-# Started by a command and left behind by it.
+_KINDS = 10
+# Before what a command leaves behind.
+_LEAVE = """
+import os, sys, time
+given = sys.stdin.read()
+if os.fork():
+    os._exit(0)
+os.setsid()
+for fd in (0, 1, 2):
+    os.dup2(os.open("/dev/null", os.O_RDWR), fd)
+time.sleep(0.5)
+def agents():
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if "-ISu" in open(f"/proc/{pid}/cmdline").read().split("\\0"):
+            yield int(pid)
+"""
 _REPLACE = """
-import os, subprocess, sys, time
-with open("/agent.py", "w") as file:
-    file.write(sys.stdin.read())
-if os.fork() == 0:
-    os.setsid()
-    for fd in (0, 1, 2):
-        os.dup2(os.open("/dev/null", os.O_RDWR), fd)
-    time.sleep(0.5)
-    os.rename("/usr/lib/templated/agent", "/usr/lib/templated/agent.old")
-    os.rename("/agent.py", "/usr/lib/templated/agent")
-    for pid in os.listdir("/proc"):
-        try:
-            words = open(f"/proc/{pid}/cmdline").read()
-        except OSError:
-            continue
-        if "/usr/lib/templated/agent" in words:
-            os.kill(int(pid), 9)
+open("/agent.py", "w").write(given)
+os.rename("/usr/lib/templated/agent", "/usr/lib/templated/agent.old")
+os.rename("/agent.py", "/usr/lib/templated/agent")
+for pid in agents():
+    os.kill(pid, 9)
 """
+_DEAF = """
+for pid in agents():
+    os.kill(pid, 19)
+"""
+_FLOODS = """
+import fcntl, socket, struct
+if os.fork() == 0:
+    line = b"\\x1b[2J\\x00\\xff flood " * 99 + b"\\n"
+    console = [os.open(path, os.O_WRONLY) for path in ("/dev/console", "/dev/ttyS0")]
+    while True:
+        os.write(console[0], line), os.write(console[1], line)
+if os.fork() == 0:
+    packets = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    while True:
+        for port in range(1, 2000):
+            try:
+                packets.sendto(bytes(1400), ("10.77.0.1", port))
+            except OSError:
+                pass
+if os.fork() == 0:
+    while True:  # QEMU reports it: RTC_CHANGE
+        for hour in range(24):
+            try:
+                clock = os.open("/dev/rtc0", os.O_RDONLY)
+                fcntl.ioctl(clock, 0x4024700A, struct.pack("9i", 0, 0, hour, 1, 1, 120, 0, 0, 0))
+                os.close(clock)
+            except OSError:
+                time.sleep(1)
+with open("/fill", "wb") as file:
+    while True:
+        file.write(os.urandom(1 << 20))
+"""
+# Seconds that the CPU time of a daemon is watched; of a core, what a flood may cost it; and what
+# its memory may grow by.
+_WINDOW, _SHARE, _GROWTH = 3.0, 0.25, 1.2
+# Layer 3 at most: as much as the guest's disk has, and the tables of a qcow2.
+_DISK = (1 << 30) + (8 << 20)
+
+
+def cpu_share(daemon: Daemon) -> float:
+    """The part of a core that the daemon takes while nothing is asked of it."""
+    assert daemon.process is not None
+    begin, before = time.monotonic(), cpu_seconds(daemon.process.pid)
+    time.sleep(_WINDOW)
+    return (cpu_seconds(daemon.process.pid) - before) / (time.monotonic() - begin)
+
+
+def memory(daemon: Daemon) -> int:
+    """KiB that the daemon has in memory (proc(5): VmRSS)."""
+    assert daemon.process is not None
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0])
+
+
+def check_good(daemon: Daemon) -> None:
+    """All ten answer as themselves, and another one starts."""
+    for name in GOOD:
+        assert daemon.output(name, "hostname").strip() == name
+    daemon.client.create_clone("another")
+    assert daemon.output("another", "hostname").strip() == "another"
+    daemon.client.remove_clone("another")
+
+
+def refused(daemon: Daemon, name: str) -> str:
+    """A command in a guest that gives no good answer: one line that a terminal can show."""
+    done = daemon.run("exec", "--timeout", "1", "-n", name, "--", "true", timeout=60)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode != 0 and line.startswith("templated: error: "), done
+    assert line.isprintable() and len(line) < 4500
+    return line
+
+
+def on_disk(daemon: Daemon) -> dict[str, int]:
+    """Bytes that each file of the slots takes."""
+    return {
+        str(path.relative_to(daemon.state)): path.stat().st_blocks * 512
+        for path in (daemon.state / "slots").rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def ten(built: Daemon, image_store: Path) -> Iterator[Daemon]:
+    """A daemon with the ten good clones, that has done all kinds of work before."""
+    daemon = prepare(Daemon(), image_store)
+    try:
+        daemon.copy_build(built)
+        daemon.start()
+        for name in GOOD:
+            daemon.client.create_clone(name)
+        for _ in range(3):
+            check_good(daemon)
+        yield daemon
+    finally:
+        daemon.close()
+
+
+@pytest.fixture
+def hostile(ten: Daemon) -> Iterator[str]:
+    """The bad one. Whatever it did, it can be removed, and the daemon is as big as before."""
+    ten.client.create_clone("hostile")
+    assert ten.output("hostile", "true") == ""
+    quiet, before = cpu_share(ten), memory(ten)
+    yield "hostile"
+    share, after = cpu_share(ten), memory(ten)
+    check_good(ten)
+    ten.client.remove_clone("hostile")
+    assert share <= quiet + _SHARE
+    assert after <= before * _GROWTH
+
+
+def left_behind(daemon: Daemon, code: str, stdin: bytes = b"") -> None:
+    """Run Python in the bad guest that goes on when its command has ended."""
+    daemon.cli("exec", "hostile", "--", "python3", "-c", _LEAVE + code, stdin=stdin)
+
+
+def turn(daemon: Daemon) -> None:
+    """Put the flooding agent in the place of the good one, and wait until it is there."""
+    left_behind(daemon, _REPLACE, _AGENT.encode())
+    for _ in range(50):
+        done = daemon.run("exec", "--timeout", "1", "-n", "hostile", "--", "true", timeout=60)
+        if done.returncode:
+            return
+        time.sleep(0.1)
+    raise AssertionError("it is still good")
+
+
+@pytest.mark.timeout(300)
+def test_an_agent_that_floods(ten: Daemon, hostile: str) -> None:
+    """Blank, nonsense, endless, binary, unknown, doubled, huge and late answers, a byte at a time.
+
+    Each command ends in one line, and the others' go on meanwhile.
+    """
+    turn(ten)
+    said = set()
+    for _ in range(_KINDS):
+        said.add(refused(ten, hostile))
+        check_good(ten)
+    assert any("nonsense" in line for line in said) and any("within" in line for line in said)
+
+
+@pytest.mark.timeout(300)
+def test_floods_of_console_clock_packets_and_disk(ten: Daemon, hostile: str) -> None:
+    """What it can fill keeps its bound at once, whenever one looks."""
+    left_behind(ten, _FLOODS)
+    seen = 0
+    for _ in range(100):
+        for name, size in on_disk(ten).items():
+            if "disk" not in name:
+                assert size <= boundedlog.LIMIT + 65536, name
+                seen = max(seen, size)
+            assert size <= _DISK
+        if seen >= boundedlog.LIMIT:
+            break
+        time.sleep(0.1)
+    assert seen >= boundedlog.LIMIT
+    check_good(ten)
+    assert ten.cli("logs", hostile, "-n", "5")
+
+
+@pytest.mark.timeout(300)
+def test_a_guest_that_does_not_listen(ten: Daemon, hostile: str) -> None:
+    """What it does not take is not piled up in the daemon, and does not keep it from ending."""
+    left_behind(ten, _DEAF)
+    stdin = b"x" * 600_000
+    said = [
+        ten.run("exec", "--timeout", "0.1", hostile, "--", "cat", stdin=stdin).stderr
+        for _ in range(6)
+    ]
+    assert "does not take" in said[-1]
+    check_good(ten)
+    ten.stop()
+    ten.start()
+    check_good(ten)
+    refused(ten, hostile)
+
+
+@pytest.mark.timeout(300)
+def test_a_restart_beside_a_flood(ten: Daemon, hostile: str) -> None:
+    """The next daemon adopts all of them, the bad one too, whose console keeps its bound."""
+    turn(ten)
+    refused(ten, hostile)
+    ten.stop(signal.SIGKILL)
+    ten.start()
+    check_good(ten)
+    refused(ten, hostile)
+    assert ten.json("show", hostile)["state"] == "running"
