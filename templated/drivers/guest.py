@@ -39,9 +39,9 @@ _PIECE = 64
 _WHOLE_FILE = 600.0
 # What is read at once, in bytes, and of it handled before others have their turn, in lines.
 _READ, _TURN = 65536, 64
-# Seconds: a line costs at least this, with all that the daemon does because of it; a rest is worth
-# a timer from here on.
-_LINE_COST, _LEAST_REST = 30e-6, 1e-3
+# Seconds: a wake-up costs at least this, and a line with all that others do because of it; a rest
+# is worth a timer from here on.
+_COST, _LEAST_REST = 30e-6, 1e-3
 # How many times as long as it worked the reader rests, for lines that are asked for or not.
 _ASKED, _UNASKED = 2.0, 50.0
 _Sink = Callable[["Output"], None]
@@ -398,8 +398,9 @@ class Agent:
                 while waiting:
                     with pace.work(True) as work:
                         for line in waiting[:_TURN]:
-                            work.asked &= self._receive_line(line)
-                            work.lines += 1
+                            asked = self._receive_line(line)
+                            work.asked &= asked
+                            work.lines += asked
                     del waiting[:_TURN]
                     await pace.rest()
                 await pace.rest()
@@ -460,7 +461,7 @@ class Pace:
         """Count what is done inside, by the CPU time that it takes."""
         work, begin = Work(asked), time.thread_time()
         yield work
-        seconds = max(time.thread_time() - begin, work.lines * _LINE_COST)
+        seconds = max(time.thread_time() - begin, work.lines * _COST)
         self._paid = max(self._paid, time.monotonic())
         self._paid += seconds * (_ASKED if work.asked else _UNASKED)
 
@@ -487,6 +488,7 @@ class Work:
 
     asked: bool
     lines: int = 0
+    """Those that others have work with, and what comes from the hypervisor at once."""
 
 
 class _Lines:
