@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from templated.bench.interrupts import deferred
+from templated.bench.interrupts import deferred, interruptible
 from templated.client import Client
 from templated.errors import HostError, TemplatedError, Timeout
 
@@ -77,20 +77,24 @@ class Served(Supervised):
             command, stdout=self._output, stderr=self._output, start_new_session=True
         )
         deadline = time.monotonic() + _WITHIN
-        while True:
-            try:
-                if self._client.info().pid == self._child.pid:
-                    return
+        while not self._serves(self._child.pid):
+            if self._child.poll() is not None:
                 raise HostError(
-                    "another daemon serves this socket already",
-                    hint="stop it, or leave out --serve and let systemd start it again",
+                    f"the daemon did not start: {self._last_line()}",
+                    hint="with --serve no other daemon may run with this configuration",
                 )
-            except TemplatedError:
-                if self._child.poll() is not None:
-                    raise HostError(f"the daemon did not start: {self._last_line()}") from None
-                if time.monotonic() > deadline:
-                    raise
+            if time.monotonic() > deadline:
+                raise Timeout(
+                    f"the daemon does not serve {self._client.path} within {_WITHIN:g} s",
+                    hint="the socket of --serve and that of --socket must be the same",
+                )
             time.sleep(_POLL)
+
+    def _serves(self, pid: int) -> bool:
+        try:
+            return self._client.info().pid == pid
+        except TemplatedError:
+            return False
 
     def close(self) -> None:
         """Stop it in order. Its VMs would go on."""
@@ -111,7 +115,7 @@ class Served(Supervised):
 @contextlib.contextmanager
 def served(client: Client, config: Path) -> Iterator[Served]:
     """A daemon that serves now, and is stopped at the end."""
-    with tempfile.TemporaryFile() as output:
+    with tempfile.TemporaryFile() as output, interruptible():
         daemon = Served(client, config, output)
         try:
             with deferred():
