@@ -266,3 +266,42 @@ def test_a_restart_beside_a_flood(ten: Daemon, hostile: str) -> None:
         time.sleep(0.1)
     assert console(ten) < boundedlog.LIMIT  # cut, so that it shows what is new
     assert ten.cli("logs", hostile, "-n", "5")
+
+
+_HOTPLUG = r"""
+import ctypes, mmap
+libc = ctypes.CDLL(None)
+assert libc.iopl(3) == 0
+code = mmap.mmap(-1, 4096, prot=7)
+code.write(bytes.fromhex("89fa89f0eec3"))  # out dx, al; ret
+code.seek(64)
+code.write(bytes.fromhex("89fa89f0eeebfd"))  # the same without end
+first = ctypes.addressof(ctypes.c_char.from_buffer(code))
+out, forever = (ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_int)(first + at) for at in (0, 64))
+for port, value in ((0xCD8, 0), (0xCD8, 0), (0xCDD, 2)):
+    out(port, value)
+forever(0xCE0, 0)  # QEMU reports each: ACPI_DEVICE_OST
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_flood_of_events(fresh: Daemon) -> None:
+    """A q35 guest can have QEMU report to the daemon without end: its VM is ended."""
+    machine = "machine:\n  type: q35\n  memory: 128MiB\n  vcpus: 1"
+    fresh.variant("q35", machine, without_probes=True)
+    fresh.start()
+    fresh.build("q35")
+    for name in ("hostile", "good"):
+        fresh.client.create_clone(name)
+    assert fresh.output("good", "hostname") == "good\n"
+    before = memory(fresh)
+    left_behind(fresh, _HOTPLUG)
+    for _ in range(600):
+        assert fresh.output("good", "hostname") == "good\n"
+        if fresh.client.show_clone("hostile").state == "dead":
+            break
+        time.sleep(0.1)
+    assert "its guest causes events without end" in fresh.log
+    assert memory(fresh) <= before * _GROWTH
+    assert "is dead" in fresh.fails("exec", "-n", "hostile", "--", "true")
+    fresh.cli("rm", "hostile")

@@ -9,7 +9,7 @@ import os
 import shlex
 import socket
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,9 +29,11 @@ from templated.errors import HypervisorError, Timeout
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _REPLY_TIMEOUT = 10.0
-# Bytes of QMP that may wait to be read, which is more than any answer has, and events that are
-# read in a second: a flood of them must not keep the daemon busy.
-_READ_LIMIT, _EVENTS = 256 << 10, 32
+# Bytes of QMP that may wait to be read, which is more than any answer has.
+_READ_LIMIT = 256 << 10
+# Events that are read before a look at the time, and in a second; and how many more than usual in a
+# second there may be before it is a flood: for five seconds at the pace.
+_EVENTS, _PACE, _USUAL, _FLOOD = 64, 2000, 1000, 5000
 # The states that QEMU reports of a VM (RunState of its QMP reference) in which it can be used.
 _STATUSES = {
     "inmigrate": MachineState.WAITING,
@@ -50,22 +52,32 @@ logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 class _Client(QMPClient):
     """The library's client, without its debug log: it would format every message for nothing.
 
-    Nor does it keep events that nobody listens for: the guest causes some, as often as it likes.
+    Events that nobody listens for are passed over unread, and at a pace: a guest causes some of
+    them as often as it likes, and the library would keep each for ever. What is not read grows in
+    QEMU. So for one that causes them without end, `flooded` is called.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, flooded: Callable[[], None]) -> None:
         super().__init__(name, _READ_LIMIT)
-        # The library's listener for everybody would keep each event, twice and for ever.
-        self.events.event_filter = lambda _: False
-        self._events_read, self._since = 0, time.monotonic()
+        self._flooded = flooded
+        self._passed, self._since, self._level = 0, time.monotonic(), 0.0
 
-    async def _on_message(self, msg: Message) -> None:
-        await super()._on_message(msg)
-        if "event" in msg:
-            self._events_read += 1
-            if self._events_read % _EVENTS == 0:
-                since, self._since = time.monotonic() - self._since, time.monotonic()
-                await asyncio.sleep(max(0.0, 1.0 - since))
+    async def _do_recv(self) -> Message:
+        while _passed_over(line := await self._readline()):
+            self._passed += 1
+            if self._passed % _EVENTS == 0:
+                await self._rest()
+        return Message(line, eager=True)
+
+    async def _rest(self) -> None:
+        """Take as long for the last events as they may take."""
+        took = time.monotonic() - self._since
+        await asyncio.sleep(max(0.0, _EVENTS / _PACE - took))
+        before, self._since = self._since, time.monotonic()
+        self._level = max(0.0, self._level + _EVENTS - (self._since - before) * _USUAL)
+        if self._level > _FLOOD:
+            self._level = 0.0
+            self._flooded()
 
     def _cb_outbound(self, msg: Message) -> Message:
         return msg
@@ -98,7 +110,7 @@ class QemuMachine(Life):
         self._places = places
         self._can = can
         self._first = first
-        self._qmp = _Client(places.sockets.name)
+        self._qmp = _Client(places.sockets.name, self._end_flood)
         self.pid = child.pid
         self.exited = child.exited
 
@@ -221,6 +233,10 @@ class QemuMachine(Life):
     def background(self, on: bool) -> None:
         process.background(self.pid, on)
 
+    def _end_flood(self) -> None:
+        log.error("QEMU %d is ended: its guest causes events without end", self.pid)
+        self.kill()
+
     async def _end(self, timeout: float) -> None:
         """Wait for the end of the process, and release it; Timeout leaves it as it was."""
         try:
@@ -311,6 +327,11 @@ class QemuMachine(Life):
     async def _ends_soon(self) -> bool:
         await asyncio.wait({self.exited}, timeout=0.5)
         return self.exited.done()
+
+
+def _passed_over(line: bytes) -> bool:
+    """Whether it is an event that nobody listens for; QEMU writes `timestamp` first."""
+    return line.startswith(b'{"timestamp"') and b'"event": "MIGRATION"' not in line
 
 
 def incoming_uri(state: SavedState, can: Features) -> str:
