@@ -14,8 +14,7 @@ import itertools
 import math
 import secrets
 import struct
-import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -23,11 +22,11 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
 
+from templated.drivers.pace import MAX_LINE, READ, TURN, Lines, Pace
 from templated.errors import Busy, GuestError, InvalidRequest, TemplatedError, Timeout
 from templated.guest.agent.wire import CLAIM, IDENTIFY, PACKED, REHEARSAL, SEEN
 
 T = TypeVar("T")
-MAX_LINE = 1 << 20
 CHUNK = 32768
 MAX_FILE = 64 << 20
 ENTROPY_BYTES = 64
@@ -37,13 +36,6 @@ MAX_UNREAD = 32 << 20
 _PIECE = 64
 # Seconds for all parts of a file; each has the caller's bound.
 _WHOLE_FILE = 600.0
-# What is read at once, in bytes, and of it handled before others have their turn, in lines.
-_READ, _TURN = 65536, 64
-# Seconds: a wake-up costs at least this, and a line with all that others do because of it; a rest
-# is worth a timer from here on.
-_COST, _LEAST_REST = 30e-6, 1e-3
-# How many times as long as it worked the reader rests, for lines that are asked for or not.
-_ASKED, _UNASKED = 2.0, 50.0
 _Sink = Callable[["Output"], None]
 
 
@@ -232,10 +224,10 @@ class Agent:
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         for _ in range(_CONNECT_TRIES):
             try:
-                return await asyncio.open_unix_connection(self._path, limit=_READ)
+                return await asyncio.open_unix_connection(self._path, limit=READ)
             except BlockingIOError:  # QEMU has not yet noticed that the last one was closed
                 await asyncio.sleep(_CONNECT_PAUSE)
-        return await asyncio.open_unix_connection(self._path, limit=_READ)
+        return await asyncio.open_unix_connection(self._path, limit=READ)
 
     async def close(self) -> None:
         """End the connection; requests under way fail with GuestError."""
@@ -389,19 +381,19 @@ class Agent:
     async def _receive(
         self, reader: asyncio.StreamReader, transport: asyncio.ReadTransport
     ) -> None:
-        pace, lines = Pace(transport), _Lines()
+        pace, lines = Pace(transport), Lines()
         try:
-            while data := await reader.read(_READ):
+            while data := await reader.read(READ):
                 with pace.work(bool(self._pending)) as work:
                     waiting = lines.feed(data)
                     work.lines += 1
                 while waiting:
                     with pace.work(True) as work:
-                        for line in waiting[:_TURN]:
+                        for line in waiting[:TURN]:
                             asked = self._receive_line(line)
                             work.asked &= asked
                             work.lines += asked
-                    del waiting[:_TURN]
+                    del waiting[:TURN]
                     await pace.rest()
                 await pace.rest()
             self._broken = "the agent's connection was closed by the hypervisor"
@@ -442,73 +434,6 @@ class Agent:
             message = (reply.error or {}).get("message", "no reason given")
             pending.reply.set_exception(GuestError(f"the guest's agent refused: {message}"))
         return True
-
-
-class Pace:
-    """How fast one guest is listened to: it must not take the daemon's time from the others.
-
-    What it says is read with rests that grow with the work that it makes. Meanwhile its port is
-    full, and it waits itself. A guest that says only what it is asked for never notices.
-    """
-
-    def __init__(self, transport: asyncio.ReadTransport) -> None:
-        self._transport = transport
-        self._paid = 0.0
-        """When all rests of the work so far are over, on the monotonic clock."""
-
-    @contextlib.contextmanager
-    def work(self, asked: bool) -> Iterator[Work]:
-        """Count what is done inside, by the CPU time that it takes."""
-        work, begin = Work(asked), time.thread_time()
-        yield work
-        seconds = max(time.thread_time() - begin, work.lines * _COST)
-        self._paid = max(self._paid, time.monotonic())
-        self._paid += seconds * (_ASKED if work.asked else _UNASKED)
-
-    async def rest(self) -> None:
-        """Let others have their turn, once that is due."""
-        owed = self._paid - time.monotonic()
-        if owed < _LEAST_REST:
-            return
-        # Each byte that comes meanwhile would wake the loop. It reads no more already when the
-        # reader has as much as it takes.
-        reading = self._transport.is_reading()
-        if reading:
-            self._transport.pause_reading()
-        try:
-            await asyncio.sleep(owed)
-        finally:
-            if reading and not self._transport.is_closing():
-                self._transport.resume_reading()
-
-
-@dataclass
-class Work:
-    """What is done for a guest at once: whether all of it was asked for."""
-
-    asked: bool
-    lines: int = 0
-    """Those that others have work with, and what comes from the hypervisor at once."""
-
-
-class _Lines:
-    """Makes lines of what comes."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._skipping = False
-
-    def feed(self, data: bytes) -> list[bytes | None]:
-        """The lines that end here and are not empty; None is a part of one that is too long."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if self._skipping and lines:
-            self._skipping = False
-            del lines[0]
-        whole: list[bytes | None] = [line for line in lines if line and not line.isspace()]
-        if len(self._rest) >= MAX_LINE or (self._skipping and self._rest):
-            whole.append(None)
-            self._rest, self._skipping = b"", True
-        return whole
 
 
 def _convert(raw: msgspec.Raw, kind: type[T]) -> T:

@@ -211,9 +211,10 @@ def test_an_agent_that_floods(ten: Daemon, hostile: str) -> None:
     """
     turn(ten)
     said = []
-    for _ in range(_KINDS):
+    for number in range(_KINDS):
         said.append(refused(ten, hostile))
-        check_good(ten)
+        if number % 3 == 0:
+            check_good(ten)
     assert any("nonsense" in line for line in said), said
 
 

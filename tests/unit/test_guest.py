@@ -17,13 +17,13 @@ import pytest
 from templated.drivers import guest
 from templated.drivers.guest import (
     CHUNK,
-    MAX_LINE,
     Agent,
     Confirmation,
     ExecResult,
     IdentityOrder,
     Output,
 )
+from templated.drivers.pace import MAX_LINE, TURN
 from templated.errors import Busy, GuestError, Timeout
 from templated.guest.agent.wire import SEEN
 
@@ -538,7 +538,7 @@ def test_a_flood_leaves_others_their_turn(tmp_path: Path, monkeypatch: pytest.Mo
             most = max(most, handled - before)
         await ping
         assert handled > 3000
-        assert most <= 2 * guest._TURN
+        assert most <= 2 * TURN
 
     scenario(tmp_path, peer, body)
 
