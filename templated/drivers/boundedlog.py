@@ -39,10 +39,11 @@ def bound_files() -> None:
 
 
 def make(path: Path) -> None:
-    """An empty log. Raises OSError; leaves none then."""
-    with open(path, "xb") as log, contextlib.suppress(OSError):
+    """An empty log, for its owner only. Raises OSError; leaves none then."""
+    path.touch(mode=0o600, exist_ok=False)
+    with contextlib.suppress(OSError):
         # A file system without files of that size: the log begins at 0, and `cut` is its bound.
-        log.truncate(BEGIN)
+        os.truncate(path, BEGIN)
 
 
 def length(path: Path) -> int:
