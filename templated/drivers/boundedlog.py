@@ -35,7 +35,7 @@ def bound_files() -> None:
             f"files of this process may have {most} bytes, and its logs need {END}",
             hint="raise the limit: LimitFSIZE= of the unit, or ulimit -f",
         )
-    resource.setrlimit(resource.RLIMIT_FSIZE, (END, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (END, END))
 
 
 def make(path: Path) -> None:
