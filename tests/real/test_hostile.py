@@ -21,27 +21,29 @@ GOOD = tuple(f"good-{number}" for number in range(1, 11))
 _AGENT = r"""
 import os, re, select
 port = os.open("/dev/virtio-ports/templated.agent.0", os.O_RDWR)
+ok = b'{"id": %d, "ok": true, "result": '
+kinds = [
+    lambda: b"z",
+    lambda: b"{nonsense\n" * 6000,
+    lambda: b"x" * 65536,
+    lambda: os.urandom(65536),
+    lambda: b"\n" * 65536,
+    lambda: b'{"id": %d, "error": {"message": "' % number + rb"\u001b[2Ja\n" * 9000 + b'"}}\n',
+    lambda: ok % number + b'{"exit_code": ' + b"9" * 900000 + b"}}\n",
+    lambda: (ok % (number - 1) + b'{"exit_code": 0}}\n') * 1000,
+    lambda: (ok % 1 + b"{}}\n") * 1000,
+    lambda: b'{"id": %d, "stream": "stdout", "data": "eA=="}\n' % number * 1000,
+]
 number, asked = 0, 0
+piece = b"\n"
 while True:
     if select.select([port], [], [], 0)[0]:
         for found in re.findall(rb'"id": ?(\d+)', os.read(port, 65536)):
             number, asked = int(found), asked + 1
-    ok = b'{"id": %d, "ok": true, "result": '
-    kinds = [
-        b"z",
-        b"{nonsense\n" * 600,
-        b"x" * 65536,
-        os.urandom(65536),
-        b"\n" * 65536,
-        b'{"id": %d, "error": {"message": "' % number + rb"\u001b[2Ja\n" * 9000 + b'"}}\n',
-        ok % number + b'{"exit_code": ' + b"9" * 900000 + b"}}\n",
-        (ok % (number - 1) + b'{"exit_code": 0}}\n') * 1000,
-        (ok % 1 + b"{}}\n") * 1000,
-        b'{"id": %d, "stream": "stdout", "data": "eA=="}\n' % number * 1000,
-    ]
-    piece = kinds[asked % len(kinds)]
-    while piece:
-        piece = piece[os.write(port, piece) :]
+        piece = kinds[asked % len(kinds)]()
+    rest = memoryview(piece)
+    while rest:
+        rest = rest[os.write(port, rest) :]
 """
 _KINDS = 10
 # Before what a command leaves behind.
@@ -215,6 +217,7 @@ def test_an_agent_that_floods(ten: Daemon, hostile: str) -> None:
         said.append(refused(ten, hostile))
         if number % 3 == 0:
             check_good(ten)
+            assert cpu_share(ten) <= 2 * _SHARE, said
     assert any("nonsense" in line for line in said), said
 
 
