@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +38,11 @@ templated bench density 20 --window 30 --warm 50
 _COMPARE_EXAMPLES = """
 templated bench compare
 templated bench compare -n 20 --only direct,virsh-restore --plot compare.svg
+"""
+_SOAK_EXAMPLES = """
+templated bench soak
+templated bench soak --rounds 2000 --kills 20 --seed 7 --serve /etc/templated/templated.yaml
+templated bench soak --rounds 500 --kills 0 --paths direct
 """
 # A report on a host that is busy with the run itself; a person may want a sign of life.
 _SILENCE = 5.0
@@ -261,6 +267,58 @@ def compare(
         plot,
         lambda session: module.measure_compare(session, module.contenders(session, wanted), count),
     )
+
+
+@bench.command("soak", examples=_SOAK_EXAMPLES)
+@_count("--rounds", default=2000, least=8, most=1_000_000, about="Create, exec and rm, so often.")
+@click.option("--seed", type=int, default=1, show_default=True, help="What is done when.")
+@_count("--kills", default=0, most=1000, about="Kill the daemon N times, and N times a VM.")
+@click.option(
+    "--paths",
+    "names",
+    metavar="P,P",
+    default=None,
+    help="Only these of direct and warm. One start of four is warm: it costs a refill.",
+)
+@click.option(
+    "--serve",
+    "config",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    default=None,
+    help="Run the daemon with this configuration, and start it again after a kill.",
+)
+@_template
+@click.pass_obj
+def soak(
+    settings: Settings,
+    rounds: int,
+    seed: int,
+    kills: int,
+    names: str | None,
+    config: Path | None,
+    template: str | None,
+) -> None:
+    """Create, use and remove clones for a long time, and see that nothing grows.
+
+    The first hundred rounds are compared with the last: times, and the daemon's memory,
+    descriptors, threads and journal. Kills come in between, by the seed: SIGKILL for the daemon
+    while it starts or removes something, and for the VM of a clone. Some clones stay over the
+    whole run, and none of them may be lost. At the end nothing may be left.
+
+    The daemon must be started again after a kill: by systemd, or by this command with --serve,
+    which then stops it at the end. Run this as the daemon's user.
+    """
+    from templated.bench import served
+    from templated.bench import soak as module
+
+    wanted = _chosen(names, ("direct", "warm"), "--paths")
+    plan = module.Plan(rounds=rounds, seed=seed, kills=kills, paths=wanted)
+    with contextlib.ExitStack() as ends:
+        daemon: served.Supervised = served.Supervised(settings.client())
+        if config is not None:
+            daemon = ends.enter_context(served.served(settings.client(), config))
+        _run(settings, template, None, lambda session: module.measure_soak(session, daemon, plan))
 
 
 def _chosen(given: str | None, names: tuple[str, ...], option: str) -> tuple[str, ...]:

@@ -76,6 +76,30 @@ def _density(report: dict[str, Any]) -> None:
         _paused(report["paused"])
 
 
+def _soak(report: dict[str, Any]) -> None:
+    from templated.bench.soak import slower
+
+    kills = report["kills"]
+    click.echo(
+        f"template {report['template']}, {report['rounds']} rounds, seed {report['seed']}, "
+        f"killed: the daemon {kills['daemon']} times, a VM {kills['vm']} times"
+    )
+    for window in ("first", "last"):
+        _header(f"the {window} {report['window']} rounds, milliseconds")
+        for name, row in report[window].items():
+            if "p50" in row:
+                _row(name, row, "")
+    click.echo(f"{'':{_WIDTH}}{'first':>10}{'last':>10}   (median)")
+    for name, row in report["first"].items():
+        if "median" in row:
+            last = report["last"][name]["median"]
+            click.echo(f"{name:{_WIDTH}}{row['median']:10d}{last:10d}")
+    click.echo("last to first: " + ", ".join(f"{k} {v:g}" for k, v in report["ratios"].items()))
+    for title in ("lost", "left", "not_flat"):
+        click.echo(f"{title.replace('_', ' ')}: {'; '.join(report[title]) or 'nothing'}")
+    click.echo(f"slower: {'; '.join(slower(report)) or 'nothing'}")
+
+
 def _paused(report: dict[str, Any]) -> None:
     click.echo(f"direct beside {report['paused']} paused VMs, milliseconds")
     _row("without", report["direct_without"], "")
@@ -114,4 +138,4 @@ def _row(name: str, row: dict[str, Any], note: str) -> None:
     click.echo(f"{name:{_WIDTH}}{row['n']:5d}{figures}   {note}".rstrip())
 
 
-_SHOWN = {"paths": _paths, "compare": _compare, "burst": _burst, "density": _density}
+_SHOWN = {"paths": _paths, "compare": _compare, "burst": _burst, "density": _density, "soak": _soak}

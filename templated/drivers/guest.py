@@ -18,15 +18,15 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
 
+from templated.drivers.pace import MAX_LINE, READ, TURN, Lines, Pace
 from templated.errors import Busy, GuestError, InvalidRequest, TemplatedError, Timeout
 from templated.guest.agent.wire import CLAIM, IDENTIFY, PACKED, REHEARSAL, SEEN
 
 T = TypeVar("T")
-MAX_LINE = 1 << 20
 CHUNK = 32768
 MAX_FILE = 64 << 20
 ENTROPY_BYTES = 64
@@ -218,15 +218,16 @@ class Agent:
         # The first newline ends a line that an earlier connection left half-written. The second
         # tells the agent that this connection is new.
         self._writer.write(b"\n\n")
-        self._receiver = asyncio.create_task(self._receive(reader), name=f"agent {self._path}")
+        work = self._receive(reader, cast(asyncio.Transport, self._writer.transport))
+        self._receiver = asyncio.create_task(work, name=f"agent {self._path}")
 
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         for _ in range(_CONNECT_TRIES):
             try:
-                return await asyncio.open_unix_connection(self._path, limit=MAX_LINE)
+                return await asyncio.open_unix_connection(self._path, limit=READ)
             except BlockingIOError:  # QEMU has not yet noticed that the last one was closed
                 await asyncio.sleep(_CONNECT_PAUSE)
-        return await asyncio.open_unix_connection(self._path, limit=MAX_LINE)
+        return await asyncio.open_unix_connection(self._path, limit=READ)
 
     async def close(self) -> None:
         """End the connection; requests under way fail with GuestError."""
@@ -234,6 +235,10 @@ class Agent:
             self._receiver.cancel()
             await asyncio.wait({self._receiver})
         if self._writer is not None:
+            if self._writer.transport.get_write_buffer_size():
+                # What a guest has not taken it may never take. The next connection's newline ends
+                # a line of which it has a part.
+                self._writer.transport.abort()
             self._writer.close()
             with contextlib.suppress(OSError):
                 await self._writer.wait_closed()
@@ -248,7 +253,8 @@ class Agent:
     ) -> msgspec.Raw:
         """Send one request and wait for its reply, at most `timeout` seconds.
 
-        Raises Timeout, or GuestError when the agent reports an error or the connection ends.
+        Raises Timeout, or GuestError when the agent reports an error, when the guest does not take
+        what it was sent before, or when the connection ends.
         """
         if self._writer is None or self._receiver is None or self._receiver.done():
             raise GuestError(self._broken)
@@ -259,6 +265,8 @@ class Agent:
                 f"{command} is too large for one message to the guest",
                 hint=f"at most {MAX_LINE >> 20} MiB fit, base64 included; use `templated cp`",
             )
+        if self._writer.transport.get_write_buffer_size() >= MAX_LINE:
+            raise GuestError("the guest does not take what it was sent before")
         pending = self._pending[number] = _Pending(sink)
         try:
             async with asyncio.timeout(timeout):
@@ -370,36 +378,50 @@ class Agent:
         content += data
         return chunk.eof
 
-    async def _receive(self, reader: asyncio.StreamReader) -> None:
+    async def _receive(
+        self, reader: asyncio.StreamReader, transport: asyncio.ReadTransport
+    ) -> None:
+        pace, lines = Pace(transport), Lines()
         try:
-            while await self._receive_line(reader):
-                pass
+            while data := await reader.read(READ):
+                with pace.work(bool(self._pending)) as work:
+                    waiting = lines.feed(data)
+                    work.lines += 1
+                while waiting:
+                    with pace.work(True) as work:
+                        for line in waiting[:TURN]:
+                            asked = self._receive_line(line)
+                            work.asked &= asked
+                            work.lines += asked
+                    del waiting[:TURN]
+                    await pace.rest()
+                await pace.rest()
             self._broken = "the agent's connection was closed by the hypervisor"
         except OSError as error:
             self._broken = f"the agent's connection broke: {error}"
         finally:
             self._fail_pending(self._broken)
 
-    async def _receive_line(self, reader: asyncio.StreamReader) -> bool:
-        """Handle one line; false at the end. A bad line fails only the requests under way."""
+    def _receive_line(self, line: bytes | None) -> bool:
+        """Handle a line; whether it was asked for. A bad one fails only the requests under way."""
         try:
-            line = await reader.readline()
-            if line.strip():
-                self._dispatch(_decoder.decode(line))
-            return bool(line)
+            if line is None:
+                raise ValueError(f"a line is longer than {MAX_LINE >> 20} MiB")
+            return self._dispatch(_decoder.decode(line))
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             self._fail_pending(f"the agent answered nonsense: {error}")
-            return True
+            return False
 
     def _fail_pending(self, why: str) -> None:
         for pending in self._pending.values():
             if not pending.reply.done():
                 pending.reply.set_exception(GuestError(why))
 
-    def _dispatch(self, reply: _Reply) -> None:
+    def _dispatch(self, reply: _Reply) -> bool:
+        """Give a line to who waits for it; false when nobody does, or not any more."""
         pending = self._pending.get(reply.id) if reply.id is not None else None
         if pending is None or pending.reply.done():
-            return  # the reply to a request that is no longer waited for
+            return False
         if reply.stream is not None:
             try:
                 if pending.sink is not None:
@@ -411,6 +433,7 @@ class Agent:
         else:
             message = (reply.error or {}).get("message", "no reason given")
             pending.reply.set_exception(GuestError(f"the guest's agent refused: {message}"))
+        return True
 
 
 def _convert(raw: msgspec.Raw, kind: type[T]) -> T:

@@ -13,7 +13,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from templated.drivers.guest import MAX_LINE, Agent, ExecResult
+from templated.drivers.guest import Agent, ExecResult
+from templated.drivers.pace import MAX_LINE
 from templated.errors import Busy, GuestError, Timeout
 from tests.fuzz.cases import check_error, fuzz
 from tests.fuzz.values import JSON, mutated, nested

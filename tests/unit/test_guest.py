@@ -17,13 +17,13 @@ import pytest
 from templated.drivers import guest
 from templated.drivers.guest import (
     CHUNK,
-    MAX_LINE,
     Agent,
     Confirmation,
     ExecResult,
     IdentityOrder,
     Output,
 )
+from templated.drivers.pace import MAX_LINE, TURN
 from templated.errors import Busy, GuestError, Timeout
 from templated.guest.agent.wire import SEEN
 
@@ -508,3 +508,61 @@ def test_large_pieces_of_output_that_nobody_reads(
                 pass
 
     scenario(tmp_path, peer, body)
+
+
+def test_a_flood_leaves_others_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much a guest says unasked, little of it is handled at once; what it is asked for
+    still comes through."""
+    handled, most = 0, 0
+    receive_line = Agent._receive_line
+
+    def counted(agent: Agent, line: bytes | None) -> bool:
+        nonlocal handled
+        handled += 1
+        return receive_line(agent, line)
+
+    monkeypatch.setattr(Agent, "_receive_line", counted)
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'{"id": -1, "ok": true}\n' * 3000 + b"\n" * 20000)
+        number = json.loads(await reader.readline())["id"]
+        writer.write(json.dumps({"id": number, "ok": True, "result": {}}).encode() + b"\n")
+        await reader.read()
+
+    async def body(agent: Agent) -> None:
+        nonlocal most
+        ping = asyncio.create_task(agent.ping(15.0))
+        while not ping.done():
+            before = handled
+            await asyncio.sleep(0)
+            most = max(most, handled - before)
+        await ping
+        assert handled > 3000
+        assert most <= 2 * TURN
+
+    scenario(tmp_path, peer, body)
+
+
+def test_a_guest_that_takes_nothing(tmp_path: Path) -> None:
+    """What is sent to it is not piled up here, and the connection ends all the same."""
+
+    async def peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        await ended.wait()
+
+    async def body(agent: Agent) -> None:
+        for _ in range(8):
+            with pytest.raises((Timeout, GuestError)) as failed:
+                await agent.request("exec", 0.05, {"stdin": "x" * 800_000})
+        assert "does not take" in failed.value.message
+        assert agent._writer is not None
+        assert agent._writer.transport.get_write_buffer_size() < 2 * MAX_LINE
+        await agent.close()
+        ended.set()
+
+    async def main() -> None:
+        async with asyncio.timeout(20), talking_to(peer, tmp_path) as agent:
+            await body(agent)
+
+    ended = asyncio.Event()
+    asyncio.run(main())

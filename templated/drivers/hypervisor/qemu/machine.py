@@ -8,13 +8,15 @@ import logging
 import os
 import shlex
 import socket
-from collections.abc import AsyncIterator, Coroutine, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 
+from templated.drivers import boundedlog
 from templated.drivers.host import procfs
 from templated.drivers.hypervisor import process
 from templated.drivers.hypervisor.base import Places, SavedState
@@ -27,6 +29,11 @@ from templated.errors import HypervisorError, Timeout
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _REPLY_TIMEOUT = 10.0
+# Bytes of QMP that may wait to be read, which is more than any answer has.
+_READ_LIMIT = 256 << 10
+# Events that are read before a look at the time, and in a second; and how many more than usual in a
+# second there may be before it is a flood: for five seconds at the pace.
+_EVENTS, _PACE, _USUAL, _FLOOD = 64, 2000, 1000, 5000
 # The states that QEMU reports of a VM (RunState of its QMP reference) in which it can be used.
 _STATUSES = {
     "inmigrate": MachineState.WAITING,
@@ -43,7 +50,34 @@ logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
 
 class _Client(QMPClient):
-    """The library's client, without its debug log: it would format every message for nothing."""
+    """The library's client, without its debug log: it would format every message for nothing.
+
+    Events that nobody listens for are passed over unread, and at a pace: a guest causes some of
+    them as often as it likes, and the library would keep each for ever. What is not read grows in
+    QEMU. So for one that causes them without end, `flooded` is called.
+    """
+
+    def __init__(self, name: str, flooded: Callable[[], None]) -> None:
+        super().__init__(name, _READ_LIMIT)
+        self._flooded = flooded
+        self._passed, self._since, self._level = 0, time.monotonic(), 0.0
+
+    async def _do_recv(self) -> Message:
+        while _passed_over(line := await self._readline()):
+            self._passed += 1
+            if self._passed % _EVENTS == 0:
+                await self._rest()
+        return Message(line, eager=True)
+
+    async def _rest(self) -> None:
+        """Take as long for the last events as they may take."""
+        took = time.monotonic() - self._since
+        await asyncio.sleep(max(0.0, _EVENTS / _PACE - took))
+        before, self._since = self._since, time.monotonic()
+        self._level = max(0.0, self._level + _EVENTS - (self._since - before) * _USUAL)
+        if self._level > _FLOOD:
+            self._level = 0.0
+            self._flooded()
 
     def _cb_outbound(self, msg: Message) -> Message:
         return msg
@@ -76,7 +110,7 @@ class QemuMachine(Life):
         self._places = places
         self._can = can
         self._first = first
-        self._qmp = _Client(places.sockets.name)
+        self._qmp = _Client(places.sockets.name, self._end_flood)
         self.pid = child.pid
         self.exited = child.exited
 
@@ -182,9 +216,8 @@ class QemuMachine(Life):
 
     def last_words(self) -> str:
         try:
-            with open(self._places.log, "rb") as log:
-                log.seek(max(0, os.fstat(log.fileno()).st_size - _LOG_END))
-                lines = log.read().decode(errors="replace").strip().splitlines()
+            log = boundedlog.end(self._places.log, _LOG_END)
+            lines = log.decode(errors="replace").strip().splitlines()
         except OSError:
             return ""
         return lines[-1].strip()[:_LINE] if lines else ""
@@ -199,6 +232,10 @@ class QemuMachine(Life):
 
     def background(self, on: bool) -> None:
         process.background(self.pid, on)
+
+    def _end_flood(self) -> None:
+        log.error("QEMU %d is ended: its guest causes events without end", self.pid)
+        self.kill()
 
     async def _end(self, timeout: float) -> None:
         """Wait for the end of the process, and release it; Timeout leaves it as it was."""
@@ -290,6 +327,11 @@ class QemuMachine(Life):
     async def _ends_soon(self) -> bool:
         await asyncio.wait({self.exited}, timeout=0.5)
         return self.exited.done()
+
+
+def _passed_over(line: bytes) -> bool:
+    """Whether it is an event that nobody listens for; QEMU writes `timestamp` first."""
+    return line.startswith(b'{"timestamp"') and b'"event": "MIGRATION"' not in line
 
 
 def incoming_uri(state: SavedState, can: Features) -> str:
