@@ -17,6 +17,7 @@ A place costs a look at one global while they are off:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import errno
 import logging
@@ -160,13 +161,10 @@ class _Switches:
             self._hits.clear()
 
     def refresh(self) -> None:
-        """Read the file again, where there is one."""
+        """Read the file again, where there is one; with no descriptor left, what it said holds."""
         if self.file is not None:
-            try:
+            with contextlib.suppress(OSError):
                 self.read(self.file.read_text().strip())
-            except OSError as error:
-                why = f"{VARIABLE}: cannot read {self.file}: {error.strerror}"
-                raise ConfigError(why) from error
 
     def come_to(self, name: str) -> _Order | None:
         """What is to happen at this place now."""
@@ -196,9 +194,14 @@ def arm(text: str) -> None:
     """Switch places on, at the daemon's start. Raises ConfigError for what cannot be read."""
     global armed  # noqa: PLW0603  # one look at a global is all that a place costs
     _switches.file = Path(text[1:]) if text.startswith("@") else None
-    _switches.read("" if _switches.file else text)
-    _switches.refresh()
-    armed = bool(text)
+    if _switches.file is not None:
+        try:
+            text = _switches.file.read_text().strip()
+        except OSError as error:
+            why = f"{VARIABLE}: cannot read {_switches.file}: {error.strerror}"
+            raise ConfigError(why) from error
+    _switches.read(text)
+    armed = bool(text or _switches.file)
     if armed:
         log.warning("%s is set: this daemon fails on purpose", VARIABLE)
 

@@ -103,7 +103,7 @@ def small_rigs(built: Daemon, image_store: Path) -> Iterator[Rigs]:
         unmount()
         daemon = Daemon()
         daemon.state.mkdir(mode=0o700)
-        for place, size in ((daemon.state, "96m"), (daemon.shm, "256m")):
+        for place, size in ((daemon.state, "256m"), (daemon.shm, "256m")):
             subprocess.run(
                 ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True
             )

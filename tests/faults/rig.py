@@ -144,7 +144,7 @@ class Rig:
         deadline = time.monotonic() + patience
         while (left := self._differences()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not left, f"{left}\n{self.daemon.log[-3000:]}"
+        assert not left, f"{left}\n{self.daemon.log[-6000:]}"
 
     def _differences(self) -> dict[str, Any]:
         """What is there and what should be, where the two differ."""
@@ -225,7 +225,7 @@ class Rig:
             view = self.client.show_pool(TEMPLATE)
             if (view.standby.ready, view.warm.ready) == (standby, warm):
                 return
-            assert time.monotonic() < deadline, (view, self.daemon.log[-3000:])
+            assert time.monotonic() < deadline, (view, self.daemon.log[-6000:])
             time.sleep(0.02)
 
     def exec(self, name: str, **options: Any) -> None:

@@ -73,7 +73,8 @@ def full(directory: Path, left: int) -> Iterator[None]:
     with open(ballast, "wb") as file:
         status = os.statvfs(directory)
         size = max(0, status.f_bavail * status.f_frsize - left)
-        os.posix_fallocate(file.fileno(), 0, size)
+        if size:
+            os.posix_fallocate(file.fileno(), 0, size)
     try:
         yield
     finally:
