@@ -81,6 +81,7 @@ def full(directory: Path, left: int) -> Iterator[None]:
         ballast.unlink()
 
 
+@pytest.mark.sampled
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("left", [0, 64 << 10, 512 << 10])
