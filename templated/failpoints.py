@@ -92,7 +92,7 @@ _INLINES = (
 _AGENT = ("connect", "ping", "identify", "clock", "quiesce", "exec", "put", "get")
 _QMP = (
     *("greeting", "query-status", "migrate-set-capabilities", "migrate-incoming", "restore"),
-    *("cont", "stop", "set_link", "netdev_del", "getfd", "migrate", "save", "quit"),
+    *("cont", "stop", "set_link", "netdev_del", "getfd", "add-fd", "migrate", "save", "quit"),
 )
 _WRITES = (
     *("open", "new_slot", "drop_slot", "new_clone", "clone_state", "set_pool", "new_generation"),
