@@ -70,15 +70,20 @@ def test_no_process(rig: Rig, path: str, kind: str, count: Callable[[], None]) -
 def full(directory: Path, left: int) -> Iterator[None]:
     """In the block the file system has no more than `left` bytes free."""
     ballast = directory / "ballast"
-    with open(ballast, "wb") as file:
-        status = os.statvfs(directory)
-        size = max(0, status.f_bavail * status.f_frsize - left)
-        if size:
-            os.posix_fallocate(file.fileno(), 0, size)
     try:
+        with open(ballast, "wb") as file, contextlib.suppress(OSError):
+            # In small steps, as the daemon may write meanwhile: what is there no more is no matter.
+            while (free := _free(directory)) > left:
+                size = file.seek(0, os.SEEK_END)
+                os.posix_fallocate(file.fileno(), size, min(free - left, 1 << 20))
         yield
     finally:
         ballast.unlink()
+
+
+def _free(directory: Path) -> int:
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
 
 
 @pytest.mark.sampled
