@@ -13,6 +13,7 @@ import asyncio
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -21,6 +22,7 @@ from typing import Annotated, Any, TypeVar
 
 from msgspec import Meta, Struct, ValidationError, convert
 
+from templated import failpoints
 from templated.errors import Busy, Conflict, Defect, HostError
 from templated.model.clone import TRANSITIONS as CLONE_TRANSITIONS
 from templated.model.clone import CloneState, Key, Slot, StartPath
@@ -121,10 +123,17 @@ class Journal:
         self._lock = threading.Lock()
         self._db: sqlite3.Connection | None = None
         self._closed = False
+        self._began: float | None = None
+
+    @property
+    def stalled(self) -> float:
+        """Seconds that the transaction under way has taken so far; 0 when there is none."""
+        began = self._began
+        return time.monotonic() - began if began is not None else 0.0
 
     async def open(self) -> None:
         """Open or create the file; HostError when it is not a journal that this version reads."""
-        await self._run(self._open)
+        await self._run("open", self._open)
 
     async def close(self) -> None:
         """Close the file; later calls fail."""
@@ -139,7 +148,7 @@ class Journal:
         Indexes go round, so that an address that was given back is the last to be used again.
         Blocks, so it must run in a thread.
         """
-        return self._transaction(lambda db: _new_slot(db, generation, make, capacity))
+        return self._transaction("new_slot", lambda db: _new_slot(db, generation, make, capacity))
 
     def drop_slot(self, slot_id: str) -> None:
         """Forget a slot that has been taken down, and its clone. Blocks."""
@@ -148,7 +157,7 @@ class Journal:
             db.execute("DELETE FROM clones WHERE slot = ?", (slot_id,))
             db.execute("DELETE FROM slots WHERE id = ?", (slot_id,))
 
-        self._transaction(work)
+        self._transaction("drop_slot", work)
 
     async def new_clone(self, row: CloneRow) -> None:
         """Give a slot that has a VM a name, which makes it a running clone in one step.
@@ -156,7 +165,7 @@ class Journal:
         Until then a restart ends the VM, which it finds by the slot's UUID. Raises Conflict when
         the name or the slot is taken.
         """
-        await self._run(lambda db: _insert_clone(db, row))
+        await self._run("new_clone", lambda db: _insert_clone(db, row))
 
     async def clone_state(self, slot_id: str, state: CloneState, reason: str = "") -> None:
         """Write a state and its reason; does nothing when the slot has no clone any more.
@@ -172,15 +181,17 @@ class Journal:
                 sql = "UPDATE clones SET state = ?, reason = ? WHERE slot = ?"
                 db.execute(sql, (state.value, reason, slot_id))
 
-        await self._run(work)
+        await self._run("clone_state", work)
 
     async def clones(self) -> list[CloneRow]:
         """All clones, oldest first."""
-        return await self._run(lambda db: [_clone_row(r) for r in db.execute(_CLONES)])
+        return await self._run("clones", lambda db: [_clone_row(r) for r in db.execute(_CLONES)])
 
     async def free_slots(self) -> list[Slot]:
         """Slots without a clone."""
-        return await self._run(lambda db: [_read({**r}, Slot) for r in db.execute(_FREE)])
+        return await self._run(
+            "free_slots", lambda db: [_read({**r}, Slot) for r in db.execute(_FREE)]
+        )
 
     # --- pools ----------------------------------------------------------------------------------
 
@@ -188,21 +199,22 @@ class Journal:
         """The sizes that were set at run time, by template."""
         sql = "SELECT template, standby, warm FROM pools"
         return await self._run(
+            "pool_sizes",
             lambda db: {
                 r["template"]: _read(
                     {"standby": r["standby"], "warm": r["warm"]}, PoolSpec, r["template"]
                 )
                 for r in db.execute(sql)
-            }
+            },
         )
 
     async def set_pool(self, template: str, sizes: PoolSpec | None) -> None:
         """Keep sizes that were set at run time; None forgets them."""
         if sizes is None:
-            await self._run(_executor("DELETE FROM pools WHERE template = ?", template))
+            await self._run("set_pool", _executor("DELETE FROM pools WHERE template = ?", template))
             return
         sql = "INSERT OR REPLACE INTO pools VALUES (?, ?, ?)"
-        await self._run(_executor(sql, template, sizes.standby, sizes.warm))
+        await self._run("set_pool", _executor(sql, template, sizes.standby, sizes.warm))
 
     # --- templates and generations ----------------------------------------------------------
 
@@ -210,7 +222,7 @@ class Journal:
         """A build begins."""
         sql = "INSERT INTO generations VALUES (?, ?, ?, ?)"
         values = (generation_id, template, GenerationState.BUILDING.value, now())
-        await self._run(_executor(sql, *values))
+        await self._run("new_generation", _executor(sql, *values))
 
     async def activate(self, generation_id: str, template: str) -> None:
         """In one step: the generation is ready and is the one that its template serves.
@@ -226,56 +238,62 @@ class Journal:
                 (template, generation_id),
             )
 
-        await self._run(work)
+        await self._run("activate", work)
 
     async def generation_state(self, generation_id: str, state: GenerationState) -> None:
         """Write a generation's state. Raises Defect for a move that the table does not have."""
-        await self._run(lambda db: _move_generation(db, generation_id, state))
+        await self._run("generation_state", lambda db: _move_generation(db, generation_id, state))
 
     async def deactivate(self, template: str) -> None:
         """The template serves nothing from now on."""
-        await self._run(_executor("DELETE FROM templates WHERE name = ?", template))
+        sql = "DELETE FROM templates WHERE name = ?"
+        await self._run("deactivate", _executor(sql, template))
 
     async def drop_generation(self, generation_id: str) -> None:
         """Forget a generation whose files are gone."""
-        await self._run(_executor("DELETE FROM generations WHERE id = ?", generation_id))
+        sql = "DELETE FROM generations WHERE id = ?"
+        await self._run("drop_generation", _executor(sql, generation_id))
 
     async def generations(self) -> list[GenerationRow]:
         """All generations, oldest first."""
         sql = "SELECT * FROM generations ORDER BY created, id"
-        return await self._run(lambda db: [_read({**r}, GenerationRow) for r in db.execute(sql)])
+        return await self._run(
+            "generations", lambda db: [_read({**r}, GenerationRow) for r in db.execute(sql)]
+        )
 
     async def active(self) -> dict[str, str]:
         """The active generation of each template that has one."""
         sql = "SELECT name, active FROM templates"
         return await self._run(
+            "active",
             lambda db: _read(
                 {r["name"]: r["active"] for r in db.execute(sql)}, dict[Key, Key], "of templates"
-            )
+            ),
         )
 
     # --- inside -------------------------------------------------------------------------------
 
-    async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def _run(self, name: str, work: Callable[[sqlite3.Connection], T]) -> T:
         loop = asyncio.get_running_loop()
         # A transaction under way is never abandoned: a caller that is cancelled still waits for
         # its end, so that it gives back exactly what the journal has.
-        future = loop.run_in_executor(self._thread, self._transaction, work)
+        future = loop.run_in_executor(self._thread, self._transaction, name, work)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             await asyncio.wait({future})
             raise
 
-    def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    def _transaction(self, name: str, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
             with self._lock:
                 if self._closed:
                     raise RuntimeError("the journal is closed")
-                if self._db is None:
-                    self._db = self._connect()
-                with self._db:
-                    return work(self._db)
+                self._began = time.monotonic()
+                try:
+                    return self._committed(name, work)
+                finally:
+                    self._began = None
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # it quotes a broken file
             if isinstance(error, sqlite3.IntegrityError):
                 raise
@@ -283,6 +301,17 @@ class Journal:
                 f"the journal {self._path} cannot be used: {error}",
                 hint="check the space and the permissions of state_dir",
             ) from error
+
+    def _committed(self, name: str, work: Callable[[sqlite3.Connection], T]) -> T:
+        if failpoints.armed:
+            failpoints.hit(f"journal.{name}", _sqlite_error)
+        if self._db is None:
+            self._db = self._connect()
+        with self._db:
+            result = work(self._db)
+            if failpoints.armed and self._db.in_transaction:
+                failpoints.hit(f"journal.{name}.commit", _sqlite_error)
+            return result
 
     def _close(self) -> None:
         with self._lock:
@@ -323,6 +352,10 @@ _FREE = """
 SELECT *, idx AS "index" FROM slots WHERE id NOT IN (SELECT slot FROM clones) ORDER BY idx
 """
 _INSERT_CLONE = "INSERT INTO clones VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+
+
+def _sqlite_error(_: int, text: str) -> sqlite3.OperationalError:
+    return sqlite3.OperationalError(text)
 
 
 def _executor(sql: str, *values: object) -> Callable[[sqlite3.Connection], None]:

@@ -10,7 +10,7 @@ from tests.beside import divide
 from tests.fuzz import SECONDS
 
 # Seconds, by the folder; setup.cfg has the default. The first test of a run makes images.
-_BOUNDS = {"real": 600, "debian13": 1800, "lab": 1800, "fuzz": SECONDS + 85}
+_BOUNDS = {"real": 600, "faults": 180, "debian13": 1800, "lab": 1800, "fuzz": SECONDS + 85}
 _TESTS = Path(__file__).parent
 
 

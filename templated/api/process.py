@@ -14,6 +14,7 @@ from pathlib import Path
 
 import uvloop
 
+from templated import failpoints
 from templated.api.server import listeners
 from templated.api.systemd import ask_for_time, notify, watchdog
 from templated.drivers.configfile import load_config
@@ -32,6 +33,7 @@ def run(config_path: Path | None, *, verbose: bool = False) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     os.umask(0o077)
+    failpoints.arm(os.environ.get(failpoints.VARIABLE, ""))
     _allow_many_files()
     config = load_config(config_path)
     _warn(config)

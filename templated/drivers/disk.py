@@ -10,6 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
+from templated import failpoints
 from templated.drivers.host.programs import run
 from templated.errors import HostError
 
@@ -30,6 +31,8 @@ async def create_overlay(target: Path, backing: Path) -> None:
 def copy_overlay(empty: Path, target: Path) -> None:
     """Copy an empty layer; HostError, and no file, when the disk is full. Blocks for ~0.1 ms."""
     try:
+        if failpoints.armed:
+            failpoints.hit("slot.overlay")
         shutil.copyfile(empty, target)
         os.chmod(target, 0o600)
     except OSError as error:

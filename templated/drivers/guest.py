@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
 
+from templated import failpoints
 from templated.drivers.pace import MAX_LINE, READ, TURN, Lines, Pace
 from templated.errors import Busy, GuestError, InvalidRequest, TemplatedError, Timeout
 from templated.guest.agent.wire import CLAIM, IDENTIFY, PACKED, REHEARSAL, SEEN
@@ -222,6 +223,8 @@ class Agent:
         self._receiver = asyncio.create_task(work, name=f"agent {self._path}")
 
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if failpoints.armed:
+            await failpoints.reach("agent.connect")
         for _ in range(_CONNECT_TRIES):
             try:
                 return await asyncio.open_unix_connection(self._path, limit=READ)
@@ -270,6 +273,8 @@ class Agent:
         pending = self._pending[number] = _Pending(sink)
         try:
             async with asyncio.timeout(timeout):
+                if failpoints.armed:
+                    await failpoints.reach(f"agent.{command}")
                 self._writer.write(body + b"\n")
                 await self._writer.drain()
                 return await pending.reply

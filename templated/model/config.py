@@ -112,6 +112,12 @@ class LimitConfig(_Section, frozen=True, kw_only=True):
 
     concurrent_starts: Annotated[int, Meta(ge=1, le=1024)] = 8
     clones: Annotated[int, Meta(ge=1, le=60000)] = 10000
+    stall: Duration = "60s"
+    """How long a call of the host may take that should take none: the journal, files, netlink."""
+
+    def __post_init__(self) -> None:
+        if seconds(self.stall) < 1:
+            raise ValueError("stall must be at least 1s")
 
 
 class Config(_Section, frozen=True, kw_only=True):

@@ -21,7 +21,7 @@ from templated.journal import Journal
 from templated.model.config import Config
 from templated.model.network import AddressPlan
 from templated.model.uids import UidRange, block_of
-from templated.model.units import size_bytes
+from templated.model.units import seconds, size_bytes
 from templated.services.clones.guest import Guests
 from templated.services.clones.recovery import recover
 from templated.services.clones.registry import Clones
@@ -40,6 +40,7 @@ from templated.services.tasks import Tasks
 from templated.services.templates.catalog import Templates
 from templated.services.upkeep.host_metrics import watch
 from templated.services.upkeep.janitor import keep_logs_short
+from templated.services.upkeep.stalls import ended_when_stalled
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,17 @@ async def services(installation: Installation) -> AsyncIterator[Services]:
     Raises HostError when the journal or the network cannot be used; leaves nothing running then.
     """
     journal = Journal(installation.layout.journal)
+    calls = {
+        "the journal": lambda: journal.stalled,
+        "the kernel's network": lambda: installation.network.stalled,
+    }
+    limit = seconds(installation.config.limits.stall)
+    async with ended_when_stalled(limit, calls), _services(installation, journal) as running:
+        yield running
+
+
+@asynccontextmanager
+async def _services(installation: Installation, journal: Journal) -> AsyncIterator[Services]:
     await journal.open()
     context, tasks = _context(installation, journal), Tasks()
     audit = _audit_log(installation)
@@ -152,6 +164,7 @@ def _context(installation: Installation, journal: Journal) -> Context:
         installation.plan,
         ready=config.slots.ready,
         capacity=installation.capacity,
+        stall=seconds(config.limits.stall),
     )
     starter = Starter(
         installation.hypervisor,

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,7 @@ class Daemon:
             "pools": {"pressure": {"cpu": 100, "memory": 100, "io": 100}},
             **config,
         }
+        self.environment: dict[str, str] = {}
         self.process: subprocess.Popen[bytes] | None = None
         shutil.copy(PYTHON_FN, self.templates)
 
@@ -66,13 +68,27 @@ class Daemon:
                 stdout=log,
                 stderr=log,
                 cwd=ROOT,
+                env={**os.environ, **self.environment},
                 start_new_session=True,
             )
+        if wait:
+            self.await_socket()
+
+    def await_socket(self) -> None:
+        """Wait until the daemon that was started serves."""
+        assert self.process is not None
         deadline = time.monotonic() + 60
-        while wait and not self.socket.exists():
+        while not self._listens():
             assert self.process.poll() is None, self.log
             assert time.monotonic() < deadline, self.log
-            time.sleep(0.05)
+            time.sleep(0.02)
+
+    def _listens(self) -> bool:
+        """A socket's file is there a moment before anyone listens on it."""
+        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+            probe.connect(str(self.socket))
+            return True
+        return False
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """End the daemon; its VMs go on."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from templated import failpoints
+from templated.errors import HostError
 
 Stamp = tuple[int, int, int]
 
@@ -37,8 +41,31 @@ def stamp(path: str | Path) -> Stamp | None:
 
 def fsync(path: Path) -> None:
     """Wait until the content of a file or a directory is on the disk. Blocks; raises OSError."""
+    if failpoints.armed:
+        failpoints.hit("files.fsync")
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory with all that is in it; it may be gone already. Blocks.
+
+    Raises HostError when a part of it cannot be removed; leaves that part.
+    """
+    try:
+        if failpoints.armed:
+            failpoints.hit("files.remove")
+        while True:
+            try:
+                return shutil.rmtree(path)
+            except FileNotFoundError:  # also when a file in it went away meanwhile
+                if not path.exists():
+                    return None
+    except OSError as error:
+        raise HostError(
+            f"cannot remove {error.filename or path}: {error.strerror or error}",
+            hint="see the host's log for errors of this disk",
+        ) from error

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from templated import failpoints
 from templated.errors import HostError
 
 PACKAGES = {
@@ -34,9 +35,11 @@ async def started(
     """A program in a process group of its own; the rest of the group is killed at the end.
 
     Its stdout is a pipe, and takes stderr too unless that is given. `options` are those of
-    asyncio.create_subprocess_exec. Raises HostError when the program is not installed.
+    asyncio.create_subprocess_exec. Raises HostError when the program cannot be started.
     """
     try:
+        if failpoints.armed:
+            await failpoints.reach("program.start")
         process = await asyncio.create_subprocess_exec(
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,
@@ -47,6 +50,8 @@ async def started(
         )
     except FileNotFoundError:
         raise missing(arguments[0]) from None
+    except OSError as error:
+        raise _not_started(arguments[0], error) from error
     try:
         yield process
     finally:
@@ -61,12 +66,15 @@ async def run(*arguments: str, timeout: float = _TIMEOUT) -> str:
 
     Raises HostError when it is not installed, does not end, or fails: then with its last line.
     """
-    async with started(*arguments, stderr=asyncio.subprocess.PIPE) as process:
-        try:
-            async with asyncio.timeout(timeout):
-                out, err = await process.communicate()
-        except TimeoutError:
-            raise _endless(arguments[0], timeout) from None
+    try:
+        # Around its start, too: that waits for the program's file to be read.
+        async with (
+            asyncio.timeout(timeout),
+            started(*arguments, stderr=asyncio.subprocess.PIPE) as process,
+        ):
+            out, err = await process.communicate()
+    except TimeoutError:
+        raise _endless(arguments[0], timeout) from None
     if process.returncode != 0:
         raise _failed(arguments[0], process.returncode, _lines(err)[-1:])
     return out.decode(errors="replace")
@@ -78,11 +86,15 @@ def run_here(*arguments: str, stdin: str, timeout: float = _TIMEOUT, hint: str =
     Raises HostError with the first line that the program prints, and `hint`.
     """
     try:
+        if failpoints.armed:
+            failpoints.hit("program.here")
         done = subprocess.run(
             arguments, input=stdin.encode(), capture_output=True, timeout=timeout, check=False
         )
     except FileNotFoundError:
         raise missing(arguments[0]) from None
+    except OSError as error:
+        raise _not_started(arguments[0], error) from error
     except subprocess.TimeoutExpired:
         raise _endless(arguments[0], timeout) from None
     if done.returncode != 0:
@@ -97,6 +109,11 @@ def missing(program: str) -> HostError:
         f"{program} is not installed",
         hint=f"apt install {package}" if package else "run scripts/setup",
     )
+
+
+def _not_started(program: str, error: OSError) -> HostError:
+    """There is no process or no descriptor left."""
+    return HostError(f"cannot start {program}: {error.strerror or error}")
 
 
 def _failed(program: str, code: int | None, said: list[str], hint: str = "") -> HostError:

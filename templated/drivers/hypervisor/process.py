@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from templated import failpoints
 from templated.drivers.host.capabilities import (
     CAP_KILL,
     CAP_SETGID,
@@ -134,6 +135,8 @@ class Process:
         if user is not None:
             arguments = [*user.command(), *arguments]
         try:
+            if failpoints.armed:
+                failpoints.hit("process.spawn")
             with open(log, "ab", buffering=0) as output:
                 child = subprocess.Popen(
                     arguments,
@@ -157,6 +160,8 @@ class Process:
                 hint="see `templated doctor`",
             ) from error
         try:
+            if failpoints.armed:
+                failpoints.hit("process.watch")
             return cls(child.pid, child)
         except BaseException:
             child.kill()

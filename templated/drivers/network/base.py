@@ -49,6 +49,10 @@ class Port:
 class Network(Protocol):
     """A way to connect clones. Methods may run concurrently; each tag belongs to one caller."""
 
+    @property
+    def stalled(self) -> float:
+        """Seconds that a call of the kernel has taken so far, which no call should; usually 0."""
+
     async def open(self) -> None:
         """Find or make the parts that all ports share. Raises HostError; leaves nothing then."""
 

@@ -47,6 +47,10 @@ class TapNetwork:
         """Whether the bridge is this owner's, made now or by a daemon before this one."""
         return self._bridge is not None and self._bridge.alias == self._alias
 
+    @property
+    def stalled(self) -> float:
+        return self._worker.stalled if self._worker is not None else 0.0
+
     async def open(self) -> None:
         if self._worker is not None:
             return

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
 
+from templated import failpoints
+
 _IFF_UP = 1
 _DUMPS = 10
 
@@ -54,12 +56,16 @@ class Links:
     """A netlink socket in the network namespace of the thread that makes it."""
 
     def __init__(self) -> None:
+        if failpoints.armed:
+            failpoints.hit("network.open")
         self._ipr: Any = IPRoute()
 
     def close(self) -> None:
         self._ipr.close()
 
     def find(self, name: str) -> Link | None:
+        if failpoints.armed:
+            failpoints.hit("network.find")
         try:
             return _link(self._ipr.link("get", ifname=name)[0])
         except NetlinkError as error:
@@ -68,6 +74,8 @@ class Links:
             raise OSError(error.code, os.strerror(error.code)) from error
 
     def all(self) -> list[Link]:
+        if failpoints.armed:
+            failpoints.hit("network.list")
         return [_link(message) for message in _dump(lambda: self._ipr.link("dump"))]
 
     def ports(self, bridge: int) -> list[Link]:
@@ -90,24 +98,34 @@ class Links:
                 br_mcast_snooping=0,
             )
             index = self._ipr.link("get", ifname=name)[0]["index"]
+            if failpoints.armed:
+                failpoints.hit("network.bridge")
             self._ipr.link("set", index=index, ifalias=alias)
             return _link(self._ipr.link("get", index=index)[0])
 
     def label(self, index: int, *, alias: str, mac: str, mtu: int) -> None:
+        if failpoints.armed:
+            failpoints.hit("network.label")
         with _os_errors():
             self._ipr.link("set", index=index, ifalias=alias, address=mac, mtu=mtu)
 
     def enslave(self, index: int, master: int, *, isolated: bool) -> None:
+        if failpoints.armed:
+            failpoints.hit("network.enslave")
         with _os_errors():
             self._ipr.link("set", index=index, master=master)
             self._ipr.brport("set", index=index, isolated=int(isolated))
 
     def set_up(self, index: int) -> None:
+        if failpoints.armed:
+            failpoints.hit("network.up")
         with _os_errors():
             self._ipr.link("set", index=index, state="up")
 
     def delete(self, index: int) -> None:
         """No error when it is gone already."""
+        if failpoints.armed:
+            failpoints.hit("network.delete")
         try:
             self._ipr.link("del", index=index)
         except NetlinkError as error:

@@ -6,6 +6,8 @@ import fcntl
 import os
 import struct
 
+from templated import failpoints
+
 _DEVICE = "/dev/net/tun"
 # linux/if_tun.h
 _TUNSETIFF = 0x400454CA
@@ -23,6 +25,8 @@ def open_tap(name: str, *, new: bool) -> int:
     without, EBUSY when a process has it open. Other OSErrors: no permission, no tun module.
     """
     flags = _IFF_TAP | _IFF_NO_PI | (_IFF_TUN_EXCL if new else 0)
+    if failpoints.armed:
+        failpoints.hit("network.tap")
     fd = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         # struct ifreq: 16 bytes of name, then a union of 24 that starts with the flags
@@ -35,6 +39,8 @@ def open_tap(name: str, *, new: bool) -> int:
 
 def persist(fd: int) -> None:
     """Keep the tap after its fds are closed. Raises OSError."""
+    if failpoints.armed:
+        failpoints.hit("network.persist")
     fcntl.ioctl(fd, _TUNSETPERSIST, 1)
 
 

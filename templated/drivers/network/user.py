@@ -17,6 +17,10 @@ class SlirpNetwork:
         self._restrict = config.restrict
         self._plan = plan
 
+    @property
+    def stalled(self) -> float:
+        return 0.0
+
     async def open(self) -> None:
         pass
 

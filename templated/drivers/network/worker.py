@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -25,10 +26,24 @@ class Worker:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="templated-net")
+        self._began: float | None = None
+
+    @property
+    def stalled(self) -> float:
+        """Seconds that the present call has taken so far; 0 when there is none."""
+        began = self._began
+        return time.monotonic() - began if began is not None else 0.0
 
     async def run(self, call: Callable[[], T]) -> T:
         """Run `call` in the thread. When this is cancelled, a call that has begun still ends."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._timed, call)
+
+    def _timed(self, call: Callable[[], T]) -> T:
+        self._began = time.monotonic()
+        try:
+            return call()
+        finally:
+            self._began = None
 
     async def stop(self) -> None:
         """End the thread after its present call. `run` raises RuntimeError from then on."""

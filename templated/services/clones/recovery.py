@@ -10,14 +10,18 @@ import asyncio
 import contextlib
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+from templated import failpoints
 from templated.drivers.hypervisor.base import Machine
-from templated.errors import Timeout
+from templated.errors import HostError, TemplatedError
 from templated.model.clone import Slot
+from templated.model.units import seconds
 from templated.services.clones.registry import Clones
 from templated.services.context import Context
+from templated.timing import within
 
 log = logging.getLogger(__name__)
 
@@ -31,25 +35,42 @@ async def recover(context: Context, clones: Clones) -> None:
     rows = await context.journal.clones()
     slots = {row.slot.id: row.slot for row in rows}
     orphans = await clones.adopt(rows)
+    if failpoints.armed:
+        failpoints.hit("recover.adopted")
     kept = set(slots) - set(orphans)
     await context.network.open()
     await context.network.sweep(kept)
     free = {slot.id: slot for slot in await context.journal.free_slots()}
     unwanted = [*(slots[i] for i in orphans), *free.values()]
-    left = await context.hypervisor.find({s.uuid: context.layout.vm(s.id) for s in unwanted})
+    stall = seconds(context.config.limits.stall)
+    async with within(stall, "looking for VMs that were left"), _refusals():
+        left = await context.hypervisor.find({s.uuid: context.layout.vm(s.id) for s in unwanted})
     for slot in unwanted:
         if not await _destroyed(context, slot, left.get(slot.uuid, [])):
             kept.add(slot.id)
-    await asyncio.to_thread(context.layout.remove_partial_overlays)
-    await asyncio.to_thread(_remove_strays, context.layout.slots, kept)
-    await asyncio.to_thread(_remove_strays, context.layout.sockets, kept)
+    try:
+        async with within(stall, "removing what was left"), _refusals():
+            await asyncio.to_thread(context.layout.remove_partial_overlays)
+            await asyncio.to_thread(_remove_strays, context.layout.slots, kept)
+            await asyncio.to_thread(_remove_strays, context.layout.sockets, kept)
+    except TemplatedError as error:  # no clone needs to wait for that
+        log.warning("the next start tries again: %s", error.message)
+
+
+@asynccontextmanager
+async def _refusals() -> AsyncIterator[None]:
+    """An OSError as a HostError."""
+    try:
+        yield
+    except OSError as error:
+        raise HostError(f"the host refuses: {error.strerror or error}") from error
 
 
 async def _destroyed(context: Context, slot: Slot, machines: Sequence[Machine]) -> bool:
     """End what is left of a VM, also when its pid was not recorded, and give its slot back.
 
-    False when it does not end: its slot stays, so that nobody gets its address, and the next
-    start of the daemon tries again. Raises HostError when the slot cannot be given back.
+    False when it does not end, or its slot cannot be given back: the slot stays, so that nobody
+    gets its address, and is tried again. Raises nothing.
     """
     for machine in machines:
         log.info(
@@ -59,14 +80,23 @@ async def _destroyed(context: Context, slot: Slot, machines: Sequence[Machine]) 
         )
         try:
             await machine.destroy()
-        except Timeout as error:
+        except TemplatedError as error:
             log.error("slot %s stays: %s", slot.id, error)
             return False
-    await context.slots.drop(slot.id)
+    try:
+        await context.slots.drop(slot.id)
+    except TemplatedError as error:  # a disk's error must not keep all other clones waiting
+        log.error("slot %s stays for now: %s", slot.id, error)
+        context.slots.leave(slot.id)
+        return False
+    if failpoints.armed:
+        failpoints.hit("recover.removed")
     return True
 
 
 def _remove_strays(directory: Path, keep: set[str]) -> None:
+    if failpoints.armed:
+        failpoints.hit("recover.strays")
     for path in directory.iterdir():
         if path.name not in keep:
             with contextlib.suppress(OSError):

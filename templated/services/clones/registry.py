@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 
+from templated import failpoints
 from templated.errors import Busy, Conflict, NotFound, StartError, TemplatedError
 from templated.journal import CloneRow, now
 from templated.model.api import CloneRequest
@@ -23,10 +24,12 @@ from templated.services.machines.vm import Vm, tail
 from templated.services.pools.members import Pools
 from templated.services.tasks import Tasks
 from templated.services.templates.catalog import Templates
+from templated.timing import within
 
 log = logging.getLogger(__name__)
 _CLAIMS_PER_CPU = 2
 _ADOPTIONS, _ADOPTION_TIMEOUT = 32, 10.0
+_RECONNECT_EVERY = 5.0
 LOG_BYTES = 256 << 10
 """The most that is shown of a console, in bytes."""
 
@@ -122,6 +125,8 @@ class Clones:
             raise self._failed(clone, clock, error) from error
         self._clones[clone.name] = running
         self._watch(running)
+        if failpoints.armed:
+            failpoints.hit("clone.registered")
         self._context.metrics.observe_start(
             running.template, running.path, running.phases_ms, running.total_ms or 0.0
         )
@@ -215,13 +220,19 @@ class Clones:
             raise Conflict(f"clone {name} is still starting", hint="try again in a moment")
         if clone.state is not CloneState.REMOVING:
             clone.move(CloneState.REMOVING)
+        if failpoints.armed:
+            failpoints.hit("rm.moved")
         if isinstance(clone, Running):
             # A VM takes longer to end than its row to be written. When the daemon ends in
             # between, it leaves a dead clone, and `rm` can be tried again.
             clone.vm.machine.kill()
+        if failpoints.armed:
+            failpoints.hit("rm.killed")
         await self._context.journal.clone_state(clone.slot.id, CloneState.REMOVING)
         if isinstance(clone, Running):
             await clone.vm.destroy()
+        if failpoints.armed:
+            failpoints.hit("rm.ended")
         await self._context.slots.drop(clone.slot.id)
         if self._clones.get(name) is clone:
             del self._clones[name]
@@ -279,12 +290,23 @@ class Clones:
             return
         clone = self._clones[row.name] = adopted(found, Vm(row.slot, places, machine))
         try:
-            async with at_once:
+            async with at_once, within(_ADOPTION_TIMEOUT, "its connection"):
                 await clone.vm.connect(_ADOPTION_TIMEOUT)
         except TemplatedError as error:
             log.warning("clone %s runs but does not answer: %s", row.name, error.message)
+            self._tasks.spawn(self._reconnect(clone), f"reconnecting {row.name}")
         self._watch(clone)
         self._context.events.emit("clone.adopted", row.name, template=row.template)
+
+    async def _reconnect(self, clone: Running) -> None:
+        """Try again and again to reach the VM of an adopted clone, while it runs."""
+        while not clone.vm.machine.exited.done():
+            await asyncio.sleep(_RECONNECT_EVERY)
+            with contextlib.suppress(TemplatedError):
+                await clone.vm.agent.close()
+                async with within(_ADOPTION_TIMEOUT, "its connection"):
+                    await clone.vm.connect(_ADOPTION_TIMEOUT)
+                return
 
     async def release(self) -> None:
         """Release all VMs, which outlive the daemon. Raises nothing."""

@@ -20,6 +20,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import TracebackType
 
+from templated import failpoints
 from templated.errors import Busy, HostError, TemplatedError
 from templated.journal import CloneRow
 from templated.model.clone import CloneState, StartPath
@@ -89,11 +90,22 @@ class Start:
         way: Callable[[Undo], Awaitable[Vm]] = getattr(self, path.value)
         self.clone.path = path
         async with contextlib.AsyncExitStack() as undo:
-            vm = await way(undo)
+            vm = await self._up(way, undo)
+            if failpoints.armed:
+                failpoints.hit("start.confirmed")
             row = self._row(vm)
             await self.context.journal.new_clone(row)
+            if failpoints.armed:
+                failpoints.hit("start.recorded")
             undo.pop_all()
         return started(self.clone, row, vm)
+
+    @staticmethod
+    async def _up(way: Callable[[Undo], Awaitable[Vm]], undo: Undo) -> Vm:
+        try:
+            return await way(undo)
+        except OSError as error:  # no descriptor left, a full disk
+            raise HostError(f"the host refuses: {error.strerror or error}") from error
 
     # --- the ways -----------------------------------------------------------------------------
     # Each raises HostError, HypervisorError, GuestError, IdentityError or Timeout, and leaves
@@ -154,6 +166,8 @@ class Start:
 
     async def _slot(self, layer: Layer, undo: Undo) -> PreparedSlot:
         prepared = await self.context.slots.take(layer)
+        if failpoints.armed:
+            failpoints.hit("start.taken")
         undo.push_async_callback(self.context.slots.give_back, prepared)
         self.clone.slot = prepared.slot
         return prepared
@@ -168,6 +182,8 @@ class Start:
                 "taken",
             )
         undo.push_async_exit(functools.partial(self._spoiled, member))
+        if failpoints.armed:
+            failpoints.hit("start.taken")
         # The clone's own lease holds the generation from here on.
         await member.lease.end()
         self.clone.slot = member.prepared.slot

@@ -5,9 +5,11 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
+from templated import failpoints
 from templated.drivers import disk
 from templated.drivers.hypervisor.base import Hypervisor, Kernel
 from templated.drivers.image.store import Image
+from templated.errors import HostError
 from templated.model.spec import TemplateSpec
 from templated.services.places import Layout
 
@@ -31,5 +33,11 @@ async def image_overlay(layout: Layout, image: Image) -> Path:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         partial = path.with_suffix(f".{secrets.token_hex(4)}.part")
         await disk.create_overlay(partial, image.disk)
-        partial.rename(path)
+        try:
+            if failpoints.armed:
+                failpoints.hit("cold.rename")
+            partial.rename(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise HostError(f"cannot write {path}: {error.strerror or error}") from error
     return path

@@ -7,6 +7,7 @@ runs: a file whose size, inode or modification time changed since is digested ag
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import errno
 import fcntl
@@ -23,7 +24,8 @@ from pathlib import Path
 
 import msgspec
 
-from templated.drivers.host.files import Stamp, fsync, stamp
+from templated import failpoints
+from templated.drivers.host.files import Stamp, fsync, remove_directory, stamp
 from templated.drivers.hypervisor.base import Hardware, Hypervisor, SavedState
 from templated.errors import HostError
 from templated.model.generation import FileDigest, Manifest
@@ -304,6 +306,8 @@ async def digest_file(path: Path) -> FileDigest:
 
     def work() -> FileDigest:
         try:
+            if failpoints.armed:
+                failpoints.hit("generation.digest")
             with open(path, "rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
                 return FileDigest(size=os.fstat(content.fileno()).st_size, sha256=digest)
@@ -320,6 +324,8 @@ def sealed_copy(source: Path) -> int:
     writing, too, and a seal is what lets it and still holds. Holes stay holes.
     """
     try:
+        if failpoints.armed:
+            failpoints.hit("generation.seal")
         with open(source, "rb", buffering=0) as file:
             copy = os.memfd_create("templated-memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             try:
@@ -343,6 +349,8 @@ def _partial(frozen: Path) -> Path:
 def _copy_file(source: Path, target: Path, *, durable: bool) -> None:
     """A read-only copy of a frozen file, as sparse as it is."""
     try:
+        if failpoints.armed:
+            failpoints.hit("generation.copy")
         with open(source, "rb", buffering=0) as old, open(target, "wb", buffering=0) as new:
             _copy_data(old.fileno(), new.fileno(), os.fstat(old.fileno()).st_size)
             if durable:
@@ -374,6 +382,8 @@ def freeze_file(path: Path) -> None:
     For all, since a VM with a user of its own opens what it inherits once more. Nobody else
     reaches it: the directories are their owner's alone.
     """
+    if failpoints.armed:
+        failpoints.hit("build.freeze")
     path.chmod(0o444)
 
 
@@ -381,6 +391,8 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a generation; HostError, naming the field, when it is not one."""
     path = directory / MANIFEST
     try:
+        if failpoints.armed:
+            failpoints.hit("generation.read")
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except OSError as error:
         raise HostError(f"cannot read {path}: {error.strerror}") from error
@@ -396,11 +408,17 @@ def read_manifest(directory: Path) -> Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write the manifest durably, under its name only when complete."""
+    if failpoints.armed:
+        failpoints.hit("build.manifest")
     partial = directory / (MANIFEST + ".part")
     with open(partial, "wb") as out:
         out.write(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
         out.flush()
+        if failpoints.armed:
+            failpoints.hit("build.manifest-fsync")
         os.fsync(out.fileno())
+    if failpoints.armed:
+        failpoints.hit("build.manifest-rename")
     partial.rename(directory / MANIFEST)
     freeze_file(directory / MANIFEST)
 
@@ -441,12 +459,20 @@ def describe(
 async def remove_files(layout: Layout, template: str, generation: str) -> None:
     """Delete everything of a generation. Clones that still map its memory keep their mapping.
 
-    Raises nothing; leaves what cannot be deleted.
+    Raises HostError when a part cannot be deleted; leaves that part, and can be called again.
     """
+    failed: HostError | None = None
     frozen = layout.frozen(template, generation)
     for directory in (frozen, _partial(frozen), layout.generation(template, generation)):
-        await asyncio.to_thread(shutil.rmtree, directory, True)
         try:
-            await asyncio.to_thread(directory.parent.rmdir)
-        except OSError:
-            pass  # other generations of this template are there
+            await asyncio.to_thread(_remove, directory)
+        except HostError as error:
+            failed = error
+    if failed is not None:
+        raise failed
+
+
+def _remove(directory: Path) -> None:
+    remove_directory(directory)
+    with contextlib.suppress(OSError):  # other generations of this template are there
+        directory.parent.rmdir()

@@ -11,14 +11,15 @@ import contextlib
 import logging
 import os
 import secrets
-import shutil
 import socket
 import uuid
 from collections import defaultdict, deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from templated import failpoints
 from templated.drivers import boundedlog, disk
+from templated.drivers.host.files import remove_directory
 from templated.drivers.hypervisor.base import Places
 from templated.drivers.network import Network, Port
 from templated.errors import HostError, TemplatedError
@@ -27,10 +28,13 @@ from templated.model.clone import Slot
 from templated.model.network import AddressPlan
 from templated.services.machines.vm import Vm
 from templated.services.places import Layout
+from templated.timing import within
 
 log = logging.getLogger(__name__)
 _RETRY_AFTER = 5.0
 _APPENDED = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
+_LATE = 2.0
+"""Seconds that one who gave up waits for a slot that is being made, to leave nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +97,18 @@ class Slots:
         *,
         ready: int,
         capacity: int,
+        stall: float = 60.0,
     ) -> None:
+        """`stall`: seconds that removing a slot's files and rows may take."""
         self._journal = journal
         self._layout = layout
         self._network = network
         self._plan = plan
         self._target = ready
         self._capacity = capacity
+        self._stall = stall
+        self._late: set[asyncio.Task[None]] = set()
+        self._left: dict[str, Vm | None] = {}
         self._ready: dict[str, deque[PreparedSlot]] = defaultdict(deque)
         self._layers: dict[str, Layer] = {}
         self._wanted = asyncio.Event()
@@ -119,18 +128,23 @@ class Slots:
         """Make a slot with all its things.
 
         Raises HostError, Busy when the subnet has no address left; leaves nothing of the slot
-        then, nor when it is cancelled.
+        then, nor when it is cancelled: what takes too long for that is given back once it is there.
         """
         # Threads cannot be cancelled, and what they make would be lost: this runs to its end.
         making = asyncio.ensure_future(self._make(layer))
         try:
             return await asyncio.shield(making)
         except asyncio.CancelledError:
-            with contextlib.suppress(TemplatedError):
-                prepared = await making
-                prepared.close()
-                await self.drop(prepared.slot.id)
+            late = asyncio.create_task(self._unmake(making))
+            self._late.add(late)
+            late.add_done_callback(self._late.discard)
+            await asyncio.wait({late}, timeout=_LATE)
             raise
+
+    async def _unmake(self, making: asyncio.Future[PreparedSlot]) -> None:
+        """Give back a slot that nobody waits for any more, once it is made."""
+        with contextlib.suppress(TemplatedError):
+            await self.give_back(await making)
 
     async def _make(self, layer: Layer) -> PreparedSlot:
         # One thread for row and files: handing over from thread to thread costs more than either.
@@ -140,7 +154,7 @@ class Slots:
             try:
                 port = await self._network.make_port(slot.id, slot.index)
             except BaseException:
-                await self.drop(slot.id)
+                await self.give_up(slot.id)
                 raise
             undo.pop_all()
         places, overlay = self._layout.vm(slot.id), self._layout.overlay(slot.id)
@@ -149,28 +163,40 @@ class Slots:
     async def drop(self, slot_id: str) -> None:
         """Give back everything that a slot holds, its journal rows last. Idempotent.
 
-        Raises HostError; leaves the rows then, so that it can be tried again.
+        Raises HostError or Timeout; leaves the rows then, so that it can be tried again.
         """
-        await self._network.drop_port(slot_id)
-        await asyncio.to_thread(self._forget, slot_id)
+        async with within(self._stall, f"giving back slot {slot_id}"):
+            await self._network.drop_port(slot_id)
+            await asyncio.to_thread(self._forget, slot_id)
 
     async def give_back(self, prepared: PreparedSlot) -> None:
         """End the VM of a slot that gets no owner, and drop the slot; to the end, once begun.
 
         Raises nothing, as nobody waits for it. Leaves the slot's row when the VM does not end or
-        a part cannot be removed: its address is not used again before the daemon's next start,
-        which tries again.
+        a part cannot be removed: its address is not used again before `refill`, or the daemon's
+        next start, has succeeded with that.
         """
-        await asyncio.shield(self._take_down(prepared))
-
-    async def _take_down(self, prepared: PreparedSlot) -> None:
         prepared.close()
+        await self.give_up(prepared.slot.id, prepared.vm)
+
+    async def give_up(self, slot_id: str, vm: Vm | None = None) -> None:
+        """As `give_back`, of a slot that was not made to its end or is not ours."""
+        await asyncio.shield(self._take_down(slot_id, vm))
+
+    def leave(self, slot_id: str) -> None:
+        """Have `refill` give back a slot whose VM has ended."""
+        self._left[slot_id] = None
+
+    async def _take_down(self, slot_id: str, vm: Vm | None) -> None:
         try:
-            if prepared.vm is not None:
-                await prepared.vm.destroy()
-            await self.drop(prepared.slot.id)
+            if vm is not None:
+                await vm.destroy()
+            await self.drop(slot_id)
+            self._left.pop(slot_id, None)
         except (TemplatedError, OSError) as error:
-            log.warning("cannot take down slot %s: %s", prepared.slot.id, error)
+            if slot_id not in self._left:
+                log.warning("cannot take down slot %s, will try again: %s", slot_id, error)
+            self._left[slot_id] = vm
 
     def serve(self, layer: Layer) -> None:
         """Keep slots of this generation ready from now on."""
@@ -189,12 +215,17 @@ class Slots:
     async def refill(self) -> None:
         """Keep the deques filled until cancelled.
 
-        Raises nothing: a failure is logged, and tried again later.
+        Raises nothing: a failure is logged, and tried again later. So are slots that could not
+        be given back.
         """
         while True:
-            await self._wanted.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_RETRY_AFTER):
+                    await self._wanted.wait()
             self._wanted.clear()
             try:
+                for slot_id, vm in list(self._left.items()):
+                    await self.give_up(slot_id, vm)
                 await self._fill()
             except Exception as error:  # whatever it is, requests still make their own slots
                 known = isinstance(error, TemplatedError)
@@ -207,8 +238,7 @@ class Slots:
             while len(self._ready[generation]) < self._target:
                 prepared = await self.make(layer)
                 if generation not in self._layers:  # retired meanwhile
-                    prepared.close()
-                    await self.drop(prepared.slot.id)
+                    await self.give_back(prepared)
                     break
                 self._ready[generation].append(prepared)
 
@@ -216,6 +246,8 @@ class Slots:
         """Give back all ready slots, as `retire` does. Raises nothing."""
         for generation in list(self._ready):
             await self.retire(generation)
+        if self._late:
+            await asyncio.wait(set(self._late), timeout=_LATE)
 
     def _numbers(self, index: int, layer: Layer) -> Slot:
         return Slot(
@@ -230,7 +262,7 @@ class Slots:
         )
 
     def _numbered(self, layer: Layer) -> tuple[Slot, Inheritance]:
-        """A slot's row, and its files; nothing of either is left on failure."""
+        """A slot's row, and its files; on failure `refill` removes what cannot be removed here."""
         slot = self._journal.new_slot(
             layer.generation, lambda index: self._numbers(index, layer), self._capacity
         )
@@ -238,7 +270,10 @@ class Slots:
             places, overlay = self._layout.vm(slot.id), self._layout.overlay(slot.id)
             return slot, _files(places, layer, overlay)
         except BaseException:
-            self._forget(slot.id)
+            self._left[slot.id] = None
+            with contextlib.suppress(TemplatedError):
+                self._forget(slot.id)
+                del self._left[slot.id]
             raise
 
     def _forget(self, slot_id: str) -> None:
@@ -249,6 +284,8 @@ class Slots:
 def _files(places: Places, layer: Layer, overlay: Path) -> Inheritance:
     with contextlib.ExitStack() as undo:
         try:
+            if failpoints.armed:
+                failpoints.hit("slot.files")
             places.directory.mkdir(mode=0o700)
             places.sockets.mkdir(mode=0o700)
             boundedlog.make(places.serial_log)
@@ -258,6 +295,8 @@ def _files(places: Places, layer: Layer, overlay: Path) -> Inheritance:
             agent = undo.enter_context(_listen(places.agent))
             opened: dict[Path, int] = {}
             undo.callback(Inheritance(control, agent, opened).close)
+            if failpoints.armed:
+                failpoints.hit("slot.open")
             opened[overlay] = os.open(overlay, os.O_RDWR | os.O_CLOEXEC)
             for lower in layer.backing:
                 opened[lower] = os.open(lower, os.O_RDONLY | os.O_CLOEXEC)
@@ -274,6 +313,8 @@ def _listen(path: Path) -> socket.socket:
     """A socket that QEMU inherits: a client that connects early waits in its backlog."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
+        if failpoints.armed:
+            failpoints.hit("slot.listen")
         listener.bind(str(path))
         listener.listen(2)
     except BaseException:
@@ -283,5 +324,5 @@ def _listen(path: Path) -> socket.socket:
 
 
 def _remove(places: Places) -> None:
-    shutil.rmtree(places.sockets, ignore_errors=True)
-    shutil.rmtree(places.directory, ignore_errors=True)
+    remove_directory(places.sockets)
+    remove_directory(places.directory)

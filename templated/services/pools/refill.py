@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
+from templated import failpoints
 from templated.drivers.host.pressure import RESOURCES, read_pressure
 from templated.drivers.host.procfs import read_memory
 from templated.drivers.hypervisor.states import MachineState
@@ -139,8 +140,12 @@ class Refill:
         clock = PhaseClock()
         try:
             member = await self._member(self._templates.serving(pool[0]), pool[1])
+            if failpoints.armed:
+                failpoints.hit("refill.made")
             if not self._pools.offer(member):
                 self._tasks.spawn(self._pools.discard(member), "discarding a pool member")
+            if failpoints.armed:
+                failpoints.hit("refill.waiting")
             self._backoff.pop(pool, None)
             self._context.metrics.refill_seconds.labels(*pool).observe(clock.total_ms() / 1000)
         except Exception as error:  # noqa: BLE001  # reported by _failed, whatever it is
@@ -151,14 +156,14 @@ class Refill:
 
     async def _member(self, generation: Generation, tier: StartPath) -> Member:
         """A member that is ready. Raises the error of its start; leaves nothing of it then."""
-        await self._templates.check(generation, loads_state=True)
-        async with contextlib.AsyncExitStack() as undo:
+        bound = within(generation.terms.restored_s, "making it")
+        async with contextlib.AsyncExitStack() as undo, bound:
+            await self._templates.check(generation, loads_state=True)
             lease = generation.leases.take(Holder.MEMBER)
             undo.push_async_callback(lease.end)
             prepared = await self._context.slots.make(generation.layer)
             undo.push_async_callback(self._context.slots.give_back, prepared)
-            async with within(generation.terms.restored_s, "making it"):
-                vm, lag = await self._bring_up(prepared, generation, tier)
+            vm, lag = await self._bring_up(prepared, generation, tier)
             size = await asyncio.to_thread(vm.machine.private_bytes)
             undo.pop_all()
         member = Member(tier, generation, prepared, vm, lease, lag)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 
+from templated import failpoints
 from templated.drivers import disk
 from templated.drivers.host.files import fsync
 from templated.drivers.hypervisor.base import Hardware, Kernel, Launch
@@ -104,23 +105,29 @@ class Build:
         self.progress.log(f"accelerator: {hardware.accel}")
         memory = hardware.memory_bytes + _SHM_SLACK
         require_space(self.context.layout.shm, memory, f"template {self.spec.name}")
+        if failpoints.armed:
+            failpoints.hit("build.mkdir")
         self.directory.mkdir(mode=0o700, parents=True)
         self.frozen.mkdir(mode=0o700, parents=True)
         manifest = await self._base(image, hardware, qemu)
         context = self.context
         generation = generations.describe(context.layout, context.hypervisor, manifest, Leases())
+        if failpoints.armed:
+            failpoints.hit("build.frozen")
         with self._phase("digest"):
             manifest = await self._seal(manifest)
             generation.manifest = manifest
             await generation.verify()
         with self._phase("canary"):
             canary = await self._canary(generation)
+        if failpoints.armed:
+            failpoints.hit("build.proven")
         with self._phase("keep"):
             await asyncio.to_thread(generation.keep)
         generation.manifest = _with(
             manifest, canary_probes=canary, phases_s=self.phases_s, clone_bytes=self.clone_bytes
         )
-        generations.write_manifest(self.directory, generation.manifest)
+        await asyncio.to_thread(generations.write_manifest, self.directory, generation.manifest)
         return generation
 
     def _require_rights(self) -> None:
@@ -158,10 +165,14 @@ class Build:
             async with self._tail_on_failure(prepared):
                 with self._phase("boot"):
                     vm = await self._boot(prepared, launch, kernel)
+                if failpoints.armed:
+                    failpoints.hit("build.booted")
                 with self._phase("probes"):
                     probes = await self._probe(vm, ports)
                 with self._phase("freeze"):
                     lag = await self._freeze(vm)
+            if failpoints.armed:
+                failpoints.hit("build.disk")
             prepared.overlay.rename(self.directory / generations.DISK)
         return self._manifest(image, launch, kernel, qemu, probes, lag)
 

@@ -14,12 +14,14 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from templated import failpoints
 from templated.drivers.configfile import load_template, parse_template, template_files
 from templated.errors import Conflict, HostError, InvalidRequest, NotFound, TemplatedError
 from templated.journal import GenerationRow
 from templated.model.api import BuildRequest
 from templated.model.generation import GenerationState, TemplateState, TemplateView
 from templated.model.spec import TemplateSpec
+from templated.model.units import seconds
 from templated.services.context import Context
 from templated.services.machines import generation as generations
 from templated.services.machines.generation import Generation, Holder, Lease, Leases
@@ -31,6 +33,8 @@ from templated.timing import within
 
 log = logging.getLogger(__name__)
 _BUILD_TIMEOUT = 3600.0
+_SLOWEST = 20 << 20
+"""Bytes per second at which frozen files can be read on any host that is well."""
 
 
 class Templates:
@@ -42,6 +46,7 @@ class Templates:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._stall = seconds(context.config.limits.stall)
         self._templates: dict[str, Template] = {}
         self.on_serving: list[Callable[[Generation], None]] = []
         """Called with a generation that serves from now on."""
@@ -60,12 +65,19 @@ class Templates:
         for row in await journal.generations():
             if row.state is GenerationState.BUILDING:
                 _require_unfinished(row, active)
-                await generations.remove_files(self._context.layout, row.template, row.id)
-                await journal.drop_generation(row.id)
+                await self._remove_unfinished(row)
             else:
                 self._learn(row, Leases())
         for name, generation in active.items():
             self._template(name).active = generation
+
+    async def _remove_unfinished(self, row: GenerationRow) -> None:
+        try:
+            async with within(self._stall, "removing an unfinished build"):
+                await generations.remove_files(self._context.layout, row.template, row.id)
+                await self._context.journal.drop_generation(row.id)
+        except TemplatedError as error:
+            log.error("generation %s stays until the next start: %s", row.id, error.message)
 
     async def load(self) -> None:
         """Verify the active generations, after clones have taken their leases; serve them.
@@ -76,8 +88,7 @@ class Templates:
             if template.active is not None:
                 await self._load(template, template.active)
             for known in template.oldest_first():
-                if known.unwanted:
-                    await self._remove_generation(template, known)
+                await self._freed(template, known)
 
     # --- looking up ---------------------------------------------------------------------------
 
@@ -215,8 +226,11 @@ class Templates:
         self._context.events.emit("template.build_failed", name, reason=reason)
         self._context.metrics.build_failures.labels(name, _code(error)).inc()
         # Stopped in the middle of the activation: a generation that the journal calls active stays.
-        if (await self._context.journal.active()).get(name) != build.id:
-            await build.discard()
+        try:
+            if (await self._context.journal.active()).get(name) != build.id:
+                await build.discard()
+        except TemplatedError as failed:  # the build's own error is raised
+            log.warning("the next start removes what is left of %s: %s", build.id, failed.message)
 
     async def activate(self, generation: Generation) -> None:
         """Make a proven generation the one that serves, in one step, and retire old ones.
@@ -226,6 +240,8 @@ class Templates:
         template = self._template(generation.template)
         before = template.active
         await self._context.journal.activate(generation.id, template.name)
+        if failpoints.armed:
+            failpoints.hit("build.activated")
         row = GenerationRow(
             id=generation.id,
             template=template.name,
@@ -239,7 +255,10 @@ class Templates:
         kept = {generation.id, before}
         for known in template.oldest_first():
             if known.row.id not in kept and known.row.state is GenerationState.READY:
-                await self._retire(template, known)
+                try:
+                    await self._retire(template, known)
+                except HostError as error:  # the new one serves all the same
+                    log.warning("cannot retire %s: %s", known.row.id, error.message)
 
     async def _serve(self, template: Template, generation: Generation) -> None:
         before = template.generation
@@ -331,7 +350,8 @@ class Templates:
             return
         known.going = True
         try:
-            await self._remove_generation(template, known)
+            async with within(self._stall, "removing its files"):
+                await self._remove_generation(template, known)
         except TemplatedError as error:  # the next start of the daemon tries again
             log.warning("cannot remove generation %s: %s", known.row.id, error.message)
 
@@ -416,19 +436,30 @@ class Templates:
             if generation_id not in template.known:
                 raise HostError(f"the journal has no generation {generation_id} of it")
             leases = template.known[generation_id].leases
-            generation = await generations.load(
-                self._context.layout,
-                self._context.hypervisor,
-                template.name,
-                generation_id,
-                leases,
-            )
+            async with within(self._patience(template.name, generation_id), "reading its files"):
+                generation = await generations.load(
+                    self._context.layout,
+                    self._context.hypervisor,
+                    template.name,
+                    generation_id,
+                    leases,
+                )
             await self._context.host.check(generation.id, generation.manifest)
         except TemplatedError as error:
             log.warning("template %s cannot serve: %s", template.name, error.message)
             template.break_down(error.message)
             return
         await self._serve(template, generation)
+
+    def _patience(self, template: str, generation_id: str) -> float:
+        """Seconds that a generation may take to be read and digested, by its size."""
+        layout = self._context.layout
+        directories = (
+            layout.frozen(template, generation_id),
+            layout.generation(template, generation_id),
+        )
+        sizes = [path.stat().st_size for d in directories if d.is_dir() for path in d.iterdir()]
+        return self._stall + 2 * sum(sizes) / _SLOWEST  # after a reboot they are copied, too
 
     def _only_template(self) -> str:
         active = sorted(name for name, t in self._templates.items() if t.active is not None)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from templated import failpoints
 from templated.drivers.boundedlog import bound_files
 from templated.drivers.host import procfs
 from templated.drivers.host.programs import run
@@ -119,6 +120,8 @@ class Qemu:
 
     async def find(self, places: Mapping[str, Places]) -> dict[str, list[Machine]]:
         found: dict[str, list[Machine]] = defaultdict(list)
+        if failpoints.armed:
+            await failpoints.reach("recover.find")
         for uuid, pid in await asyncio.to_thread(procfs.with_argument, set(places)):
             started = procfs.start_time(pid)
             machine = self.adopt(pid, started, places[uuid], uuid) if started else None

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 
+from templated import failpoints
 from templated.drivers import boundedlog
 from templated.drivers.host import procfs
 from templated.drivers.hypervisor import process
@@ -297,6 +298,8 @@ class QemuMachine(Life):
 
     async def _guarded(self, work: Coroutine[Any, Any, T], timeout: float, what: str) -> T:
         """Run `work` until it is done, the process ends, or `timeout` seconds have passed."""
+        if failpoints.armed:
+            work = failpoints.around(f"qmp.{what.split()[-1]}", work)
         try:
             async with asyncio.timeout(timeout) as bound:
                 with self._exit_expires(bound):

@@ -1,0 +1,173 @@
+"""One daemon for all cases, replaced when a case failed; and how many cases there were."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.rig import Rig
+from tests.real.conftest import built, image_store, prepare  # fixtures
+from tests.real.harness import Daemon
+
+__all__ = ["built", "image_store"]
+ALL, SEED = "TEMPLATED_FAULTS_ALL", "TEMPLATED_FAULTS_SEED"
+SAMPLE = 0.15
+"""The part of the cases that restart the daemon which a run takes by default, of each kind."""
+counts: dict[str, int] = {}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out some of the cases that take long, unless all are wanted or some were chosen."""
+    chosen = config.option.keyword or any("::" in argument for argument in config.args)
+    if chosen or os.environ.get(ALL):
+        return
+    dice = random.Random(os.environ.get(SEED) or "1")  # noqa: S311  # no secret
+    kinds: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            kinds.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out = {
+        item
+        for cases in kinds.values()
+        for item in dice.sample(cases, len(cases) - math.ceil(len(cases) * SAMPLE))
+    }
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+
+
+class Rigs:
+    """Makes rigs when they are needed, and keeps them until a case fails in one."""
+
+    def __init__(self, make: Callable[[], Rig]) -> None:
+        self._make = make
+        self._rig: Rig | None = None
+
+    def get(self) -> Rig:
+        if self._rig is not None and not self._rig.clean:
+            self.close()
+        if self._rig is None:
+            self._rig = self._make()
+        return self._rig
+
+    def close(self, before: Callable[[], None] = lambda: None) -> None:
+        """End the daemon and its VMs, do `before`, and remove their places."""
+        if self._rig is not None:
+            self._rig.end()
+            before()
+            self._rig.close()
+            self._rig = None
+
+
+def make_rig(built: Daemon, image_store: Path, **config: Any) -> Rig:
+    """A rig on a daemon of its own."""
+    daemon = prepare(Daemon(), image_store)
+    try:
+        return Rig(daemon, built, **config)
+    except BaseException:
+        daemon.close()
+        raise
+
+
+@pytest.fixture(scope="session")
+def user_rigs(built: Daemon, image_store: Path) -> Iterator[Rigs]:
+    """Rigs in user mode."""
+    rigs = Rigs(lambda: make_rig(built, image_store))
+    yield rigs
+    rigs.close()
+
+
+@pytest.fixture
+def rig(user_rigs: Rigs) -> Iterator[Rig]:
+    """A daemon with two clones. A case that ends in the middle leaves it to be replaced."""
+    yield from _lent(user_rigs)
+
+
+@pytest.fixture(scope="session")
+def small_rigs(built: Daemon, image_store: Path) -> Iterator[Rigs]:
+    """Rigs whose state_dir and shm_dir are file systems of their own, to be filled up."""
+    mounted: list[Path] = []
+
+    def unmount() -> None:
+        while mounted:
+            subprocess.run(["umount", "--lazy", mounted.pop()], check=False)
+
+    def make() -> Rig:
+        unmount()
+        daemon = Daemon()
+        daemon.state.mkdir(mode=0o700)
+        for place, size in ((daemon.state, "256m"), (daemon.shm, "256m")):
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True
+            )
+            mounted.append(place)
+        (daemon.state / "images").symlink_to(image_store / "images")
+        try:
+            return Rig(daemon, built)
+        except BaseException:
+            daemon.close()
+            raise
+
+    rigs = Rigs(make)
+    yield rigs
+    rigs.close(unmount)
+
+
+@pytest.fixture
+def small(small_rigs: Rigs) -> Iterator[Rig]:
+    """As `rig`, on file systems of its own."""
+    yield from _lent(small_rigs)
+
+
+def _lent(rigs: Rigs) -> Iterator[Rig]:
+    rig = rigs.get()
+    rig.clean = False
+    yield rig
+    # The test sets `clean`, as its last step.
+
+
+@pytest.fixture(scope="session")
+def bridge_rigs(built: Daemon, image_store: Path) -> Iterator[Rigs]:
+    """Rigs on a bridge with guarded ports, in a network namespace of their own."""
+    name = f"templated-faults-{os.getpid()}"
+    network = {"mode": "bridge", "subnet": "10.97.0.0/24", "netns": name, "antispoof": True}
+
+    def make() -> Rig:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+        subprocess.run(["ip", "netns", "add", name], check=True)
+        return make_rig(built, image_store, network=network)
+
+    rigs = Rigs(make)
+    yield rigs
+    rigs.close()
+    subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+@pytest.fixture
+def bridged(bridge_rigs: Rigs) -> Iterator[Rig]:
+    """As `rig`, on a bridge."""
+    yield from _lent(bridge_rigs)
+
+
+@pytest.fixture
+def count(request: pytest.FixtureRequest) -> Callable[[int], None]:
+    """Counts the cases of a test that passed."""
+
+    def add(cases: int = 1) -> None:
+        kind = request.path.stem.removeprefix("test_")
+        counts[kind] = counts.get(kind, 0) + cases
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if counts:
+        parts = ", ".join(f"{kind} {number}" for kind, number in sorted(counts.items()))
+        terminalreporter.write_line(f"faults: {sum(counts.values())} cases passed ({parts})")
