@@ -83,7 +83,7 @@ def test_indexes_go_round(tmp_path: Path) -> None:
         async with opened(tmp_path) as journal:
             assert journal.new_slot("g", make, 3).index == 2
             assert journal.new_slot("g", make, 3).index == 0
-            with pytest.raises(Busy, match="all 3 addresses"):
+            with pytest.raises(Busy, match="all 3 slots"):
                 journal.new_slot("g", make, 3)
 
     asyncio.run(main())
