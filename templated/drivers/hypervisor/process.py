@@ -145,8 +145,6 @@ class Process:
                     stderr=output,
                     pass_fds=fds,
                     start_new_session=True,
-                    # SIGXFSZ stays ignored: at the bound of a log (boundedlog), QEMU goes on.
-                    restore_signals=False,
                     cwd="/",
                 )
         except FileNotFoundError as error:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from templated import failpoints
-from templated.drivers import boundedlog, disk
+from templated.drivers import disk
 from templated.drivers.host.files import remove_directory
 from templated.drivers.hypervisor.base import Places
 from templated.drivers.network import Network, Port
@@ -32,7 +32,7 @@ from templated.timing import within
 
 log = logging.getLogger(__name__)
 _RETRY_AFTER = 5.0
-_APPENDED = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
+_APPENDED = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 _LATE = 2.0
 """Seconds that one who gave up waits for a slot that is being made, to leave nothing of it."""
 
@@ -288,8 +288,6 @@ def _files(places: Places, layer: Layer, overlay: Path) -> Inheritance:
                 failpoints.hit("slot.files")
             places.directory.mkdir(mode=0o700)
             places.sockets.mkdir(mode=0o700)
-            boundedlog.make(places.serial_log)
-            boundedlog.make(places.log)
             disk.copy_overlay(layer.empty, overlay)
             control = undo.enter_context(_listen(places.control))
             agent = undo.enter_context(_listen(places.agent))
@@ -300,7 +298,7 @@ def _files(places: Places, layer: Layer, overlay: Path) -> Inheritance:
             opened[overlay] = os.open(overlay, os.O_RDWR | os.O_CLOEXEC)
             for lower in layer.backing:
                 opened[lower] = os.open(lower, os.O_RDONLY | os.O_CLOEXEC)
-            opened[places.serial_log] = os.open(places.serial_log, _APPENDED)
+            opened[places.serial_log] = os.open(places.serial_log, _APPENDED, 0o600)
         except OSError as error:
             raise HostError(
                 f"cannot prepare a slot: {error}", hint="see `templated doctor`"

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from templated.drivers import boundedlog
 from templated.drivers.guest import Agent
 from templated.drivers.hypervisor.base import Machine, Places, SavedState
 from templated.errors import GuestError, HostError, TemplatedError
@@ -87,8 +86,9 @@ class Vm:
 
 def tail(path: Path, lines: int, limit: int = 16 << 10) -> list[str]:
     """The last lines of a log, at most `limit` bytes, printable; empty when there is none."""
-    with contextlib.suppress(OSError):
-        text = boundedlog.end(path, limit).decode(errors="replace").replace("\r", "")
+    with contextlib.suppress(OSError), open(path, "rb") as log:
+        log.seek(max(0, os.fstat(log.fileno()).st_size - limit))
+        text = log.read().decode(errors="replace").replace("\r", "")
         printable = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
         return printable.splitlines()[-lines:] if lines else []
     return []

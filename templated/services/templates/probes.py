@@ -12,7 +12,6 @@ import aiohttp
 import msgspec
 import regex
 
-from templated.drivers import boundedlog
 from templated.drivers.guest import ExecResult
 from templated.errors import InvalidRequest, ProbeError, TemplatedError
 from templated.model.generation import ProbeResult
@@ -141,8 +140,7 @@ async def _attempt(target: Target, probe: Probe) -> str:
 
 async def _serial(vm: Vm, probe: SerialProbe) -> str:
     with contextlib.suppress(OSError):
-        log = await asyncio.to_thread(boundedlog.end, vm.places.serial_log, boundedlog.LIMIT)
-        text = log.decode(errors="replace")
+        text = await asyncio.to_thread(vm.places.serial_log.read_text, errors="replace")
         if (found := await _found(probe.pattern, text)) is not None:
             return _short(found)
         lines = text.strip().splitlines()

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from templated import failpoints
-from templated.drivers.boundedlog import bound_files
 from templated.drivers.host import procfs
 from templated.drivers.host.programs import run
 from templated.drivers.hypervisor.base import Launch, Machine, Places, Proof, Support
@@ -47,7 +46,6 @@ class Qemu:
     def prepare(self) -> None:
         use_small_pages()
         limit_children()
-        bound_files()
         tsc_khz()  # remembered from here on
 
     async def version(self) -> QemuVersion:

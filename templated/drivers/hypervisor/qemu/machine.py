@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 
 from templated import failpoints
-from templated.drivers import boundedlog
 from templated.drivers.host import procfs
 from templated.drivers.hypervisor import process
 from templated.drivers.hypervisor.base import Places, SavedState
@@ -217,8 +216,9 @@ class QemuMachine(Life):
 
     def last_words(self) -> str:
         try:
-            log = boundedlog.end(self._places.log, _LOG_END)
-            lines = log.decode(errors="replace").strip().splitlines()
+            with open(self._places.log, "rb") as log:
+                log.seek(max(0, os.fstat(log.fileno()).st_size - _LOG_END))
+                lines = log.read().decode(errors="replace").strip().splitlines()
         except OSError:
             return ""
         return lines[-1].strip()[:_LINE] if lines else ""
