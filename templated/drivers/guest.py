@@ -232,6 +232,11 @@ class Agent:
                 await asyncio.sleep(_CONNECT_PAUSE)
         return await asyncio.open_unix_connection(self._path, limit=READ)
 
+    @property
+    def connected(self) -> bool:
+        """Whether its end of the port is open, as far as is known."""
+        return self._receiver is not None and not self._receiver.done()
+
     async def close(self) -> None:
         """End the connection; requests under way fail with GuestError."""
         if self._receiver is not None:
@@ -259,7 +264,7 @@ class Agent:
         Raises Timeout, or GuestError when the agent reports an error, when the guest does not take
         what it was sent before, or when the connection ends.
         """
-        if self._writer is None or self._receiver is None or self._receiver.done():
+        if self._writer is None or not self.connected:
             raise GuestError(self._broken)
         number = next(self._ids)
         body = msgspec.json.encode({"id": number, "cmd": command, **(arguments or {})})

@@ -28,8 +28,8 @@ class UidRange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         assert 0 <= index < self.count
         return self.first + index
 
-    def __contains__(self, uid: int) -> bool:
-        return self.first <= uid < self.first + self.count
+    def __contains__(self, uid: object) -> bool:
+        return isinstance(uid, int) and self.first <= uid < self.first + self.count
 
     def __str__(self) -> str:
         return f"{self.first} to {self.first + self.count - 1}"

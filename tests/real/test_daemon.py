@@ -183,6 +183,10 @@ def test_users(copied: Daemon) -> None:
     users = {_user(pid) for pid in clones}
     assert len(users) == 2 and all(1999000000 <= user < 1999000064 for user in users)
     copied.stop()
+    copied.config["uids"] = {"first": min(users) - 1, "count": 64}
+    copied.start(wait=False)
+    assert copied.process is not None and copied.process.wait(60) != 0
+    assert "which `uids` now gives to another VM" in copied.log
     copied.config["uids"] = {"first": 65530, "count": 10}
     copied.start()
     assert "VMs run as the user of this process: user nobody has uid 65534" in copied.log

@@ -70,6 +70,11 @@ def test_adoption() -> None:
         assert started is not None
         assert Process.adopt(child.pid, started + 1, MARKER) is None
         assert Process.adopt(child.pid, started, "another") is None
+        assert Process.adopt(child.pid, started, "another", os.geteuid() + 1) is None
+        # Whatever its command line shows now, only it can have this user.
+        disguised = Process.adopt(child.pid, started, "another", os.geteuid())
+        assert disguised is not None
+        disguised.close()
         adopted = Process.adopt(child.pid, started, MARKER)
         assert adopted is not None
         adopted.kill()

@@ -123,8 +123,9 @@ def test_rollback_to_a_damaged_generation(tmp_path: Path) -> None:
 
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
         await built(running, SECOND)
-        state = running.context.layout.frozen("t", GENERATION) / "state"
-        await asyncio.to_thread(state.unlink)
+        layout = running.context.layout
+        for directory in (layout.frozen("t", GENERATION), layout.generation("t", GENERATION)):
+            await asyncio.to_thread((directory / "state").unlink)
         with pytest.raises(HostError, match="is missing"):
             await running.templates.rollback("t")
         assert running.templates.serving("t").id == SECOND
@@ -160,8 +161,6 @@ def test_a_reboot(tmp_path: Path, name: str, content: bytes | None, problem: str
         generation = running.templates.serving("t")
         generation.keep()
         shutil.rmtree(running.context.layout.shm / "t")
-        # What a daemon left that was killed while it brought it back.
-        generation.frozen.with_suffix(".part").mkdir(parents=True)
         kept = generation.directory / name
         kept.unlink()
         if content is not None:
@@ -215,6 +214,7 @@ def test_a_damaged_generation(
         path.chmod(0o600)
         if content is None:
             path.unlink()
+            (directory / name).unlink(missing_ok=True)  # what is kept of it on the disk, too
         else:
             path.write_bytes(content if isinstance(content, bytes) else text)
 

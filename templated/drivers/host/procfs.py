@@ -68,6 +68,15 @@ def command_line(pid: int) -> list[str]:
     return content.decode(errors="replace").split("\0")
 
 
+def user(pid: int) -> int | None:
+    """The real uid of a process; None when it is gone."""
+    try:
+        status = (_PROC / str(pid) / "status").read_text()
+    except OSError:
+        return None
+    return int(status.split("\nUid:\t")[1].split()[0])
+
+
 def with_argument(words: set[str]) -> list[tuple[str, int]]:
     """The processes that have one of these as an argument: word and pid. Reads all of /proc."""
     if not words:
@@ -108,7 +117,15 @@ def _stat(pid: int) -> list[str] | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text[text.rindex(")") + 2 :].split()
-    return None if fields[0] in "ZX" else fields
+    return None if fields[0] in "ZX" and not _has_threads(pid) else fields
+
+
+def _has_threads(pid: int) -> bool:
+    """Whether a process whose first thread has ended goes on with others."""
+    try:
+        return len(os.listdir(_PROC / str(pid) / "task")) > 1
+    except OSError:
+        return False
 
 
 def _sizes(file: Path) -> dict[str, int]:

@@ -312,8 +312,13 @@ class Hypervisor(Protocol):
         The descriptors that the launch names may be closed afterwards.
         """
 
-    def adopt(self, pid: int, start_time: int, places: Places, uuid: str) -> Machine | None:
-        """The VM that an earlier daemon started; None unless all four are still right."""
+    def adopt(
+        self, pid: int, start_time: int, places: Places, uuid: str, uid: int | None = None
+    ) -> Machine | None:
+        """The VM that an earlier daemon started; None unless it is still that one.
+
+        `uid` is the user of its own that it may have.
+        """
 
     async def find(self, places: Mapping[str, Places]) -> dict[str, list[Machine]]:
         """All VMs that run with one of these UUIDs, also those whose pid was not recorded."""

@@ -108,7 +108,9 @@ class FakeHypervisor:
             event.set()
         self._holds.clear()
 
-    def adopt(self, pid: int, start_time: int, places: Places, uuid: str) -> FakeMachine | None:
+    def adopt(
+        self, pid: int, start_time: int, places: Places, uuid: str, uid: int | None = None
+    ) -> FakeMachine | None:
         """A machine that still runs."""
         machine = self.machines.get(pid)
         if machine is None or machine.exited.done():

@@ -27,12 +27,13 @@ from templated.drivers.host.capabilities import (
     has_capabilities,
     may_raise_priority,
 )
-from templated.drivers.host.procfs import command_line, start_time
+from templated.drivers.host.procfs import command_line, start_time, user
 from templated.errors import HostError
 
 _PR_SET_THP_DISABLE = 41  # linux/prctl.h
 _LOWEST = 19
 _THREADS = 512
+_ALL_UIDS = ["0", "0", "4294967295"]
 
 
 def background(pid: int, on: bool) -> None:
@@ -58,16 +59,17 @@ def use_small_pages() -> None:
 
 
 def limit_children() -> None:
-    """Limits of this process that its children inherit, and that do not bind root itself.
+    """Limits of this process that its children inherit, for good.
 
     No core dump: it would hold a guest's memory. With a user of its own, a VM can have so many
-    threads: QEMU 64 for its disk, beside one for each virtual CPU and some of its own.
+    threads: QEMU 64 for its disk, beside one for each virtual CPU and some of its own. This does
+    not bind the host's root (fork(2)); root of a container it would, so there it is left alone.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == _ALL_UIDS:
         _, most = resource.getrlimit(resource.RLIMIT_NPROC)
         threads = _THREADS if most == resource.RLIM_INFINITY else min(_THREADS, most)
-        resource.setrlimit(resource.RLIMIT_NPROC, (threads, most))
+        resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
 
 
 @dataclass(frozen=True)
@@ -167,9 +169,15 @@ class Process:
             raise
 
     @classmethod
-    def adopt(cls, pid: int, started: int, marker: str) -> Process | None:
-        """Watch a process of an earlier daemon; None unless pid, start time and marker agree."""
-        if start_time(pid) != started or marker not in command_line(pid):
+    def adopt(cls, pid: int, started: int, marker: str, uid: int | None = None) -> Process | None:
+        """Watch a process of an earlier daemon; None unless it is the same as it was then.
+
+        Pid and start time agree, and either the marker is on its command line or it has a uid
+        that only it can have: a process may change what its command line shows.
+        """
+        if start_time(pid) != started:
+            return None
+        if marker not in command_line(pid) and (uid is None or user(pid) != uid):
             return None
         try:
             process = cls(pid, None)

@@ -11,6 +11,7 @@ from templated import failpoints
 _DEVICE = "/dev/net/tun"
 # linux/if_tun.h
 _TUNSETIFF = 0x400454CA
+_TUNSETOWNER = 0x400454CC
 _TUNSETPERSIST = 0x400454CB
 _IFF_TAP = 0x0002
 _IFF_NO_PI = 0x1000
@@ -31,6 +32,9 @@ def open_tap(name: str, *, new: bool) -> int:
     try:
         # struct ifreq: 16 bytes of name, then a union of 24 that starts with the flags
         fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+        if new:
+            # Without an owner whoever can open the device may take one that nobody has open.
+            fcntl.ioctl(fd, _TUNSETOWNER, os.geteuid())
     except BaseException:
         os.close(fd)
         raise

@@ -15,12 +15,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from templated import failpoints
+from templated.drivers.host import procfs
 from templated.drivers.hypervisor.base import Machine
 from templated.errors import HostError, TemplatedError
+from templated.journal import CloneRow
 from templated.model.clone import Slot
 from templated.model.units import seconds
 from templated.services.clones.registry import Clones
 from templated.services.context import Context
+from templated.services.machines.start import Starter
 from templated.timing import within
 
 log = logging.getLogger(__name__)
@@ -34,6 +37,7 @@ async def recover(context: Context, clones: Clones) -> None:
     """
     rows = await context.journal.clones()
     slots = {row.slot.id: row.slot for row in rows}
+    _require_users_apart(context.starter, rows)
     orphans = await clones.adopt(rows)
     if failpoints.armed:
         failpoints.hit("recover.adopted")
@@ -55,6 +59,20 @@ async def recover(context: Context, clones: Clones) -> None:
             await asyncio.to_thread(_remove_strays, context.layout.sockets, kept)
     except TemplatedError as error:  # no clone needs to wait for that
         log.warning("the next start tries again: %s", error.message)
+
+
+def _require_users_apart(starter: Starter, rows: Sequence[CloneRow]) -> None:
+    """Raise HostError when a VM that runs has the user of another slot: `uids` was changed."""
+    for row in rows:
+        expected = starter.user(row.slot)
+        if expected is None or row.pid is None or procfs.start_time(row.pid) != row.pid_start:
+            continue
+        present = procfs.user(row.pid)
+        if present is not None and present != expected and present in starter.given:
+            raise HostError(
+                f"clone {row.name} runs as uid {present}, which `uids` now gives to another VM",
+                hint="set `uids` back, or to a range that has nothing in common with the old one",
+            )
 
 
 @asynccontextmanager

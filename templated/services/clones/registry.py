@@ -283,7 +283,13 @@ class Clones:
         assert isinstance(found, Started)
         machine = None
         if row.pid is not None and row.pid_start is not None:
-            machine = self._context.hypervisor.adopt(row.pid, row.pid_start, places, row.slot.uuid)
+            machine = self._context.hypervisor.adopt(
+                row.pid,
+                row.pid_start,
+                places,
+                row.slot.uuid,
+                self._context.starter.user(row.slot),
+            )
         if machine is None:
             found.move(CloneState.DEAD, "its VM ended while the daemon was away")
             await self._context.journal.clone_state(row.slot.id, CloneState.DEAD, found.reason)
@@ -303,9 +309,8 @@ class Clones:
         while not clone.vm.machine.exited.done():
             await asyncio.sleep(_RECONNECT_EVERY)
             with contextlib.suppress(TemplatedError):
-                await clone.vm.agent.close()
                 async with within(_ADOPTION_TIMEOUT, "its connection"):
-                    await clone.vm.connect(_ADOPTION_TIMEOUT)
+                    await clone.vm.reconnect(_ADOPTION_TIMEOUT)
                 return
 
     async def release(self) -> None:

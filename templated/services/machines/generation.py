@@ -15,7 +15,7 @@ import functools
 import hashlib
 import logging
 import os
-import shutil
+import secrets
 import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -26,6 +26,7 @@ import msgspec
 
 from templated import failpoints
 from templated.drivers.host.files import Stamp, fsync, remove_directory, stamp
+from templated.drivers.host.procfs import read_memory
 from templated.drivers.hypervisor.base import Hardware, Hypervisor, SavedState
 from templated.errors import HostError
 from templated.model.generation import FileDigest, Manifest
@@ -46,6 +47,9 @@ DISK, EMPTY, MANIFEST, MEMORY, STATE = (
     "memory",
     "state",
 )
+_FROZEN = 0o444
+_FLUSHED = 64 << 20
+"""Bytes that are written to a disk at once: a sync of the journal may wait for all of them."""
 _KEPT = (MEMORY, STATE)
 """The frozen files that shm_dir loses when the host boots."""
 
@@ -232,29 +236,34 @@ class Generation:
         fsync(self.directory)
 
     def bring_back(self) -> None:
-        """Put memory and state back into shm_dir when both are gone, as after a reboot. Blocks.
+        """Put what shm_dir lacks of memory and state back there, as after a reboot. Blocks.
 
-        `verify` then says whether they are what was frozen. Raises HostError when there is no
-        room; leaves nothing in shm_dir then.
+        `verify` then says whether it is what was frozen. Raises HostError when there is no room;
+        leaves no file under its name then.
         """
-        lost = not any((self.frozen / name).exists() for name in _KEPT)
-        if not lost or not all((self.directory / name).exists() for name in _KEPT):
+        lost = [name for name in _KEPT if not (self.frozen / name).exists()]
+        if not lost or not all((self.directory / name).exists() for name in lost):
             return
-        needed = sum(self.manifest.files[name].size for name in _KEPT)
+        needed = sum((self.directory / name).stat().st_size for name in lost)
         require_space(self.frozen.parents[1], needed, f"template {self.template}")
         log.info("bringing generation %s of %s back from the disk", self.id, self.template)
-        partial = _partial(self.frozen)
-        shutil.rmtree(partial, ignore_errors=True)
+        self.frozen.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in lost:
+            _copy_file(self.directory / name, self.frozen / name, durable=False)
+
+    def mend(self) -> None:
+        """Give a generation of an earlier version what it lacks. Blocks; raises nothing.
+
+        The mode by which VMs with users of their own open it, and the copy on the disk.
+        """
         try:
-            partial.mkdir(mode=0o700, parents=True)
             for name in _KEPT:
-                _copy_file(self.directory / name, partial / name, durable=False)
-            shutil.rmtree(self.frozen, ignore_errors=True)
-            partial.rename(self.frozen)
-        except OSError as error:
-            raise HostError(f"cannot write {self.frozen}: {error.strerror}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+                if (self.frozen / name).stat().st_mode & 0o777 != _FROZEN:
+                    freeze_file(self.frozen / name)
+            if not all((self.directory / name).exists() for name in _KEPT):
+                self.keep()
+        except (HostError, OSError) as error:
+            log.warning("generation %s is not kept on the disk: %s", self.id, error)
 
     async def verify(self) -> None:
         """Digest all frozen files, in a thread.
@@ -272,13 +281,18 @@ class Generation:
             if size != expected.size:
                 raise _damaged(self, f"{path} has {size} bytes, frozen were {expected.size}")
             content, opened = path, self._memory_fd
-            if name == MEMORY and opened is None:
+            if name == MEMORY and (opened is None or self._exchanged(opened)):
                 # What will be mapped is what is digested, also when the file is exchanged.
                 opened = await asyncio.to_thread(self._open_memory)
                 content = Path(f"/proc/self/fd/{opened}")
             if (await digest_file(content)).sha256 != expected.sha256:
                 raise _damaged(self, f"the content of {path} has changed since it was frozen")
             self.stamps[path], self._memory_fd = before, opened
+
+    def _exchanged(self, opened: int) -> bool:
+        """Whether the memory's file is another one now than that which clones map."""
+        now, then = os.stat(self.memory), os.fstat(opened)
+        return self.read_only_memory and (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino)
 
     def _open_memory(self) -> int:
         """What clones map; closed with the last reference to this generation. Blocks; HostError."""
@@ -329,7 +343,9 @@ def sealed_copy(source: Path) -> int:
         with open(source, "rb", buffering=0) as file:
             copy = os.memfd_create("templated-memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             try:
-                _copy_data(file.fileno(), copy, os.fstat(file.fileno()).st_size)
+                status = os.fstat(file.fileno())
+                _require_memory(source, status.st_blocks * 512)
+                _copy_data(file.fileno(), copy, status.st_size)
                 fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
             except BaseException:
                 os.close(copy)
@@ -342,25 +358,38 @@ def sealed_copy(source: Path) -> int:
     return copy
 
 
-def _partial(frozen: Path) -> Path:
-    return frozen.with_suffix(".part")
-
-
 def _copy_file(source: Path, target: Path, *, durable: bool) -> None:
-    """A read-only copy of a frozen file, as sparse as it is."""
+    """A read-only copy of a frozen file, as sparse as it is; whole, or not there.
+
+    Raises HostError. Two may be at it side by side.
+    """
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
     try:
         if failpoints.armed:
             failpoints.hit("generation.copy")
-        with open(source, "rb", buffering=0) as old, open(target, "wb", buffering=0) as new:
-            _copy_data(old.fileno(), new.fileno(), os.fstat(old.fileno()).st_size)
-            if durable:
-                os.fsync(new.fileno())
+        with open(source, "rb", buffering=0) as old, open(partial, "xb", buffering=0) as new:
+            size = os.fstat(old.fileno()).st_size
+            _copy_data(old.fileno(), new.fileno(), size, durable=durable)
+        freeze_file(partial)
+        partial.rename(target)
     except OSError as error:
         raise HostError(f"cannot copy {source} to {target}: {error.strerror}") from error
-    freeze_file(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _copy_data(source: int, target: int, size: int) -> None:
+def _require_memory(source: Path, needed: int) -> None:
+    """The kernel gives what it has not got, and ends somebody for it later."""
+    available = read_memory().available
+    if needed > available:
+        raise HostError(
+            f"a copy of {source} needs {needed >> 20} MiB of memory, and {available >> 20} MiB "
+            "are available",
+            hint="free some memory, or use QEMU 8.2 or later, which needs no copy",
+        )
+
+
+def _copy_data(source: int, target: int, size: int, *, durable: bool = False) -> None:
     os.ftruncate(target, size)
     end = 0
     while end < size:
@@ -368,12 +397,16 @@ def _copy_data(source: int, target: int, size: int) -> None:
             begin = os.lseek(source, end, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:  # nothing but a hole follows
-                return
+                break
             raise
         end = os.lseek(source, begin, os.SEEK_HOLE)
         os.lseek(target, begin, os.SEEK_SET)
         while begin < end:
-            begin += os.sendfile(target, source, begin, end - begin)
+            begin += os.sendfile(target, source, begin, min(end - begin, _FLUSHED))
+            if durable:
+                os.fdatasync(target)
+    if durable:
+        os.fsync(target)
 
 
 def freeze_file(path: Path) -> None:
@@ -384,7 +417,7 @@ def freeze_file(path: Path) -> None:
     """
     if failpoints.armed:
         failpoints.hit("build.freeze")
-    path.chmod(0o444)
+    path.chmod(_FROZEN)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -439,6 +472,7 @@ async def load(
     loaded = describe(layout, hypervisor, manifest, leases or Leases())
     await asyncio.to_thread(loaded.bring_back)
     await loaded.verify()
+    await asyncio.to_thread(loaded.mend)
     return loaded
 
 
@@ -463,7 +497,7 @@ async def remove_files(layout: Layout, template: str, generation: str) -> None:
     """
     failed: HostError | None = None
     frozen = layout.frozen(template, generation)
-    for directory in (frozen, _partial(frozen), layout.generation(template, generation)):
+    for directory in (frozen, layout.generation(template, generation)):
         try:
             await asyncio.to_thread(_remove, directory)
         except HostError as error:

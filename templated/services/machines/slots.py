@@ -273,7 +273,7 @@ class Slots:
             self._left[slot.id] = None
             with contextlib.suppress(TemplatedError):
                 self._forget(slot.id)
-                del self._left[slot.id]
+                self._left.pop(slot.id, None)
             raise
 
     def _forget(self, slot_id: str) -> None:

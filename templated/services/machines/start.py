@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Container
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from templated.drivers.guest import Step
 from templated.drivers.hypervisor.base import Hardware, Hypervisor, Kernel, Launch
 from templated.drivers.network import Network
 from templated.errors import HostError
-from templated.model.clone import Phase
+from templated.model.clone import Phase, Slot
 from templated.model.network import AddressPlan, Forward
 from templated.model.uids import UidRange
 from templated.services.machines.clock import PhaseClock
@@ -77,8 +77,17 @@ class Starter:
             confined=self.confine,
             opened=dict(prepared.files.opened),
             backing=prepared.backing,
-            uid=self.uids[slot.index] if self.uids else None,
+            uid=self.user(slot),
         )
+
+    @property
+    def given(self) -> Container[int]:
+        """All users that VMs can have."""
+        return () if self.uids is None else self.uids
+
+    def user(self, slot: Slot) -> int | None:
+        """Who the VM of a slot runs as; None: this process's user."""
+        return self.uids[slot.index] if self.uids and slot.index < self.uids.count else None
 
     async def spawn(
         self,

@@ -35,6 +35,16 @@ class Vm:
         await self.agent.connect()
         await self.machine.connect(timeout)
 
+    async def reconnect(self, timeout: float) -> None:
+        """Connect what is not connected; commands that are under way in the guest go on.
+
+        Raises as `connect` does.
+        """
+        if not self.agent.connected:
+            await self.agent.close()
+            await self.agent.connect()
+        await self.machine.connect(timeout)
+
     async def boot(self, timeout: float) -> None:
         """Wait until the agent of a booting guest answers.
 

@@ -81,7 +81,7 @@ def _sandbox(launch: Launch) -> list[str]:
 def _machine(launch: Launch) -> list[str]:
     hardware = launch.hardware
     return [
-        *("-machine", f"{MACHINES[hardware.type]},memory-backend=ram"),
+        *("-machine", f"{MACHINES[hardware.type]},memory-backend=ram,dump-guest-core=off"),
         *("-accel", _accelerator(hardware)),
         *("-cpu", hardware.cpu),
         *("-smp", str(hardware.vcpus)),
@@ -155,15 +155,22 @@ def _blockdev(launch: Launch) -> str:
         "node-name": "disk",
         "discard": "unmap",
         "cache": {"no-flush": True},
-        "file": {"driver": "file", "filename": _in_set(launch, launch.disk)},
+        "file": _unlocked(_in_set(launch, launch.disk)),
     }
     above = options
     for layer in launch.backing:
-        name = _in_set(launch, layer)
-        file = {"driver": "file", "filename": name, "read-only": True}
+        file = {**_unlocked(_in_set(launch, layer)), "read-only": True}
         above["backing"] = {"driver": "qcow2", "read-only": True, "file": file}
         above = above["backing"]
     return json.dumps(options)
+
+
+def _unlocked(name: str) -> dict[str, Any]:
+    """A file without QEMU's locks (fcntl(2)): who may read one can lock it against all others.
+
+    Nothing is lost: each layer is either read-only for good or one VM's own.
+    """
+    return {"driver": "file", "filename": name, "locking": "off"}
 
 
 def _code(launch: Launch, bus: str) -> list[str]:
@@ -171,7 +178,7 @@ def _code(launch: Launch, bus: str) -> list[str]:
     if launch.code is None:
         return []
     name = _escaped(_in_set(launch, launch.code))
-    file = f"driver=file,node-name=code-file,filename={name},read-only=on"
+    file = f"driver=file,node-name=code-file,filename={name},locking=off,read-only=on"
     return [
         *("-blockdev", file),
         *("-blockdev", "driver=raw,node-name=code,read-only=on,file=code-file"),

@@ -111,8 +111,10 @@ class Qemu:
         first = MachineState.WAITING if launch.boot is None else MachineState.RUNNING
         return QemuMachine(child, launch.places, features(launch.hardware.version), first)
 
-    def adopt(self, pid: int, start_time: int, places: Places, uuid: str) -> QemuMachine | None:
-        found = Process.adopt(pid, start_time, uuid)
+    def adopt(
+        self, pid: int, start_time: int, places: Places, uuid: str, uid: int | None = None
+    ) -> QemuMachine | None:
+        found = Process.adopt(pid, start_time, uuid, uid)
         # Which QEMU it is nobody needs to know any more: it neither loads nor saves a state.
         return QemuMachine(found, places, features(""), None) if found else None
 
@@ -136,5 +138,6 @@ def _user(launch: Launch) -> Demotion | None:
         # QEMU opens the device by its path; Debian lets the members of a group do so.
         with contextlib.suppress(OSError):
             device = os.stat("/dev/kvm")
-            groups = (device.st_gid,) if device.st_mode & stat.S_IWGRP else ()
+            only_group = device.st_mode & stat.S_IWGRP and not device.st_mode & stat.S_IWOTH
+            groups = (device.st_gid,) if only_group and device.st_gid != 0 else ()
     return Demotion(launch.uid, groups)
