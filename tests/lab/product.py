@@ -29,7 +29,9 @@ class Product:
         script = "".join(f"{line}\necho @ $? $SECONDS\n" for line in install_commands())
         done = self.lab.run(f"exec 2>&1; set -e; {script}", timeout=1700)
         print(done.stdout)
-        assert done.returncode == 0, done.stdout[-3000:]
+        if done.returncode != 0:
+            kernel = self.lab.run("dmesg | tail -15").stdout
+            raise AssertionError(f"{done.stdout[-3000:]}\n{self.log()[-3000:]}\n{kernel}")
 
     def cli(self, *arguments: str, timeout: float = 600) -> str:
         """Run `templated`, which must succeed, and return its stdout."""
