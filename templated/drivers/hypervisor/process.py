@@ -59,13 +59,15 @@ def use_small_pages() -> None:
 
 
 def limit_children() -> None:
-    """Limits of this process that its children inherit, for good.
+    """Limits of this process that its children inherit.
 
-    No core dump: it would hold a guest's memory. With a user of its own, a VM can have so many
-    threads: QEMU 64 for its disk, beside one for each virtual CPU and some of its own. This does
-    not bind the host's root (fork(2)); root of a container it would, so there it is left alone.
+    No core dump: it would hold a guest's memory. That need not hold for good, as who has taken over
+    a VM has its memory anyway; and a libvirtd that we start sets a limit of its own. With a user of
+    its own, a VM can have so many threads: QEMU 64 for its disk, beside one for each virtual CPU
+    and some of its own. This does not bind the host's root (fork(2)); root of a container it would,
+    so there it is left alone.
     """
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     if os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == _ALL_UIDS:
         _, most = resource.getrlimit(resource.RLIMIT_NPROC)
         threads = _THREADS if most == resource.RLIM_INFINITY else min(_THREADS, most)
