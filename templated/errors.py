@@ -25,6 +25,9 @@ The API maps `code` to an HTTP status (`templated.api.errors`), the CLI maps it 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 _LONGEST = 4000
 
 
@@ -166,3 +169,12 @@ class Defect(TemplatedError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, hint="this is a defect of templated; the daemon's log has more")
+
+
+@contextmanager
+def host_errors() -> Iterator[None]:
+    """An OSError of the block as a HostError, where it can come from any call in it."""
+    try:
+        yield
+    except OSError as error:
+        raise HostError(f"the host refuses: {error.strerror or error}") from error

@@ -132,6 +132,13 @@ class Rig:
         assert self.client.list_clones() == clones
         return [clone for clone in clones if clone.name not in self.keepers]
 
+    def recovered_from(self, what: str) -> None:
+        """The daemon ended because `what` hung; the next one makes all right, and works."""
+        assert f"{what} has not answered for 3 s" in self.daemon.log
+        self.recovered()
+        self.remove()
+        self.nothing_left()
+
     def nothing_left(self, patience: float = _SETTLE) -> None:
         """All keepers are as they were reported, and nothing is there that no clone has."""
         clones = {clone.name: clone for clone in self.client.list_clones()}

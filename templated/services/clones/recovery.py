@@ -10,20 +10,19 @@ import asyncio
 import contextlib
 import logging
 import shutil
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from templated import failpoints
 from templated.drivers.host import procfs
 from templated.drivers.hypervisor.base import Machine
-from templated.errors import HostError, TemplatedError
+from templated.errors import HostError, TemplatedError, host_errors
 from templated.journal import CloneRow
 from templated.model.clone import Slot
+from templated.model.uids import UidRange
 from templated.model.units import seconds
 from templated.services.clones.registry import Clones
 from templated.services.context import Context
-from templated.services.machines.start import Starter
 from templated.timing import within
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,8 @@ async def recover(context: Context, clones: Clones) -> None:
     """
     rows = await context.journal.clones()
     slots = {row.slot.id: row.slot for row in rows}
-    _require_users_apart(context.starter, rows)
+    if context.starter.uids is not None:
+        _require_users_apart(context.starter.uids, rows)
     orphans = await clones.adopt(rows)
     if failpoints.armed:
         failpoints.hit("recover.adopted")
@@ -47,41 +47,34 @@ async def recover(context: Context, clones: Clones) -> None:
     free = {slot.id: slot for slot in await context.journal.free_slots()}
     unwanted = [*(slots[i] for i in orphans), *free.values()]
     stall = seconds(context.config.limits.stall)
-    async with within(stall, "looking for VMs that were left"), _refusals():
-        left = await context.hypervisor.find({s.uuid: context.layout.vm(s.id) for s in unwanted})
+    async with within(stall, "looking for VMs that were left"):
+        with host_errors():
+            places = {s.uuid: context.layout.vm(s.id) for s in unwanted}
+            left = await context.hypervisor.find(places)
     for slot in unwanted:
         if not await _destroyed(context, slot, left.get(slot.uuid, [])):
             kept.add(slot.id)
     try:
-        async with within(stall, "removing what was left"), _refusals():
-            await asyncio.to_thread(context.layout.remove_partial_overlays)
-            await asyncio.to_thread(_remove_strays, context.layout.slots, kept)
-            await asyncio.to_thread(_remove_strays, context.layout.sockets, kept)
+        async with within(stall, "removing what was left"):
+            with host_errors():
+                await asyncio.to_thread(context.layout.remove_partial_overlays)
+                await asyncio.to_thread(_remove_strays, context.layout.slots, kept)
+                await asyncio.to_thread(_remove_strays, context.layout.sockets, kept)
     except TemplatedError as error:  # no clone needs to wait for that
         log.warning("the next start tries again: %s", error.message)
 
 
-def _require_users_apart(starter: Starter, rows: Sequence[CloneRow]) -> None:
+def _require_users_apart(uids: UidRange, rows: Sequence[CloneRow]) -> None:
     """Raise HostError when a VM that runs has the user of another slot: `uids` was changed."""
     for row in rows:
-        expected = starter.user(row.slot)
-        if expected is None or row.pid is None or procfs.start_time(row.pid) != row.pid_start:
+        if row.pid is None or procfs.start_time(row.pid) != row.pid_start:
             continue
         present = procfs.user(row.pid)
-        if present is not None and present != expected and present in starter.given:
+        if present in uids and present != uids.first + row.slot.index:
             raise HostError(
                 f"clone {row.name} runs as uid {present}, which `uids` now gives to another VM",
                 hint="set `uids` back, or to a range that has nothing in common with the old one",
             )
-
-
-@asynccontextmanager
-async def _refusals() -> AsyncIterator[None]:
-    """An OSError as a HostError."""
-    try:
-        yield
-    except OSError as error:
-        raise HostError(f"the host refuses: {error.strerror or error}") from error
 
 
 async def _destroyed(context: Context, slot: Slot, machines: Sequence[Machine]) -> bool:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from templated import failpoints
-from templated.errors import Busy, HostError, TemplatedError
+from templated.errors import Busy, HostError, TemplatedError, host_errors
 from templated.journal import CloneRow
 from templated.model.clone import CloneState, StartPath
 from templated.services.clones.clone import Running, Starting, started
@@ -90,7 +90,8 @@ class Start:
         way: Callable[[Undo], Awaitable[Vm]] = getattr(self, path.value)
         self.clone.path = path
         async with contextlib.AsyncExitStack() as undo:
-            vm = await self._up(way, undo)
+            with host_errors():  # no descriptor left, a full disk
+                vm = await way(undo)
             if failpoints.armed:
                 failpoints.hit("start.confirmed")
             row = self._row(vm)
@@ -99,13 +100,6 @@ class Start:
                 failpoints.hit("start.recorded")
             undo.pop_all()
         return started(self.clone, row, vm)
-
-    @staticmethod
-    async def _up(way: Callable[[Undo], Awaitable[Vm]], undo: Undo) -> Vm:
-        try:
-            return await way(undo)
-        except OSError as error:  # no descriptor left, a full disk
-            raise HostError(f"the host refuses: {error.strerror or error}") from error
 
     # --- the ways -----------------------------------------------------------------------------
     # Each raises HostError, HypervisorError, GuestError, IdentityError or Timeout, and leaves

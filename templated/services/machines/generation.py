@@ -291,8 +291,12 @@ class Generation:
 
     def _exchanged(self, opened: int) -> bool:
         """Whether the memory's file is another one now than that which clones map."""
-        now, then = os.stat(self.memory), os.fstat(opened)
-        return self.read_only_memory and (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino)
+        if not self.read_only_memory:
+            return False
+        try:
+            return not os.path.samestat(os.stat(self.memory), os.fstat(opened))
+        except OSError as error:
+            raise _damaged(self, f"{self.memory}: {error.strerror}") from error
 
     def _open_memory(self) -> int:
         """What clones map; closed with the last reference to this generation. Blocks; HostError."""
@@ -391,7 +395,7 @@ def _require_memory(source: Path, needed: int) -> None:
 
 def _copy_data(source: int, target: int, size: int, *, durable: bool = False) -> None:
     os.ftruncate(target, size)
-    end = 0
+    end = waiting = 0
     while end < size:
         try:
             begin = os.lseek(source, end, os.SEEK_DATA)
@@ -402,9 +406,11 @@ def _copy_data(source: int, target: int, size: int, *, durable: bool = False) ->
         end = os.lseek(source, begin, os.SEEK_HOLE)
         os.lseek(target, begin, os.SEEK_SET)
         while begin < end:
-            begin += os.sendfile(target, source, begin, min(end - begin, _FLUSHED))
-            if durable:
+            sent = os.sendfile(target, source, begin, min(end - begin, _FLUSHED))
+            begin, waiting = begin + sent, waiting + sent
+            if durable and waiting >= _FLUSHED:
                 os.fdatasync(target)
+                waiting = 0
     if durable:
         os.fsync(target)
 

@@ -97,7 +97,7 @@ class Slots:
         *,
         ready: int,
         capacity: int,
-        stall: float = 60.0,
+        stall: float,
     ) -> None:
         """`stall`: seconds that removing a slot's files and rows may take."""
         self._journal = journal
@@ -291,20 +291,20 @@ def _files(places: Places, layer: Layer, overlay: Path) -> Inheritance:
             disk.copy_overlay(layer.empty, overlay)
             control = undo.enter_context(_listen(places.control))
             agent = undo.enter_context(_listen(places.agent))
-            opened: dict[Path, int] = {}
-            undo.callback(Inheritance(control, agent, opened).close)
+            files = Inheritance(control, agent, opened={})
+            undo.callback(files.close)
             if failpoints.armed:
                 failpoints.hit("slot.open")
-            opened[overlay] = os.open(overlay, os.O_RDWR | os.O_CLOEXEC)
+            files.opened[overlay] = os.open(overlay, os.O_RDWR | os.O_CLOEXEC)
             for lower in layer.backing:
-                opened[lower] = os.open(lower, os.O_RDONLY | os.O_CLOEXEC)
-            opened[places.serial_log] = os.open(places.serial_log, _APPENDED, 0o600)
+                files.opened[lower] = os.open(lower, os.O_RDONLY | os.O_CLOEXEC)
+            files.opened[places.serial_log] = os.open(places.serial_log, _APPENDED, 0o600)
         except OSError as error:
             raise HostError(
                 f"cannot prepare a slot: {error}", hint="see `templated doctor`"
             ) from error
         undo.pop_all()
-        return Inheritance(control, agent, opened)
+        return files
 
 
 def _listen(path: Path) -> socket.socket:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Container
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,16 +77,11 @@ class Starter:
             confined=self.confine,
             opened=dict(prepared.files.opened),
             backing=prepared.backing,
-            uid=self.user(slot),
+            uid=None if self.uids is None else self.uids[slot.index],
         )
 
-    @property
-    def given(self) -> Container[int]:
-        """All users that VMs can have."""
-        return () if self.uids is None else self.uids
-
     def user(self, slot: Slot) -> int | None:
-        """Who the VM of a slot runs as; None: this process's user."""
+        """Who the VM of a slot of an earlier daemon runs as, unless `uids` was another then."""
         return self.uids[slot.index] if self.uids and slot.index < self.uids.count else None
 
     async def spawn(
