@@ -108,10 +108,15 @@ class PoolConfig(_Section, frozen=True, kw_only=True):
 
 
 class LimitConfig(_Section, frozen=True, kw_only=True):
-    """Bounds on concurrent work."""
+    """Bounds on concurrent work, and on what VMs are promised."""
 
     concurrent_starts: Annotated[int, Meta(ge=1, le=1024)] = 8
     clones: Annotated[int, Meta(ge=1, le=60000)] = 10000
+    memory: Size | None = None
+    """What all VMs together may come to use; each counts with its template's limits.memory, or
+    else with the guest's memory. None: as much as there is, which clones share."""
+    disk: Size | None = None
+    """The same of the disk; each VM counts with the size of its image's."""
     stall: Duration = "60s"
     """How long a call of the host may take that should take none: the journal, files, netlink."""
 

@@ -119,6 +119,24 @@ class PoolSpec(_Spec, frozen=True, kw_only=True):
     """VMs with their state loaded and their slot's identity, paused."""
 
 
+class LimitSpec(_Spec, frozen=True, kw_only=True):
+    """What each VM of a template may take of its host; what is left out has no limit."""
+
+    memory: Size | None = None
+    """All that it takes of the host's memory. The template's pages count once it writes them."""
+    pids: Annotated[int, Meta(ge=8, le=100000)] | None = None
+    """Threads and processes; QEMU needs some beside one for each virtual CPU."""
+    cpus: Annotated[float, Meta(ge=0.01, le=1024)] | None = None
+    """CPU time per time, from when the clone is up."""
+    cpu_weight: Annotated[int, Meta(ge=1, le=10000)] | None = None
+    """Its share of CPUs that others want as well; the usual is 100."""
+    disk_read: Size | None = None
+    """Bytes a second from the host's disk, as is `disk_write`."""
+    disk_write: Size | None = None
+    vms: Annotated[int, Meta(ge=1, le=60000)] | None = None
+    """How many there may be of the template at once, members of its pools among them."""
+
+
 class TemplateSpec(_Spec, frozen=True, kw_only=True):
     """One file `NAME.yaml` in a template directory."""
 
@@ -131,4 +149,5 @@ class TemplateSpec(_Spec, frozen=True, kw_only=True):
     probes: tuple[Probe, ...] = ()
     identity: IdentitySpec = IdentitySpec()
     network: NetworkSpec = NetworkSpec()
+    limits: LimitSpec = LimitSpec()
     pool: PoolSpec = PoolSpec()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from templated.drivers.cgroups import ControlGroups
 from templated.drivers.hypervisor.base import Hypervisor
 from templated.drivers.image.store import ImageStore
 from templated.drivers.network import Network
@@ -11,6 +12,7 @@ from templated.journal import Journal
 from templated.model.config import Config
 from templated.model.network import AddressPlan
 from templated.services.host import Host
+from templated.services.machines.admission import Admission
 from templated.services.machines.slots import Slots
 from templated.services.machines.start import Starter
 from templated.services.places import Layout
@@ -30,6 +32,8 @@ class Context:
     hypervisor: Hypervisor
     network: Network
     plan: AddressPlan
+    groups: ControlGroups
+    admission: Admission
     slots: Slots
     starter: Starter
     events: EventBus

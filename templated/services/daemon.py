@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from templated.drivers.accounts import range_problem
+from templated.drivers.cgroups import ControlGroups, control_groups
 from templated.drivers.hypervisor.base import Hypervisor
 from templated.drivers.hypervisor.qemu.driver import Qemu
 from templated.drivers.image.store import ImageStore
@@ -27,6 +28,7 @@ from templated.services.clones.recovery import recover
 from templated.services.clones.registry import Clones
 from templated.services.context import Context
 from templated.services.host import Host
+from templated.services.machines.admission import Admission
 from templated.services.machines.slots import Slots
 from templated.services.machines.start import Starter
 from templated.services.places import Layout
@@ -40,6 +42,7 @@ from templated.services.tasks import Tasks
 from templated.services.templates.catalog import Templates
 from templated.services.upkeep.host_metrics import watch
 from templated.services.upkeep.janitor import keep_logs_short
+from templated.services.upkeep.limits import LimitWatch
 from templated.services.upkeep.stalls import ended_when_stalled
 
 log = logging.getLogger(__name__)
@@ -62,7 +65,12 @@ class Services:
 class Installation:
     """What must be made before the event loop runs (the bridge driver's import blocks)."""
 
-    def __init__(self, config: Config, hypervisor: Hypervisor | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        hypervisor: Hypervisor | None = None,
+        groups: ControlGroups | None = None,
+    ) -> None:
         self.config = config
         self.layout = Layout(config)
         self.layout.create()
@@ -74,6 +82,9 @@ class Installation:
         self.uids = _uids(config, self.hypervisor)
         owner = hashlib.sha256(tag).hexdigest()[:12]
         self.network: Network = make_network(config.network, self.plan, owner)
+        self.groups = find_groups(config) if groups is None else groups
+        if self.groups.problem:
+            log.warning("VMs have no control groups, and no limits: %s", self.groups.problem)
 
     @property
     def capacity(self) -> int:
@@ -121,6 +132,7 @@ async def _services(installation: Installation, journal: Journal) -> AsyncIterat
         tasks.spawn(refill.watch(), "checking the pools")
         tasks.spawn(keep_logs_short(installation.layout.slots), "keeping logs short")
         tasks.spawn(watch(context, templates, pools, clones), "measuring the host")
+        tasks.spawn(LimitWatch(context, clones).run(), "watching the limits of clones")
         tasks.spawn(audit.run(), "writing the audit log")
         guests, operations = Guests(clones), Operations(tasks)
         yield Services(context, templates, pools, clones, guests, operations, refill, audit)
@@ -157,11 +169,15 @@ def make_hypervisor(config: Config) -> Hypervisor:
 def _context(installation: Installation, journal: Journal) -> Context:
     config, layout = installation.config, installation.layout
     metrics = Metrics()
+    limits = config.limits
+    admission = Admission(_size(limits.memory), _size(limits.disk))
     slots = Slots(
         journal,
         layout,
         installation.network,
         installation.plan,
+        installation.groups,
+        admission,
         ready=config.slots.ready,
         capacity=installation.capacity,
         stall=seconds(config.limits.stall),
@@ -183,11 +199,25 @@ def _context(installation: Installation, journal: Journal) -> Context:
         hypervisor=installation.hypervisor,
         network=installation.network,
         plan=installation.plan,
+        groups=installation.groups,
+        admission=admission,
         slots=slots,
         starter=starter,
         events=EventBus(metrics.events),
         metrics=metrics,
     )
+
+
+def find_groups(config: Config, *, make: bool = True) -> ControlGroups:
+    """The control groups of this configuration's VMs; see `control_groups`."""
+    if not config.confine:
+        return ControlGroups("confine is false")
+    owner = hashlib.sha256(_tag(config)).hexdigest()[:12]
+    return control_groups(owner, Path(config.state_dir), make=make)
+
+
+def _size(text: str | None) -> int | None:
+    return None if text is None else size_bytes(text)
 
 
 def uid_range(config: Config) -> UidRange:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from templated.failpoints import POINTS, Kind
 
 SLOT = (
-    *("journal.new_slot", "journal.new_slot.commit", "slot.files", "slot.overlay", "slot.listen"),
-    "slot.open",
+    *("journal.new_slot", "journal.new_slot.commit", "cgroup.make", "slot.files", "slot.overlay"),
+    *("slot.listen", "slot.open"),
 )
-SPAWN = ("process.spawn", "process.watch", "agent.connect", "qmp.greeting")
+SPAWN = ("process.spawn", "process.watch", "cgroup.join", "agent.connect", "qmp.greeting")
 RESTORE = ("qmp.migrate-incoming", "qmp.restore")
 WAKE = ("qmp.cont", "agent.identify", "qmp.set_link")
 RECORD = ("start.confirmed", "journal.new_clone", "journal.new_clone.commit")
@@ -33,13 +33,19 @@ REFILL = {
 }
 REMOVAL = (
     *("rm.moved", "rm.killed", "journal.clone_state", "journal.clone_state.commit", "rm.ended"),
-    *("files.remove", "journal.drop_slot", "journal.drop_slot.commit"),
+    *("cgroup.remove", "files.remove", "journal.drop_slot", "journal.drop_slot.commit"),
 )
 RECOVERY = (
     *("journal.open", "journal.active", "journal.generations", "journal.pool_sizes"),
     *("journal.clones", "agent.connect", "qmp.greeting", "qmp.query-status", "recover.adopted"),
-    *("journal.free_slots", "recover.find", "files.remove", "journal.drop_slot"),
-    *("journal.drop_slot.commit", "recover.removed", "recover.strays", "generation.read"),
+    *("journal.free_slots", "recover.find", "cgroup.remove", "files.remove"),
+    *(
+        "journal.drop_slot",
+        "journal.drop_slot.commit",
+        "recover.removed",
+        "recover.strays",
+        "generation.read",
+    ),
     *("generation.digest", "generation.seal", "program.start"),
 )
 

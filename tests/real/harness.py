@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from templated.client import Client
+from templated.drivers.cgroups import ControlGroups
+from templated.drivers.configfile import load_config
 from templated.journal import Journal
+from templated.services.daemon import find_groups
 
 ROOT = Path(__file__).parents[2]
 PYTHON_FN = ROOT / "templates/python-fn.yaml"
@@ -110,6 +113,7 @@ class Daemon:
             deadline = time.monotonic() + 10
             while self.qemus() and time.monotonic() < deadline:
                 time.sleep(0.05)
+            self.control_groups().sweep(())
             shutil.rmtree(self.places, ignore_errors=True)
             shutil.rmtree(self.shm, ignore_errors=True)
 
@@ -219,6 +223,17 @@ class Daemon:
             if f"{self.places}/" in arguments and "qemu-system" in arguments
         ]
 
+    def control_groups(self) -> ControlGroups:
+        """Where the groups of this daemon's VMs are."""
+        path = self.places / "templated.yaml"
+        return find_groups(load_config(path), make=False) if path.exists() else ControlGroups()
+
+    def groups(self) -> list[str]:
+        """The directories of this daemon's control groups."""
+        found = self.control_groups()
+        bases = set(found.bases.values())
+        return sorted(str(path) for base in bases for path in base.glob(f"{found.prefix}*"))
+
     def held(self) -> dict[str, Any]:
         """All that a clone takes from the host, counted. Ready slots are none of it."""
         assert self.process is not None
@@ -227,6 +242,7 @@ class Daemon:
             "descriptors": len(os.listdir(f"/proc/{self.process.pid}/fd")),
             "slots": len(os.listdir(self.state / "slots")),
             "sockets": len(os.listdir(self.places / "run/vm")),
+            "groups": len(self.groups()),
             "shm": sorted(str(p.relative_to(self.shm)) for p in self.shm.rglob("*")),
             "rows": self.rows(),
         }

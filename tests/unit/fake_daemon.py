@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from templated.drivers.cgroups import ControlGroups
 from templated.drivers.hypervisor.base import Hypervisor
 from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.journal import Journal
@@ -22,6 +23,7 @@ from templated.services.machines import generation as generations
 from templated.services.places import Layout
 
 GENERATION = "20260101t000000-abcdef"
+GROUPS = ControlGroups("a fake has no processes")
 SPEC = TemplateSpec(name="t", start_timeout="2s", identity=IdentitySpec(timeout="500ms"))
 
 
@@ -94,7 +96,7 @@ async def activate(config: Config) -> None:
 @asynccontextmanager
 async def daemon(config: Config, fake: Hypervisor) -> AsyncIterator[Services]:
     """All services over the fake."""
-    installation = await asyncio.to_thread(Installation, config, fake)
+    installation = await asyncio.to_thread(Installation, config, fake, GROUPS)
     try:
         async with services(installation) as running:
             yield running
@@ -121,7 +123,7 @@ def play(tmp_path: Path, *scenarios: Scenario, within: float = 60) -> None:
     async def main() -> None:
         fake = FakeHypervisor()
         async with asyncio.timeout(within):
-            (await asyncio.to_thread(Installation, config, fake)).close()
+            (await asyncio.to_thread(Installation, config, fake, GROUPS)).close()
             await asyncio.to_thread(freeze, config)
             await activate(config)
             for scenario in scenarios:

@@ -8,6 +8,7 @@ from typing import Any
 from templated.journal import CloneRow
 from templated.model.clone import TRANSITIONS, CloneState, CloneView, Identity, Slot, StartPath
 from templated.model.lifecycle import move
+from templated.model.limits import UNLIMITED, Limits
 from templated.services.machines.generation import Generation, Lease
 from templated.services.machines.vm import Vm
 
@@ -22,6 +23,8 @@ class Clone:
     path: StartPath
     created: str
     lease: Lease
+    limits: Limits = UNLIMITED
+    """What its VM may take of the host."""
     state: CloneState = CloneState.STARTING
     reason: str = ""
 
@@ -128,7 +131,7 @@ def started(starting: Starting, row: CloneRow, vm: Vm) -> Running:
     )
 
 
-def known(row: CloneRow, lease: Lease) -> Started:
+def known(row: CloneRow, lease: Lease, limits: Limits) -> Started:
     """The clone that a row of an earlier daemon describes."""
     return Started(
         name=row.name,
@@ -137,6 +140,7 @@ def known(row: CloneRow, lease: Lease) -> Started:
         path=row.path,
         created=row.created,
         lease=lease,
+        limits=limits,
         state=row.state,
         reason=row.reason,
         slot=row.slot,

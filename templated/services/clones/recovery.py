@@ -19,10 +19,14 @@ from templated.drivers.hypervisor.base import Machine
 from templated.errors import HostError, TemplatedError, host_errors
 from templated.journal import CloneRow
 from templated.model.clone import Slot
+from templated.model.limits import Limits
+from templated.model.spec import TemplateSpec
 from templated.model.uids import UidRange
 from templated.model.units import seconds
 from templated.services.clones.registry import Clones
 from templated.services.context import Context
+from templated.services.machines.admission import Promise
+from templated.services.machines.generation import read_manifest
 from templated.timing import within
 
 log = logging.getLogger(__name__)
@@ -38,7 +42,12 @@ async def recover(context: Context, clones: Clones) -> None:
     slots = {row.slot.id: row.slot for row in rows}
     if context.starter.uids is not None:
         _require_users_apart(context.starter.uids, rows)
-    orphans = await clones.adopt(rows)
+    specs = await asyncio.to_thread(_specs, context, rows)
+    for row in rows:
+        if row.slot.id in specs:
+            context.admission.hold(row.slot.id, Promise.of(specs[row.slot.id]))
+    limits = {slot_id: Limits.of(spec) for slot_id, spec in specs.items()}
+    orphans = await clones.adopt(rows, limits)
     if failpoints.armed:
         failpoints.hit("recover.adopted")
     kept = set(slots) - set(orphans)
@@ -60,8 +69,25 @@ async def recover(context: Context, clones: Clones) -> None:
                 await asyncio.to_thread(context.layout.remove_partial_overlays)
                 await asyncio.to_thread(_remove_strays, context.layout.slots, kept)
                 await asyncio.to_thread(_remove_strays, context.layout.sockets, kept)
+                await asyncio.to_thread(context.groups.sweep, kept)
     except TemplatedError as error:  # no clone needs to wait for that
         log.warning("the next start tries again: %s", error.message)
+
+
+def _specs(context: Context, rows: Sequence[CloneRow]) -> dict[str, TemplateSpec]:
+    """By slot: the template of each clone, as it was when its generation was built. Blocks.
+
+    One that cannot be read is left out.
+    """
+    found: dict[tuple[str, str], TemplateSpec] = {}
+    for key in {(row.template, row.slot.generation) for row in rows}:
+        with contextlib.suppress(HostError):
+            found[key] = read_manifest(context.layout.generation(*key)).spec
+    return {
+        row.slot.id: found[row.template, row.slot.generation]
+        for row in rows
+        if (row.template, row.slot.generation) in found
+    }
 
 
 def _require_users_apart(uids: UidRange, rows: Sequence[CloneRow]) -> None:

@@ -7,16 +7,18 @@ import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from templated import failpoints
-from templated.errors import Busy, Conflict, NotFound, StartError, TemplatedError
+from templated.drivers.cgroups import Group
+from templated.errors import Busy, Conflict, HostError, NotFound, StartError, TemplatedError
 from templated.journal import CloneRow, now
 from templated.model.api import CloneRequest
 from templated.model.clone import CloneState, CloneView, StartPath
+from templated.model.limits import UNLIMITED, Limits
 from templated.model.names import check_clone_name, numbered
 from templated.services.clones.clone import Clone, Running, Started, Starting, adopted, known
-from templated.services.clones.start import Start, Turns
+from templated.services.clones.start import Start, Turns, over_memory
 from templated.services.context import Context
 from templated.services.machines.clock import PhaseClock
 from templated.services.machines.generation import Generation, Holder
@@ -125,6 +127,7 @@ class Clones:
             raise self._failed(clone, clock, error) from error
         self._clones[clone.name] = running
         self._watch(running)
+        self._limit(running)
         if failpoints.armed:
             failpoints.hit("clone.registered")
         self._context.metrics.observe_start(
@@ -194,6 +197,14 @@ class Clones:
         """How many clones there are, by template and state."""
         return Counter((c.template, c.state.value) for c in self._clones.values())
 
+    def limited(self) -> Iterator[tuple[Running, Group]]:
+        """The clones that run and have limits, with their groups."""
+        for clone in self._clones.values():
+            if isinstance(clone, Running) and clone.limits:
+                group = self._context.groups.group(clone.slot.id)
+                if group is not None:
+                    yield clone, group
+
     def processes(self) -> Iterator[tuple[str, str, int]]:
         """Template, state and pid of each clone that has a VM."""
         for clone in self._clones.values():
@@ -206,6 +217,19 @@ class Clones:
             return self._clones[name]
         except KeyError:
             raise NotFound(f"there is no clone {name}", hint="see: templated ls") from None
+
+    def _limit(self, clone: Running) -> None:
+        """Set the limits that would have made the start longer, beside requests."""
+        group = self._context.groups.group(clone.slot.id)
+        if group is not None and clone.limits:
+            self._tasks.spawn(self._hold(clone, group), f"limits of {clone.name}")
+
+    async def _hold(self, clone: Running, group: Group) -> None:
+        try:
+            await asyncio.to_thread(group.limit, clone.limits)
+        except HostError as error:
+            if clone.state is CloneState.RUNNING:
+                log.error("clone %s runs without its limits: %s", clone.name, error.message)
 
     # --- ending -----------------------------------------------------------------------------
 
@@ -250,9 +274,13 @@ class Clones:
 
     async def _bury(self, clone: Running, how: str) -> None:
         """A clone's VM ended by itself: the name stays taken, its slot too, until `rm`."""
+        group = self._context.groups.group(clone.slot.id)
+        cause = await asyncio.to_thread(over_memory, group, clone.limits)
         if clone.state is not CloneState.RUNNING:
             return
-        clone.move(CloneState.DEAD, f"its VM {how}")
+        clone.move(CloneState.DEAD, f"its VM {how}{cause}")
+        if cause:
+            self._context.metrics.limit_hits.labels(clone.template, "memory").inc()
         dead = self._clones[clone.name] = clone.without_vm()
         self._context.events.emit("clone.dead", clone.name, reason=clone.reason)
         await clone.vm.destroy()
@@ -261,8 +289,8 @@ class Clones:
 
     # --- restart of the daemon --------------------------------------------------------------
 
-    async def adopt(self, rows: list[CloneRow]) -> list[str]:
-        """Take over the clones that an earlier daemon left running.
+    async def adopt(self, rows: list[CloneRow], limits: Mapping[str, Limits]) -> list[str]:
+        """Take over the clones that an earlier daemon left running, with limits by slot.
 
         Returns the ids of slots whose VM must not be kept: removals under way. The caller
         destroys those. Raises HostError when the journal cannot be written.
@@ -271,7 +299,7 @@ class Clones:
         at_once = asyncio.Semaphore(_ADOPTIONS)
         for row in kept:
             lease = self._templates.lease(row.slot.generation, Holder.CLONE)
-            self._clones[row.name] = known(row, lease)
+            self._clones[row.name] = known(row, lease, limits.get(row.slot.id, UNLIMITED))
         # Side by side: one that does not answer must not hold up all others.
         running = [row for row in kept if row.state is CloneState.RUNNING]
         await asyncio.gather(*(self._adopt_one(row, at_once) for row in running))
@@ -291,10 +319,13 @@ class Clones:
                 self._context.starter.user(row.slot),
             )
         if machine is None:
-            found.move(CloneState.DEAD, "its VM ended while the daemon was away")
+            group = self._context.groups.group(row.slot.id)
+            cause = await asyncio.to_thread(over_memory, group, found.limits)
+            found.move(CloneState.DEAD, f"its VM ended while the daemon was away{cause}")
             await self._context.journal.clone_state(row.slot.id, CloneState.DEAD, found.reason)
             return
         clone = self._clones[row.name] = adopted(found, Vm(row.slot, places, machine))
+        self._limit(clone)
         try:
             async with at_once, within(_ADOPTION_TIMEOUT, "its connection"):
                 await clone.vm.connect(_ADOPTION_TIMEOUT)
@@ -329,5 +360,6 @@ def _starting(name: str, generation: Generation, path: StartPath) -> Starting:
         path=path,
         created=now(),
         lease=generation.leases.take(Holder.CLONE),
+        limits=generation.limits,
         generation=generation,
     )

@@ -17,13 +17,15 @@ import contextlib
 import functools
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from templated import failpoints
-from templated.errors import Busy, HostError, TemplatedError, host_errors
+from templated.drivers.cgroups import Group
+from templated.errors import Busy, HostError, HypervisorError, TemplatedError, host_errors
 from templated.journal import CloneRow
 from templated.model.clone import CloneState, StartPath
+from templated.model.limits import Limits
 from templated.services.clones.clone import Running, Starting, started
 from templated.services.context import Context
 from templated.services.machines.boot import boot_kernel, image_overlay
@@ -90,8 +92,11 @@ class Start:
         way: Callable[[Undo], Awaitable[Vm]] = getattr(self, path.value)
         self.clone.path = path
         async with contextlib.AsyncExitStack() as undo:
-            with host_errors():  # no descriptor left, a full disk
-                vm = await way(undo)
+            try:
+                with host_errors():  # no descriptor left, a full disk
+                    vm = await way(undo)
+            except HypervisorError as error:
+                raise await self._explained(error) from error
             if failpoints.armed:
                 failpoints.hit("start.confirmed")
             row = self._row(vm)
@@ -100,6 +105,13 @@ class Start:
                 failpoints.hit("start.recorded")
             undo.pop_all()
         return started(self.clone, row, vm)
+
+    async def _explained(self, error: HypervisorError) -> HypervisorError:
+        """The error, with the limit that has ended the VM."""
+        slot = self.clone.slot
+        group = self.context.groups.group(slot.id) if slot else None
+        cause = await asyncio.to_thread(over_memory, group, self.clone.limits)
+        return HypervisorError(f"{error.message}{cause}", hint=error.hint) if cause else error
 
     # --- the ways -----------------------------------------------------------------------------
     # Each raises HostError, HypervisorError, GuestError, IdentityError or Timeout, and leaves
@@ -149,7 +161,12 @@ class Start:
         async with self.turns.starts, _bound(terms.booted_s):
             empty = await image_overlay(self.context.layout, image)
             # Not a layer that slots are kept ready for.
-            layer = Layer(f"cold-{image.digest}", empty, (image.disk,))
+            layer = replace(
+                generation.layer,
+                generation=f"cold-{image.digest}",
+                empty=empty,
+                backing=(image.disk,),
+            )
             prepared = await self._slot(layer, undo)
             launch = starter.launch(prepared, generation.hardware)
             kernel = boot_kernel(self.context.hypervisor, image, manifest.spec, manifest.accel)
@@ -210,6 +227,13 @@ class Start:
             phases=dict(self.clock.phases_ms),
             total_ms=self.clock.total_ms(),
         )
+
+
+def over_memory(group: Group | None, limits: Limits) -> str:
+    """What to say after how a VM ended, when a limit has ended it; else empty. Blocks."""
+    if group is None or limits.memory is None or not group.killed_for_memory():
+        return ""
+    return f": it wanted more than its limits.memory, {limits.memory >> 20} MiB"
 
 
 def _bound(seconds: float) -> AbstractAsyncContextManager[None]:

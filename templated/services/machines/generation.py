@@ -30,8 +30,10 @@ from templated.drivers.host.procfs import read_memory
 from templated.drivers.hypervisor.base import Hardware, Hypervisor, SavedState
 from templated.errors import HostError
 from templated.model.generation import FileDigest, Manifest
+from templated.model.limits import Limits
 from templated.model.spec import TemplateSpec
 from templated.model.units import seconds, size_bytes
+from templated.services.machines.admission import Promise
 from templated.services.machines.slots import Layer
 from templated.services.machines.vm import require_space
 from templated.services.places import Layout
@@ -180,8 +182,19 @@ class Generation:
 
     @functools.cached_property
     def layer(self) -> Layer:
-        """The source of a slot's disk layer 3."""
-        return Layer(self.id, self.directory / EMPTY, (self.directory / DISK, self.image))
+        """What slots are made from."""
+        return Layer(
+            self.id,
+            self.directory / EMPTY,
+            (self.directory / DISK, self.image),
+            self.limits,
+            Promise.of(self.manifest.spec),
+        )
+
+    @functools.cached_property
+    def limits(self) -> Limits:
+        """What each VM may take of the host."""
+        return Limits.of(self.manifest.spec)
 
     @functools.cached_property
     def terms(self) -> Terms:

@@ -19,13 +19,16 @@ from pathlib import Path
 
 from templated import failpoints
 from templated.drivers import disk
+from templated.drivers.cgroups import ControlGroups, Group
 from templated.drivers.host.files import remove_directory
 from templated.drivers.hypervisor.base import Places
 from templated.drivers.network import Network, Port
 from templated.errors import HostError, TemplatedError
 from templated.journal import Journal
 from templated.model.clone import Slot
+from templated.model.limits import UNLIMITED, Limits
 from templated.model.network import AddressPlan
+from templated.services.machines.admission import Admission, Promise
 from templated.services.machines.vm import Vm
 from templated.services.places import Layout
 from templated.timing import within
@@ -39,12 +42,15 @@ _LATE = 2.0
 
 @dataclass(frozen=True)
 class Layer:
-    """The source of a slot's disk layer 3: an empty overlay to copy, and the layers below it."""
+    """What a slot is made from: an empty overlay to copy, the layers below it, and limits."""
 
     generation: str
     empty: Path
     backing: tuple[Path, ...]
     """The highest first. The VM follows this and not what the overlay's header says."""
+    limits: Limits = UNLIMITED
+    promise: Promise | None = None
+    """What the slot's VM counts for; None: for nothing, as one of a build."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class PreparedSlot:
     port: Port
     files: Inheritance
     backing: tuple[Path, ...]
+    group: Group | None
     vm: Vm | None = None
 
     def close(self) -> None:
@@ -94,6 +101,8 @@ class Slots:
         layout: Layout,
         network: Network,
         plan: AddressPlan,
+        groups: ControlGroups,
+        admission: Admission,
         *,
         ready: int,
         capacity: int,
@@ -104,6 +113,8 @@ class Slots:
         self._layout = layout
         self._network = network
         self._plan = plan
+        self._groups = groups
+        self._admission = admission
         self._target = ready
         self._capacity = capacity
         self._stall = stall
@@ -120,16 +131,27 @@ class Slots:
         """
         self._wanted.set()
         waiting = self._ready.get(layer.generation)
-        if waiting:
-            return waiting.popleft()
-        return await self.make(layer)
+        if not waiting:
+            return await self.make(layer)
+        with self._admission.entering(layer.promise) as hold:
+            prepared = waiting.popleft()
+            hold(prepared.slot.id)
+        return prepared
 
     async def make(self, layer: Layer) -> PreparedSlot:
-        """Make a slot with all its things.
+        """Make a slot with all its things, for a VM that is started now.
 
-        Raises HostError, Busy when the subnet has no address left; leaves nothing of the slot
-        then, nor when it is cancelled: what takes too long for that is given back once it is there.
+        Raises HostError, and Busy when the subnet has no address left or the VM would be one too
+        many; leaves nothing of the slot then, nor when it is cancelled: what takes too long for
+        that is given back once it is there.
         """
+        with self._admission.entering(layer.promise) as hold:
+            prepared = await self._prepare(layer)
+            hold(prepared.slot.id)
+        return prepared
+
+    async def _prepare(self, layer: Layer) -> PreparedSlot:
+        """As `make`, of a slot that counts for nothing yet."""
         # Threads cannot be cancelled, and what they make would be lost: this runs to its end.
         making = asyncio.ensure_future(self._make(layer))
         try:
@@ -158,7 +180,8 @@ class Slots:
                 raise
             undo.pop_all()
         places, overlay = self._layout.vm(slot.id), self._layout.overlay(slot.id)
-        return PreparedSlot(slot, places, overlay, port, files, layer.backing)
+        group = self._groups.group(slot.id)
+        return PreparedSlot(slot, places, overlay, port, files, layer.backing, group)
 
     async def drop(self, slot_id: str) -> None:
         """Give back everything that a slot holds, its journal rows last. Idempotent.
@@ -168,6 +191,7 @@ class Slots:
         async with within(self._stall, f"giving back slot {slot_id}"):
             await self._network.drop_port(slot_id)
             await asyncio.to_thread(self._forget, slot_id)
+            self._admission.release(slot_id)
 
     async def give_back(self, prepared: PreparedSlot) -> None:
         """End the VM of a slot that gets no owner, and drop the slot; to the end, once begun.
@@ -236,7 +260,7 @@ class Slots:
     async def _fill(self) -> None:
         for generation, layer in list(self._layers.items()):
             while len(self._ready[generation]) < self._target:
-                prepared = await self.make(layer)
+                prepared = await self._prepare(layer)
                 if generation not in self._layers:  # retired meanwhile
                     await self.give_back(prepared)
                     break
@@ -268,6 +292,8 @@ class Slots:
         )
         try:
             places, overlay = self._layout.vm(slot.id), self._layout.overlay(slot.id)
+            if group := self._groups.group(slot.id):
+                group.make(layer.limits)
             return slot, _files(places, layer, overlay)
         except BaseException:
             self._left[slot.id] = None
@@ -277,6 +303,8 @@ class Slots:
             raise
 
     def _forget(self, slot_id: str) -> None:
+        if group := self._groups.group(slot_id):
+            group.remove()
         _remove(self._layout.vm(slot_id))
         self._journal.drop_slot(slot_id)
 

@@ -114,7 +114,7 @@ class Starter:
         if background:
             vm.machine.background(True)
         vm.state = state
-        await vm.connect(generation.terms.start_s)
+        await self._connect(vm, prepared, generation.terms.start_s)
         if background:
             await vm.machine.expect_state()
         return vm
@@ -196,7 +196,7 @@ class Starter:
                 parts = {path: _opened(path, files) for path in (kernel.kernel, kernel.initrd)}
                 launch = replace(launch, boot=kernel, opened={**launch.opened, **parts})
                 vm = self._spawn(prepared, launch)
-            await vm.connect(terms.start_s)
+            await self._connect(vm, prepared, terms.start_s)
         await vm.machine.set_link(False)
         with clock(Phase.BOOT):
             await vm.boot(terms.boot_s)
@@ -210,6 +210,20 @@ class Starter:
         prepared.vm = Vm(prepared.slot, launch.places, self.hypervisor.spawn(launch))
         prepared.close()
         return prepared.vm
+
+    async def _connect(self, vm: Vm, prepared: PreparedSlot, timeout: float) -> None:
+        """Wait for the control channel, and meanwhile put the VM into its group.
+
+        The kernel may take some milliseconds for that, as long as a hypervisor takes to answer;
+        and memory of a VM that is in no group yet would count for nobody.
+        """
+        group = prepared.group
+        if group is None:
+            await vm.connect(timeout)
+            return
+        async with _one_failure(), asyncio.TaskGroup() as tasks:
+            tasks.create_task(asyncio.to_thread(group.join, vm.machine.pid))
+            await vm.connect(timeout)
 
     async def _restore(self, vm: Vm, generation: Generation, clock: PhaseClock) -> None:
         """Load the state; the guest does not run yet."""

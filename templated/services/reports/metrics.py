@@ -64,6 +64,14 @@ class Metrics:
             ("template", "reason"),
             registry=self.registry,
         )
+        self.limit_hits = Counter(
+            "templated_clone_limit_hits",
+            "How often VMs of clones wanted more than a limit of their template: memory that was "
+            "reclaimed first, a thread that was refused, a period in which its CPU time was used "
+            "up.",
+            ("template", "limit"),
+            registry=self.registry,
+        )
         self.starts_in_progress = Gauge(
             "templated_clone_starts_in_progress",
             "Requested clones that are not up yet, including those that wait for their turn.",

@@ -22,12 +22,14 @@ import msgspec
 
 from templated import failpoints
 from templated.drivers import disk
+from templated.drivers.cgroups import Group
 from templated.drivers.host.files import fsync
 from templated.drivers.hypervisor.base import Hardware, Kernel, Launch
 from templated.drivers.image.store import Image, image_digest, lacks_rights
 from templated.errors import BuildError, HostError, TemplatedError
 from templated.journal import now
 from templated.model.generation import Manifest, ProbeResult, QemuVersion
+from templated.model.limits import UNLIMITED, Limits
 from templated.model.network import BridgeNetwork, Forward
 from templated.model.spec import SerialProbe, TemplateSpec
 from templated.model.units import size_bytes
@@ -103,6 +105,10 @@ class Build:
         with self._phase("accelerator"):
             hardware = await self._hardware(image, qemu)
         self.progress.log(f"accelerator: {hardware.accel}")
+        groups = self.context.groups
+        for name in groups.missing(Limits.of(self.spec)):
+            why = groups.problem or "the host does not offer it"
+            self.progress.log(f"warning: limits.{name} will not hold: {why}")
         memory = hardware.memory_bytes + _SHM_SLACK
         require_space(self.context.layout.shm, memory, f"template {self.spec.name}")
         if failpoints.armed:
@@ -231,12 +237,29 @@ class Build:
 
     async def _canary(self, generation: Generation) -> tuple[ProbeResult, ...]:
         """Start one clone of the new generation and run the probes on it."""
-        async with self._slot(generation.layer) as prepared:
+        # Without its limits, so that what it needs can be measured.
+        layer = replace(generation.layer, limits=UNLIMITED, promise=None)
+        async with self._slot(layer) as prepared:
             forwards, ports = self._forwards()
             async with self._tail_on_failure(prepared):
                 vm = await self._start_canary(prepared, generation, forwards)
                 self.clone_bytes = await asyncio.to_thread(vm.machine.private_bytes)
-                return await self._probe(vm, ports, canary=True)
+                results = await self._probe(vm, ports, canary=True)
+            await asyncio.to_thread(self._require_enough, generation.limits, prepared.group)
+            return results
+
+    def _require_enough(self, limits: Limits, group: Group | None) -> None:
+        """Raise BuildError when the canary took more than a limit leaves to each clone."""
+        memory = group.most_memory() if group else 0
+        self._require_within(limits.memory, memory or self.clone_bytes, "memory", "bytes")
+        self._require_within(limits.pids, group.threads() if group else 0, "pids", "threads")
+
+    def _require_within(self, limit: int | None, taken: int, name: str, unit: str) -> None:
+        if limit is not None and taken > limit:
+            raise BuildError(
+                f"limits.{name} of {self.spec.name} is {limit} {unit}, and its canary took {taken}",
+                hint=f"set limits.{name} higher: what guests do comes on top of that",
+            )
 
     async def _start_canary(
         self, prepared: PreparedSlot, generation: Generation, forwards: tuple[Forward, ...]

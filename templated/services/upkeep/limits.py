@@ -1,0 +1,67 @@
+"""Reports clones that want more than their limits let them have."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+
+from templated.drivers.cgroups import Group
+from templated.services.clones.clone import Running
+from templated.services.clones.registry import Clones
+from templated.services.context import Context
+
+log = logging.getLogger(__name__)
+INTERVAL = 5.0
+"""Seconds between two looks at the groups."""
+Hits = Mapping[str, int]
+
+
+class LimitWatch:
+    """Knows how often each clone has come to each of its limits, and what is new of that."""
+
+    def __init__(self, context: Context, clones: Clones) -> None:
+        self._context = context
+        self._clones = clones
+        self._seen: dict[str, Hits] = {}
+        """By slot."""
+        self._pressing: set[tuple[str, str]] = set()
+        """Slot and limit of what was reported, and has gone on since."""
+
+    async def run(self) -> None:
+        """Look and report, until cancelled. Raises nothing.
+
+        What an earlier daemon's clones had come to counts as reported by that one.
+        """
+        first = True
+        while True:
+            try:
+                await self.look(report=not first)
+            except Exception:
+                log.exception("cannot look at the limits of clones")
+            first = False
+            await asyncio.sleep(INTERVAL)
+
+    async def look(self, *, report: bool = True) -> None:
+        """Read the figures of all clones that have limits, and report those that have grown."""
+        limited = list(self._clones.limited())
+        read = await asyncio.to_thread(_hits, {c.slot.id: group for c, group in limited})
+        pressing = set()
+        for clone, _ in limited:
+            slot = clone.slot.id
+            before = self._seen.get(slot, {})
+            for limit, number in read[slot].items():
+                grown = number - before.get(limit, 0)
+                if grown > 0 and report:
+                    pressing.add((slot, limit))
+                    self._report(clone, limit, grown)
+        self._seen, self._pressing = read, pressing
+
+    def _report(self, clone: Running, limit: str, times: int) -> None:
+        self._context.metrics.limit_hits.labels(clone.template, limit).inc(times)
+        if (clone.slot.id, limit) not in self._pressing:
+            self._context.events.emit("clone.limit", clone.name, limit=limit, times=times)
+
+
+def _hits(groups: Mapping[str, Group]) -> dict[str, Hits]:
+    return {slot: group.hits() for slot, group in groups.items()}

@@ -1,0 +1,181 @@
+"""Limits of clones hold, are reported by their names, and are there after a restart."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.real.harness import Daemon
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can make control groups here"),
+]
+LIMITED = "limits: {memory: 96MiB, pids: 64, cpus: 0.3, cpu_weight: 50, vms: 3}"
+BUSY = "i=0; while [ $i -lt 400000 ]; do i=$((i+1)); done"
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Wait for something that is to come true, and return it."""
+    deadline = time.monotonic() + 60
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+    return found
+
+
+def events(daemon: Daemon, kind: str) -> list[dict[str, Any]]:
+    """The events of one type so far."""
+    return [event for event in daemon.json("events", "--no-follow") if event["type"] == kind]
+
+
+def groups_of(pid: int) -> dict[str, str]:
+    """The control groups of a process, by controller."""
+    lines = [line.split(":", 2) for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()]
+    return {name: path for _, names, path in lines for name in names.split(",")}
+
+
+@pytest.fixture(scope="module")
+def limited(image_store: Path) -> Any:
+    """A daemon with a template that has limits; skipped where there are no control groups."""
+    from tests.real.conftest import prepare
+
+    daemon = prepare(Daemon(limits={"memory": "512MiB"}), image_store)
+    try:
+        daemon.variant("lim", LIMITED)
+        daemon.start()
+        if not daemon.control_groups():
+            pytest.skip(daemon.control_groups().problem)
+        daemon.build("lim")
+        yield daemon
+    finally:
+        daemon.close()
+        assert daemon.groups() == []
+
+
+@pytest.fixture
+def host(limited: Daemon) -> Any:
+    """The daemon, without a clone before and after."""
+    yield limited
+    limited.cli("rm", "--all", "--yes")
+
+
+def test_memory(host: Daemon) -> None:
+    """Who wants more than its memory dies of it, and is reported with the limit's name."""
+    for name in ("greedy", "other"):
+        host.cli("clone", name, "--template", "lim")
+    done = host.run("exec", "greedy", "--", "python3", "-c", "bytearray(100 << 20)")
+    assert done.returncode != 0
+    clone = until(
+        lambda: (c := host.json("show", "greedy"))["state"] == "dead" and c, "it did not die"
+    )
+    assert "more than its limits.memory, 96 MiB" in clone["reason"]
+    assert events(host, "clone.dead")[-1]["details"]["reason"] == clone["reason"]
+    assert host.cli("exec", "other", "--", "hostname") == "other\n"
+
+
+def test_cpu_time(host: Daemon) -> None:
+    """A clone that uses its time up is reported once while it goes on, and the metric counts."""
+    host.cli("clone", "busy", "--template", "lim")
+    host.cli("exec", "busy", "--", "sh", "-c", BUSY)
+    found = until(lambda: events(host, "clone.limit"), "the limit was not reported")
+    assert [(e["subject"], e["details"]["limit"]) for e in found] == [("busy", "cpus")]
+    lines = [line for line in host.cli("metrics").splitlines() if "limit_hits_total{" in line]
+    assert any('limit="cpus",template="lim"' in line for line in lines)
+
+
+def test_who_is_in_it(host: Daemon) -> None:
+    """A clone has its group by the time that it is up, and nobody else is in it; CPU limits come
+    then. The daemon itself is in none."""
+    host.cli("clone", "one", "--template", "lim")
+    pid = host.json("show", "one")["pid"]
+    found = host.control_groups()
+    mine = groups_of(pid)
+    assert host.process is not None
+    others = groups_of(host.process.pid)
+    assert found.prefix in mine["memory"] and mine["memory"] != others["memory"]
+    root = found.bases["cpu"] / Path(mine["cpu"]).name
+    assert (root / "cgroup.procs").read_text().split() == [str(pid)]
+    if found.version == 1:
+        until(lambda: (root / "cpu.cfs_quota_us").read_text() == "30000\n", "no quota")
+        until(lambda: (root / "cpu.shares").read_text() == "512\n", "no weight")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_restart(host: Daemon, how: signal.Signals) -> None:
+    """The group stays through a restart of the daemon, and the clone still counts."""
+    names = ["a", "b", "c"]
+    for name in names:
+        host.cli("clone", name, "--template", "lim")
+    pids = [host.json("show", name)["pid"] for name in names]
+    before = [groups_of(pid) for pid in pids]
+    host.stop(how)
+    host.start()
+    assert [groups_of(pid) for pid in pids] == before
+    assert "its limits.vms is 3" in host.run("clone", "d", "--template", "lim").stderr
+    host.cli("rm", "a")
+    host.cli("clone", "d", "--template", "lim")
+
+
+def test_death_while_the_daemon_is_away(host: Daemon) -> None:
+    """The group tells the next daemon what its VM died of."""
+    host.cli("clone", "gone", "--template", "lim")
+    # What the guest was told goes on without the daemon.
+    command = "(sleep 2; exec python3 -c 'bytearray(100 << 20)') >/dev/null 2>&1 &"
+    host.cli("exec", "gone", "--", "sh", "-c", command)
+    pid = host.json("show", "gone")["pid"]
+    host.stop(signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{pid}/mem").exists(), "it did not die")
+    host.start()
+    reason = host.json("show", "gone")["reason"]
+    assert "while the daemon was away: it wanted more than its limits.memory" in reason
+
+
+def test_what_is_promised(host: Daemon) -> None:
+    """No more clones than limits.vms, counted with the members of pools; refused ones leave
+    nothing."""
+    host.cli("clone", "fn", "--count", "2", "--template", "lim")
+    held = host.at_rest()
+    done = host.run("clone", "more", "--count", "2", "--template", "lim")
+    assert done.returncode != 0 and "there are 3 VMs of lim" in done.stderr
+    assert host.settled(held) == held
+    host.cli("pool", "set", "lim", "--standby", "1")
+    until(lambda: host.json("pool", "ls")[0]["standby"]["ready"], "no member")
+    assert "there are 3 VMs of lim" in host.run("clone", "x", "--template", "lim", "--path", "direct").stderr
+    host.cli("clone", "x", "--template", "lim")
+    host.cli("pool", "set", "lim", "--reset")
+
+
+def test_all_together(host: Daemon) -> None:
+    """`limits.memory` of the configuration bounds what all templates promise together."""
+    host.variant("big", "machine: {memory: 384MiB}", without_probes=True)
+    host.build("big")
+    host.cli("clone", "fn", "--count", "2", "--template", "lim")
+    done = host.run("clone", "big", "--template", "big")
+    assert done.returncode != 0
+    assert "may come to use 384 MiB of memory, and 192 MiB of the 512 MiB" in done.stderr
+    host.cli("rm", "fn-1")
+    host.cli("clone", "big", "--template", "big")
+    host.cli("rm", "big")
+    host.cli("template", "rm", "big")
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [("memory: 4MiB", "limits.memory of low is 4194304 bytes, and its canary took"),
+     ("pids: 8", "limits.pids of low is 8 threads, and its canary took")],
+)  # fmt: skip
+def test_too_low(limited: Daemon, limit: str, said: str) -> None:
+    """A limit below what the guest needs is refused by the build, with the figure."""
+    limited.variant("low", f"limits: {{{limit}}}")
+    done = limited.run("template", "build", "low")
+    if limit.startswith("pids") and done.returncode == 0:
+        pytest.skip("this QEMU has few threads")
+    assert done.returncode != 0 and said in done.stderr
+    assert "set limits." in done.stderr
