@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 
+from tests.again import Again, Summary
+
 _REPORTS = "TEMPLATED_TEST_REPORTS"
 _PAUSE = 0.2
 _ENDS_WITHIN = 60.0
@@ -127,10 +129,14 @@ def divide(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Start the lab's tests of a run beside its others, when it has both."""
     if path := os.environ.get(_REPORTS):
         config.pluginmanager.register(Reporter(config, path))
+        config.pluginmanager.register(Again())
         return
+    config.pluginmanager.register(Summary())
     lab = [item for item in items if item.get_closest_marker("lab")]
     if lab and len(lab) < len(items) and os.geteuid() == 0 and not config.option.collectonly:
         config.pluginmanager.register(Beside(config, lab))
+    else:
+        config.pluginmanager.register(Again())
 
 
 def _failed(item: pytest.Item, words: str) -> pytest.TestReport:

@@ -22,7 +22,9 @@ from templated.model.limits import Limits
 
 log = logging.getLogger(__name__)
 OURS = "daemon"
-_CONTROLLERS = ("memory", "pids", "cpu", "io")
+CONTROLLERS = ("memory", "pids", "cpu", "io")
+"""Those that limits need; version 1 calls the last one blkio."""
+_FIRST = {"io": "blkio"}
 _PERIOD_US = 100_000
 _V1_SHARES = 1024
 """What cpu.shares is by default, as 100 is for cpu.weight."""
@@ -260,14 +262,29 @@ def control_groups(owner: str, disk: Path, *, make: bool = True) -> ControlGroup
     return found
 
 
+def offered() -> tuple[int, list[str]]:
+    """The version that the host has, and which of the controllers are in it. Raises nothing."""
+    with contextlib.suppress(OSError):
+        mounts = _mounts()
+        second = _usable(mounts[""]) if "" in mounts else set()
+        if second:
+            return 2, [name for name in CONTROLLERS if name in second]
+        return 1, [name for name in CONTROLLERS if _FIRST.get(name, name) in mounts]
+    return 2, []
+
+
+def _usable(mount: _Mount) -> set[str]:
+    """The controllers that version 2 has on this host."""
+    return {*(mount.point / "cgroup.controllers").read_text().split()} & {*CONTROLLERS}
+
+
 def _second(own: Mapping[str, str], mounts: Mapping[str, _Mount], *, make: bool) -> ControlGroups:
     """Version 2; nothing and no problem where it has none of our controllers."""
     mount = mounts.get("")
     if mount is None or "" not in own:
         return ControlGroups()
     here = mount.path(own[""])
-    usable = set((mount.point / "cgroup.controllers").read_text().split())
-    if not usable & set(_CONTROLLERS):
+    if not _usable(mount):
         return ControlGroups()
     base = here.parent if here.name == OURS else here
     if not _is_delegated(base):
@@ -281,19 +298,19 @@ def _second(own: Mapping[str, str], mounts: Mapping[str, _Mount], *, make: bool)
             with contextlib.suppress(ProcessLookupError):
                 _put(base / OURS / "cgroup.procs", pid)
         there = set((base / "cgroup.controllers").read_text().split())
-        for name in _CONTROLLERS:
+        for name in CONTROLLERS:
             if name in there:
                 _put(base / "cgroup.subtree_control", f"+{name}")
     file = "cgroup.subtree_control" if make else "cgroup.controllers"
     there = set((base / file).read_text().split())
-    return ControlGroups("", 2, {name: base for name in _CONTROLLERS if name in there}, "vm-")
+    return ControlGroups("", 2, {name: base for name in CONTROLLERS if name in there}, "vm-")
 
 
 def _first(own: Mapping[str, str], mounts: Mapping[str, _Mount], owner: str) -> ControlGroups:
     """Version 1: beside this process's children, in each controller's hierarchy."""
     bases: dict[str, Path] = {}
-    for name in _CONTROLLERS:
-        present = "blkio" if name == "io" else name
+    for name in CONTROLLERS:
+        present = _FIRST.get(name, name)
         if present in mounts and present in own:
             here = mounts[present].path(own[present])
             if os.access(here, os.W_OK):

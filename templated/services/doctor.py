@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from templated.drivers.cgroups import CONTROLLERS, offered
 from templated.drivers.configfile import load_template, template_files
 from templated.drivers.host.capabilities import may_raise_priority
 from templated.drivers.hypervisor.base import Hypervisor
@@ -43,6 +44,7 @@ def run_checks(config: Config) -> list[Check]:
         _qemu,
         _confinement,
         _users,
+        _groups,
         _accelerator,
         _tools,
         _places,
@@ -98,6 +100,21 @@ def _users(config: Config) -> Iterator[Check]:
         return
     fix = "run the daemon as root with util-linux installed, and give it unused `uids`"
     yield Check("users", "WARN", f"VMs run as the daemon's user: {problem}", fix)
+
+
+def _groups(config: Config) -> Iterator[Check]:
+    """What the host offers: which group the daemon gets to divide, only its own log can say."""
+    version, controllers = offered()
+    missing = [name for name in CONTROLLERS if name not in controllers]
+    if not config.confine:
+        detail = "confine is false: VMs have no control groups, and no limits"
+        yield Check("control groups", "WARN", detail, "confine: true")
+    elif missing:
+        fix = "mount control groups with these controllers, such as those of version 2"
+        detail = f"limits of templates do not hold: no controller for {', '.join(missing)}"
+        yield Check("control groups", "WARN", detail, fix)
+    else:
+        yield Check("control groups", "PASS", f"version {version}: {', '.join(controllers)}")
 
 
 def _accelerator(config: Config) -> Iterator[Check]:
