@@ -1,7 +1,8 @@
-"""The lab's tests beside all others, in a process of their own, as parts of one run.
+"""The tests of the lab and in Debian 13 beside all others, in a process of their own, in one run.
 
-The lab has one CPU and keeps it busy for a quarter of an hour, and the other tests want the rest of
-a machine with two. What the other process reports is reported here, in the place of each test.
+Both take long, on one CPU: the lab keeps it busy for a quarter of an hour, and Debian 13 repeats
+what is tested here. The other tests want the rest of a machine with two. What the other process
+reports is reported here, in the place of each test.
 pytest-xdist was tried: its workers are killed at an interrupt before all fixtures have cleaned up,
 and with pytest 9 it does not keep tests of a group together.
 """
@@ -25,6 +26,7 @@ import pytest
 from tests.again import Again, Summary
 
 _REPORTS = "TEMPLATED_TEST_REPORTS"
+_MARKS = ("debian13", "lab")
 _PAUSE = 0.2
 _ENDS_WITHIN = 60.0
 
@@ -126,15 +128,15 @@ class Reporter:
 
 
 def divide(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Start the lab's tests of a run beside its others, when it has both."""
+    """Start the tests that go beside, when a run has others as well."""
     if path := os.environ.get(_REPORTS):
         config.pluginmanager.register(Reporter(config, path))
         config.pluginmanager.register(Again())
         return
     config.pluginmanager.register(Summary())
-    lab = [item for item in items if item.get_closest_marker("lab")]
-    if lab and len(lab) < len(items) and os.geteuid() == 0 and not config.option.collectonly:
-        config.pluginmanager.register(Beside(config, lab))
+    marked = [item for item in items if any(map(item.get_closest_marker, _MARKS))]
+    if marked and len(marked) < len(items) and os.geteuid() == 0 and not config.option.collectonly:
+        config.pluginmanager.register(Beside(config, marked))
     else:
         config.pluginmanager.register(Again())
 

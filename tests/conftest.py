@@ -1,4 +1,4 @@
-"""A bound on the time of every test, and the lab beside the others."""
+"""A bound on the time of every test, and the long ones beside the others."""
 
 from __future__ import annotations
 

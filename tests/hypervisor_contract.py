@@ -258,6 +258,7 @@ class HypervisorContract:
                 assert machine.cpu_seconds() >= 0 and machine.private_bytes() > 0
                 machine.background(True)
                 machine.background(False)
+                machine.limit_files(1 << 30)
                 await machine.quit(BOUND)
                 assert machine.state is ENDED
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from templated.model.spec import TemplateSpec
 from templated.model.units import size_bytes
@@ -23,6 +23,8 @@ class Limits:
     disk_read: int | None = None
     """Bytes a second, as is `disk_write`."""
     disk_write: int | None = None
+    disk: int | None = None
+    """The most bytes of its disk layer 3, and of each of its logs."""
 
     @classmethod
     def of(cls, spec: TemplateSpec) -> Limits:
@@ -35,13 +37,24 @@ class Limits:
             cpu_weight=given.cpu_weight,
             disk_read=_bytes(given.disk_read),
             disk_write=_bytes(given.disk_write),
+            disk=_bytes(given.disk) or _whole_disk(size_bytes(spec.image.size)),
         )
 
-    def __bool__(self) -> bool:
-        return self != UNLIMITED
+    @property
+    def controlled(self) -> bool:
+        """Whether a control group holds some of them: all but `disk`."""
+        return replace(self, disk=None) != UNLIMITED
 
 
 UNLIMITED = Limits()
+
+
+def _whole_disk(size: int) -> int:
+    """What a layer takes that holds all of a disk: qcow2's tables come on top.
+
+    They need 10 bytes for each cluster of 64 KiB (QEMU, docs/interop/qcow2.txt).
+    """
+    return size + size // 1024 + (16 << 20)
 
 
 def _bytes(size: str | None) -> int | None:

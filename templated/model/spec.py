@@ -130,6 +130,8 @@ class LimitSpec(_Spec, frozen=True, kw_only=True):
     """CPU time per time, from when the clone is up."""
     cpu_weight: Annotated[int, Meta(ge=1, le=10000)] | None = None
     """Its share of CPUs that others want as well; the usual is 100."""
+    disk: Size | None = None
+    """The most that disk layer 3 may come to take; without, as much as the image's disk has."""
     disk_read: Size | None = None
     """Bytes a second from the host's disk, as is `disk_write`."""
     disk_write: Size | None = None

@@ -237,6 +237,8 @@ def _uids(config: Config, hypervisor: Hypervisor) -> UidRange | None:
     if problem:
         log.warning("VMs run as the user of this process: %s", problem)
         return None
+    if lacking := hypervisor.file_limit_problem():
+        log.warning("what VMs write to the disk has no limit: %s", lacking)
     return uid_range(config)
 
 

@@ -97,6 +97,11 @@ def _users(config: Config) -> Iterator[Check]:
     if not problem:
         detail = f"each VM runs as a user of its own, of {uid_range(config)}"
         yield Check("users", "PASS", detail)
+        if lacking := make_hypervisor(config).file_limit_problem():
+            detail = f"what VMs write to the disk has no limit: {lacking}"
+            yield Check(
+                "files", "WARN", detail, "give the daemon CAP_SYS_RESOURCE, as the unit does"
+            )
         return
     fix = "run the daemon as root with util-linux installed, and give it unused `uids`"
     yield Check("users", "WARN", f"VMs run as the daemon's user: {problem}", fix)

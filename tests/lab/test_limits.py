@@ -57,7 +57,7 @@ def test_groups_and_limits(limited: Product) -> None:
     assert limits(limited, path) == WRITTEN
     shown = limited.lab.do("systemd-cgls --no-pager -u templated.service")
     assert path.rpartition("/")[2] in shown and f"{pid} qemu-system" in shown
-    greedy = "exec fn-1 -- python3 -c 'bytearray(100 << 20)'"
+    greedy = "exec fn-1 -- python3 -c 'bytes(range(256)) * (80 << 12)'"
     assert limited.lab.run(f"templated {greedy}").returncode != 0
     limited.wait("templated -o json show fn-1 | grep -q limits.memory")
     reason = limited.json("show", "fn-1")["reason"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -17,8 +19,8 @@ pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can make control groups here"),
 ]
-LIMITED = "limits: {memory: 96MiB, pids: 64, cpus: 0.3, cpu_weight: 50, vms: 3}"
-BUSY = "i=0; while [ $i -lt 400000 ]; do i=$((i+1)); done"
+LIMITED = "limits: {memory: 96MiB, pids: 64, cpus: 0.3, cpu_weight: 50, disk: 24MiB, vms: 3}"
+BUSY = "i=0; while [ $i -lt 60000 ]; do i=$((i+1)); done"
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
@@ -32,7 +34,8 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 def events(daemon: Daemon, kind: str) -> list[dict[str, Any]]:
     """The events of one type so far."""
-    return [event for event in daemon.json("events", "--no-follow") if event["type"] == kind]
+    lines = daemon.cli("-o", "json", "events", "--no-follow").splitlines()
+    return [event for event in map(json.loads, lines) if event["type"] == kind]
 
 
 def groups_of(pid: int) -> dict[str, str]:
@@ -70,7 +73,7 @@ def test_memory(host: Daemon) -> None:
     """Who wants more than its memory dies of it, and is reported with the limit's name."""
     for name in ("greedy", "other"):
         host.cli("clone", name, "--template", "lim")
-    done = host.run("exec", "greedy", "--", "python3", "-c", "bytearray(100 << 20)")
+    done = host.run("exec", "greedy", "--", "python3", "-c", "b'x' * (80 << 20)")
     assert done.returncode != 0
     clone = until(
         lambda: (c := host.json("show", "greedy"))["state"] == "dead" and c, "it did not die"
@@ -80,14 +83,36 @@ def test_memory(host: Daemon) -> None:
     assert host.cli("exec", "other", "--", "hostname") == "other\n"
 
 
+def reported(daemon: Daemon, name: str) -> list[str]:
+    """The limits that were reported of a clone."""
+    found = [event for event in events(daemon, "clone.limit") if event["subject"] == name]
+    return [event["details"]["limit"] for event in found]
+
+
+def test_disk(host: Daemon) -> None:
+    """A layer 3 does not grow beyond its limit, at once: the guest gets errors, as of a full disk.
+
+    However much it tries: its VM goes on, and is reported.
+    """
+    host.cli("clone", "writer", "--template", "lim")
+    pid = host.json("show", "writer")["pid"]
+    bound = re.search(r"Max file size +(\d+) +(\d+)", Path(f"/proc/{pid}/limits").read_text())
+    assert bound is not None and bound.groups() == (str(24 << 20),) * 2
+    host.run("exec", "writer", "--", "sh", "-c", "dd if=/dev/zero of=/x bs=1M count=300; sync")
+    assert "disk" in until(lambda: reported(host, "writer"), "the limit was not reported")
+    layers = [path.stat().st_size for path in host.state.glob("slots/*/disk.qcow2")]
+    assert 20 << 20 < max(layers) <= 24 << 20
+    assert "I/O error" in host.cli("logs", "writer")
+    assert host.cli("exec", "writer", "--", "hostname") == "writer\n"
+
+
 def test_cpu_time(host: Daemon) -> None:
     """A clone that uses its time up is reported once while it goes on, and the metric counts."""
     host.cli("clone", "busy", "--template", "lim")
     host.cli("exec", "busy", "--", "sh", "-c", BUSY)
-    found = until(lambda: events(host, "clone.limit"), "the limit was not reported")
-    assert [(e["subject"], e["details"]["limit"]) for e in found] == [("busy", "cpus")]
-    lines = [line for line in host.cli("metrics").splitlines() if "limit_hits_total{" in line]
-    assert any('limit="cpus",template="lim"' in line for line in lines)
+    assert until(lambda: reported(host, "busy"), "the limit was not reported") == ["cpus"]
+    with host.client as client:
+        assert 'templated_clone_limit_hits_total{limit="cpus",template="lim"}' in client.metrics()
 
 
 def test_who_is_in_it(host: Daemon) -> None:
@@ -127,7 +152,7 @@ def test_death_while_the_daemon_is_away(host: Daemon) -> None:
     """The group tells the next daemon what its VM died of."""
     host.cli("clone", "gone", "--template", "lim")
     # What the guest was told goes on without the daemon.
-    command = "(sleep 2; exec python3 -c 'bytearray(100 << 20)') >/dev/null 2>&1 &"
+    command = "(sleep 2; exec python3 -c 'bytes(range(256)) * (80 << 12)') >/dev/null 2>&1 &"
     host.cli("exec", "gone", "--", "sh", "-c", command)
     pid = host.json("show", "gone")["pid"]
     host.stop(signal.SIGKILL)

@@ -137,7 +137,10 @@ def test_limits_and_promise_of_a_template() -> None:
         machine=MachineSpec(memory="256MiB"),
         image=ImageSpec(size="2GiB"),
     )
-    assert Limits.of(spec) == Limits(memory=64 << 20, cpus=0.25, disk_write=2 << 20)
+    disk = (2 << 30) + (2 << 20) + (16 << 20)
+    assert Limits.of(spec) == Limits(memory=64 << 20, cpus=0.25, disk_write=2 << 20, disk=disk)
     assert Promise.of(spec) == Promise("t", 64 << 20, 2 << 30, 3)
     assert Promise.of(TemplateSpec(name="t")).memory == 128 << 20
-    assert not Limits.of(TemplateSpec(name="t"))
+    assert not Limits.of(TemplateSpec(name="t")).controlled
+    little = TemplateSpec(name="t", limits=LimitSpec(disk="8MiB"))
+    assert Limits.of(little).disk == Promise.of(little).disk == 8 << 20

@@ -8,7 +8,7 @@ from pathlib import Path
 
 # linux/capability.h
 CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
-CAP_SYS_CHROOT, CAP_SYS_ADMIN, CAP_SYS_NICE = 18, 21, 23
+CAP_SYS_CHROOT, CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_RESOURCE = 18, 21, 23, 24
 
 
 def has_capabilities(*numbers: int) -> bool:

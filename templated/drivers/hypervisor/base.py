@@ -239,6 +239,12 @@ class Machine(Protocol):
         Does nothing where the daemon could not undo it.
         """
 
+    def limit_files(self, size: int) -> None:
+        """Let no file that it writes become larger than so many bytes, for good.
+
+        Does nothing where the hypervisor's `file_limit_problem` says so.
+        """
+
 
 @dataclass(frozen=True)
 class Support:
@@ -293,6 +299,9 @@ class Hypervisor(Protocol):
 
     def user_problem(self) -> str:
         """Why no VM can run as a user of its own here; empty when one can."""
+
+    def file_limit_problem(self) -> str:
+        """Why files of VMs that have users of their own cannot be limited; empty when they can."""
 
     def clock_problem(self, accelerator: str) -> str:
         """Why a guest's clock may drift; empty when it keeps time."""

@@ -76,6 +76,9 @@ class FakeHypervisor:
     def user_problem(self) -> str:
         return ""
 
+    def file_limit_problem(self) -> str:
+        return ""
+
     def clock_problem(self, accelerator: str) -> str:
         return ""
 
@@ -258,6 +261,9 @@ class FakeMachine(Life):
 
     def background(self, on: bool) -> None:
         """It has no priority."""
+
+    def limit_files(self, size: int) -> None:
+        """It writes none."""
 
     def end(self, how: str) -> None:
         """End as if killed from outside."""

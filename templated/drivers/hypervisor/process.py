@@ -24,6 +24,7 @@ from templated.drivers.host.capabilities import (
     CAP_KILL,
     CAP_SETGID,
     CAP_SETUID,
+    CAP_SYS_RESOURCE,
     has_capabilities,
     may_raise_priority,
 )
@@ -56,6 +57,20 @@ def use_small_pages() -> None:
     kernel without huge pages refuses the call, which does no harm.
     """
     ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+
+
+def limit_files(pid: int, size: int) -> None:
+    """Let no file that a process writes become larger. QEMU gets EFBIG, and the guest an I/O error.
+
+    Does nothing where `file_limit_problem` says so, nor when the process has ended.
+    """
+    with contextlib.suppress(PermissionError, ProcessLookupError):
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, size))
+
+
+def file_limit_problem() -> str:
+    """Why processes of other users cannot be limited; empty when they can (prlimit(2))."""
+    return "" if has_capabilities(CAP_SYS_RESOURCE) else "this daemon lacks CAP_SYS_RESOURCE"
 
 
 def limit_children() -> None:

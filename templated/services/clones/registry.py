@@ -197,19 +197,14 @@ class Clones:
         """How many clones there are, by template and state."""
         return Counter((c.template, c.state.value) for c in self._clones.values())
 
-    def limited(self) -> Iterator[tuple[Running, Group]]:
-        """The clones that run and have limits, with their groups."""
-        for clone in self._clones.values():
-            if isinstance(clone, Running) and clone.limits:
-                group = self._context.groups.group(clone.slot.id)
-                if group is not None:
-                    yield clone, group
+    def running_clones(self) -> list[Running]:
+        """The clones that have a VM."""
+        return [clone for clone in self._clones.values() if isinstance(clone, Running)]
 
     def processes(self) -> Iterator[tuple[str, str, int]]:
         """Template, state and pid of each clone that has a VM."""
-        for clone in self._clones.values():
-            if isinstance(clone, Running):
-                yield clone.template, clone.state.value, clone.pid
+        for clone in self.running_clones():
+            yield clone.template, clone.state.value, clone.pid
 
     def _get(self, name: str) -> Clone:
         check_clone_name(name)
@@ -221,7 +216,7 @@ class Clones:
     def _limit(self, clone: Running) -> None:
         """Set the limits that would have made the start longer, beside requests."""
         group = self._context.groups.group(clone.slot.id)
-        if group is not None and clone.limits:
+        if group is not None and clone.limits.controlled:
             self._tasks.spawn(self._hold(clone, group), f"limits of {clone.name}")
 
     async def _hold(self, clone: Running, group: Group) -> None:
@@ -347,9 +342,8 @@ class Clones:
     async def release(self) -> None:
         """Release all VMs, which outlive the daemon. Raises nothing."""
         self._closing = True
-        for clone in self._clones.values():
-            if isinstance(clone, Running):
-                await clone.vm.release()
+        for clone in self.running_clones():
+            await clone.vm.release()
 
 
 def _starting(name: str, generation: Generation, path: StartPath) -> Starting:

@@ -27,9 +27,10 @@ class Promise:
 
     @classmethod
     def of(cls, spec: TemplateSpec) -> Promise:
-        """The memory of its limits, or else the guest's; the whole of its disk."""
+        """The memory of its limits, or else the guest's; the disk of them, or else the image's."""
         memory = size_bytes(spec.limits.memory or spec.machine.memory)
-        return cls(spec.name, memory, size_bytes(spec.image.size), spec.limits.vms)
+        disk = size_bytes(spec.limits.disk or spec.image.size)
+        return cls(spec.name, memory, disk, spec.limits.vms)
 
 
 class Admission:

@@ -84,6 +84,7 @@ class PreparedSlot:
     files: Inheritance
     backing: tuple[Path, ...]
     group: Group | None
+    limits: Limits
     vm: Vm | None = None
 
     def close(self) -> None:
@@ -181,7 +182,7 @@ class Slots:
             undo.pop_all()
         places, overlay = self._layout.vm(slot.id), self._layout.overlay(slot.id)
         group = self._groups.group(slot.id)
-        return PreparedSlot(slot, places, overlay, port, files, layer.backing, group)
+        return PreparedSlot(slot, places, overlay, port, files, layer.backing, group, layer.limits)
 
     async def drop(self, slot_id: str) -> None:
         """Give back everything that a slot holds, its journal rows last. Idempotent.

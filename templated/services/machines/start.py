@@ -207,7 +207,10 @@ class Starter:
         return vm
 
     def _spawn(self, prepared: PreparedSlot, launch: Launch) -> Vm:
-        prepared.vm = Vm(prepared.slot, launch.places, self.hypervisor.spawn(launch))
+        machine = self.hypervisor.spawn(launch)
+        prepared.vm = Vm(prepared.slot, launch.places, machine)
+        if prepared.limits.disk is not None:
+            machine.limit_files(prepared.limits.disk)
         prepared.close()
         return prepared.vm
 

@@ -22,7 +22,6 @@ import msgspec
 
 from templated import failpoints
 from templated.drivers import disk
-from templated.drivers.cgroups import Group
 from templated.drivers.host.files import fsync
 from templated.drivers.hypervisor.base import Hardware, Kernel, Launch
 from templated.drivers.image.store import Image, image_digest, lacks_rights
@@ -245,11 +244,14 @@ class Build:
                 vm = await self._start_canary(prepared, generation, forwards)
                 self.clone_bytes = await asyncio.to_thread(vm.machine.private_bytes)
                 results = await self._probe(vm, ports, canary=True)
-            await asyncio.to_thread(self._require_enough, generation.limits, prepared.group)
+            await asyncio.to_thread(self._require_enough, generation.limits, prepared)
             return results
 
-    def _require_enough(self, limits: Limits, group: Group | None) -> None:
+    def _require_enough(self, limits: Limits, prepared: PreparedSlot) -> None:
         """Raise BuildError when the canary took more than a limit leaves to each clone."""
+        group = prepared.group
+        size = prepared.overlay.stat().st_size
+        self._require_within(limits.disk, size, "disk", "bytes")
         memory = group.most_memory() if group else 0
         self._require_within(limits.memory, memory or self.clone_bytes, "memory", "bytes")
         self._require_within(limits.pids, group.threads() if group else 0, "pids", "threads")

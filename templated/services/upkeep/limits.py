@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from templated.drivers.cgroups import Group
 from templated.services.clones.clone import Running
 from templated.services.clones.registry import Clones
 from templated.services.context import Context
@@ -14,6 +14,8 @@ from templated.services.context import Context
 log = logging.getLogger(__name__)
 INTERVAL = 5.0
 """Seconds between two looks at the groups."""
+_CLUSTER = 64 << 10
+"""What a qcow2 layer grows by (QEMU's default)."""
 Hits = Mapping[str, int]
 
 
@@ -44,24 +46,37 @@ class LimitWatch:
 
     async def look(self, *, report: bool = True) -> None:
         """Read the figures of all clones that have limits, and report those that have grown."""
-        limited = list(self._clones.limited())
-        read = await asyncio.to_thread(_hits, {c.slot.id: group for c, group in limited})
+        limited = list(self._clones.running_clones())
+        seen = await asyncio.to_thread(self._read, limited)
         pressing = set()
-        for clone, _ in limited:
+        for clone in limited:
             slot = clone.slot.id
             before = self._seen.get(slot, {})
-            for limit, number in read[slot].items():
+            for limit, number in seen[slot].items():
                 grown = number - before.get(limit, 0)
                 if grown > 0 and report:
                     pressing.add((slot, limit))
                     self._report(clone, limit, grown)
-        self._seen, self._pressing = read, pressing
+        self._seen, self._pressing = seen, pressing
 
     def _report(self, clone: Running, limit: str, times: int) -> None:
         self._context.metrics.limit_hits.labels(clone.template, limit).inc(times)
         if (clone.slot.id, limit) not in self._pressing:
             self._context.events.emit("clone.limit", clone.name, limit=limit, times=times)
 
+    def _read(self, clones: Sequence[Running]) -> dict[str, Hits]:
+        """The figures of each by slot. In a thread."""
+        found: dict[str, Hits] = {}
+        for clone in clones:
+            slot = clone.slot.id
+            group = self._context.groups.group(slot) if clone.limits.controlled else None
+            hits = group.hits() if group else {}
+            # The guest gets an error for each write that does not fit, and nobody else hears of it.
+            full = clone.limits.disk is not None and self._size(slot) > clone.limits.disk - _CLUSTER
+            found[slot] = {**hits, "disk": self._seen.get(slot, {}).get("disk", 0) + full}
+        return found
 
-def _hits(groups: Mapping[str, Group]) -> dict[str, Hits]:
-    return {slot: group.hits() for slot, group in groups.items()}
+    def _size(self, slot: str) -> int:
+        with contextlib.suppress(OSError):  # its clone is being removed
+            return self._context.layout.overlay(slot).stat().st_size
+        return 0

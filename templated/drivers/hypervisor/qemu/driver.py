@@ -19,6 +19,7 @@ from templated.drivers.hypervisor.process import (
     Demotion,
     Process,
     demotion_problem,
+    file_limit_problem,
     limit_children,
     use_small_pages,
 )
@@ -84,6 +85,9 @@ class Qemu:
 
     def user_problem(self) -> str:
         return demotion_problem()
+
+    def file_limit_problem(self) -> str:
+        return file_limit_problem()
 
     def clock_problem(self, accelerator: str) -> str:
         if accelerator == "kvm" or tsc_khz() is not None:

@@ -234,6 +234,9 @@ class QemuMachine(Life):
     def background(self, on: bool) -> None:
         process.background(self.pid, on)
 
+    def limit_files(self, size: int) -> None:
+        process.limit_files(self.pid, size)
+
     def _end_flood(self) -> None:
         log.error("QEMU %d is ended: its guest causes events without end", self.pid)
         self.kill()
