@@ -116,7 +116,7 @@ class LimitConfig(_Section, frozen=True, kw_only=True):
     """What all VMs together may come to use; each counts with its template's limits.memory, or
     else with the guest's memory. None: as much as there is, which clones share."""
     disk: Size | None = None
-    """The same of the disk: each counts with its template's limits.disk, or else its image's size."""
+    """The same of the disk, by limits.disk or the size of the image."""
     stall: Duration = "60s"
     """How long a call of the host may take that should take none: the journal, files, netlink."""
 

@@ -238,7 +238,7 @@ def _uids(config: Config, hypervisor: Hypervisor) -> UidRange | None:
         log.warning("VMs run as the user of this process: %s", problem)
         return None
     if lacking := hypervisor.file_limit_problem():
-        log.warning("what VMs write to the disk has no limit: %s", lacking)
+        log.warning("what VMs write to the disk may have no limit: %s", lacking)
     return uid_range(config)
 
 

@@ -98,7 +98,7 @@ def _users(config: Config) -> Iterator[Check]:
         detail = f"each VM runs as a user of its own, of {uid_range(config)}"
         yield Check("users", "PASS", detail)
         if lacking := make_hypervisor(config).file_limit_problem():
-            detail = f"what VMs write to the disk has no limit: {lacking}"
+            detail = f"what VMs write to the disk may have no limit: {lacking}"
             yield Check(
                 "files", "WARN", detail, "give the daemon CAP_SYS_RESOURCE, as the unit does"
             )

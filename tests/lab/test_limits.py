@@ -12,9 +12,9 @@ from tests.lab.product import TEMPLATES, Product
 pytestmark = pytest.mark.lab
 UNIT = "/system.slice/templated.service"
 DROP_IN = "/etc/systemd/system/templated.service.d/subgroup.conf"
-LIMITS = {"memory": "96MiB", "pids": 64, "cpus": 0.5, "cpu_weight": 50, "disk_write": "50MiB"}
+LIMITS = {"memory": "112MiB", "pids": 64, "cpus": 0.5, "cpu_weight": 50, "disk_write": "50MiB"}
 WRITTEN = {
-    "memory.max": str(96 << 20),
+    "memory.max": str(112 << 20),
     "pids.max": "64",
     "cpu.max": "50000 100000",
     "cpu.weight": "50",
@@ -61,7 +61,7 @@ def test_groups_and_limits(limited: Product) -> None:
     assert limited.lab.run(f"templated {greedy}").returncode != 0
     limited.wait("templated -o json show fn-1 | grep -q limits.memory")
     reason = limited.json("show", "fn-1")["reason"]
-    assert "was killed by SIGKILL: it wanted more than its limits.memory, 96 MiB" in reason
+    assert "was killed by SIGKILL: it wanted more than its limits.memory, 112 MiB" in reason
     limited.cli("rm", "fn-1")
     assert limited.lab.run(f"test -e /sys/fs/cgroup{path}").returncode != 0
 

@@ -42,7 +42,9 @@ def test_verify(tmp_path: Path, name: str) -> None:
     unit = tmp_path / name.replace("@", "@python-fn")
     unit.write_text(text.replace("/usr/local/bin/templated", "/bin/true"))
     done = analyze("verify", "--man=no", str(unit))
-    assert done.returncode == 0 and done.stderr.strip() == "", done.stderr
+    # systemd before 254 says that it does not know it, and goes on.
+    said = [line for line in done.stderr.splitlines() if "'DelegateSubgroup'" not in line]
+    assert done.returncode == 0 and said == [], done.stderr
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -242,7 +242,7 @@ class Machine(Protocol):
     def limit_files(self, size: int) -> None:
         """Let no file that it writes become larger than so many bytes, for good.
 
-        Does nothing where the hypervisor's `file_limit_problem` says so.
+        May do nothing where the hypervisor's `file_limit_problem` says so.
         """
 
 

@@ -62,7 +62,8 @@ def use_small_pages() -> None:
 def limit_files(pid: int, size: int) -> None:
     """Let no file that a process writes become larger. QEMU gets EFBIG, and the guest an I/O error.
 
-    Does nothing where `file_limit_problem` says so, nor when the process has ended.
+    Where `file_limit_problem` says so it may come too late and do nothing, since the process has
+    become another user. Does nothing when the process has ended.
     """
     with contextlib.suppress(PermissionError, ProcessLookupError):
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, size))

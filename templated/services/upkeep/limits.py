@@ -14,8 +14,8 @@ from templated.services.context import Context
 log = logging.getLogger(__name__)
 INTERVAL = 5.0
 """Seconds between two looks at the groups."""
-_CLUSTER = 64 << 10
-"""What a qcow2 layer grows by (QEMU's default)."""
+_REQUEST = 2 << 20
+"""What a guest writes at once: a layer with less room than that refuses it."""
 Hits = Mapping[str, int]
 
 
@@ -72,7 +72,7 @@ class LimitWatch:
             group = self._context.groups.group(slot) if clone.limits.controlled else None
             hits = group.hits() if group else {}
             # The guest gets an error for each write that does not fit, and nobody else hears of it.
-            full = clone.limits.disk is not None and self._size(slot) > clone.limits.disk - _CLUSTER
+            full = clone.limits.disk is not None and self._size(slot) > clone.limits.disk - _REQUEST
             found[slot] = {**hits, "disk": self._seen.get(slot, {}).get("disk", 0) + full}
         return found
 
