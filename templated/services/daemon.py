@@ -207,6 +207,8 @@ def _uids(config: Config, hypervisor: Hypervisor) -> UidRange | None:
     if problem:
         log.warning("VMs run as the user of this process: %s", problem)
         return None
+    if problem := hypervisor.landlock_problem():
+        log.warning("VMs may open what every user of this host may: %s", problem)
     return uid_range(config)
 
 

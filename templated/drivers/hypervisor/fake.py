@@ -76,6 +76,9 @@ class FakeHypervisor:
     def user_problem(self) -> str:
         return ""
 
+    def landlock_problem(self) -> str:
+        return ""
+
     def clock_problem(self, accelerator: str) -> str:
         return ""
 
