@@ -14,7 +14,8 @@ import subprocess
 from collections.abc import Sequence
 
 READ = "read-file"
-WRITE = "read-file,write-file"
+WRITE = "read-file,write-file,truncate"
+"""With its size: QEMU gives the base VM's memory its own."""
 RUN = "execute,read-file,read-dir"
 """Of a directory, with all below it."""
 
