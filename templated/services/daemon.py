@@ -239,6 +239,8 @@ def _uids(config: Config, hypervisor: Hypervisor) -> UidRange | None:
         return None
     if lacking := hypervisor.file_limit_problem():
         log.warning("what VMs write to the disk may have no limit: %s", lacking)
+    if problem := hypervisor.landlock_problem():
+        log.warning("VMs may open what every user of this host may: %s", problem)
     return uid_range(config)
 
 

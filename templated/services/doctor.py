@@ -45,6 +45,7 @@ def run_checks(config: Config) -> list[Check]:
         _confinement,
         _users,
         _groups,
+        _landlock,
         _accelerator,
         _tools,
         _places,
@@ -120,6 +121,19 @@ def _groups(config: Config) -> Iterator[Check]:
         yield Check("control groups", "WARN", detail, fix)
     else:
         yield Check("control groups", "PASS", f"version {version}: {', '.join(controllers)}")
+
+
+def _landlock(config: Config) -> Iterator[Check]:
+    hypervisor = make_hypervisor(config)
+    if uids_problem(config, hypervisor):
+        fix = "see `users`"
+        yield Check("landlock", "WARN", "only VMs with users of their own are under Landlock", fix)
+    elif problem := hypervisor.landlock_problem():
+        fix = "use util-linux 2.40 and Linux 6.2 or newer, as Debian 13 does, with Landlock enabled"
+        detail = f"VMs may open what every user of this host may: {problem}"
+        yield Check("landlock", "WARN", detail, fix)
+    else:
+        yield Check("landlock", "PASS", "VMs open only QEMU's own files, by Landlock")
 
 
 def _accelerator(config: Config) -> Iterator[Check]:

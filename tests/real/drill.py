@@ -1,9 +1,9 @@
 """An escape, played: what somebody who has taken over a QEMU can do to everything else.
 
-A program of its own, with nothing but the standard library: it is given what a QEMU holds, and each
-attempt runs in a process of its own that becomes that QEMU's user under that QEMU's filter of
-system calls. Prints what came of each as JSON: the name of an error, a signal, or DONE. Attempts
-change nothing where they can: the byte that is written is the one that is there.
+A program of its own, with nothing but the standard library: it is given what a QEMU holds, and is
+started by setpriv as that QEMU was. Each attempt runs in a process of its own under that QEMU's
+filter of system calls. Prints what came of each as JSON: the name of an error, a signal, or DONE.
+Attempts change nothing where they can: the byte that is written is the one that is there.
 
 x86-64 only: numbers of system calls are from <asm/unistd_64.h>.
 """
@@ -27,7 +27,7 @@ from typing import Any
 
 DONE = "DONE"
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _FILTER = 22, 38, 2
+_PR_SET_SECCOMP, _FILTER = 22, 2
 _MMAP, _MPROTECT, _PRCTL = 9, 10, 157
 _PTRACE, _PROCESS_VM_READV, _PIDFD_OPEN, _PIDFD_GETFD = 101, 310, 434, 438
 _MOUNT, _UNSHARE, _SETNS, _FALLOCATE, _BPF = 165, 272, 308, 285, 321
@@ -85,12 +85,7 @@ def _played(attempt: Attempt, order: dict[str, Any]) -> str:
 
 
 def _become(order: dict[str, Any]) -> None:
-    """The user of that QEMU, under its filter."""
-    if order["uid"] is not None:
-        os.setgroups([])
-        os.setresgid(*[order["uid"]] * 3)
-        os.setresuid(*[order["uid"]] * 3)
-        _call(_PRCTL, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    """Under the filter of that QEMU; its user this program is already."""
     for text in order["filters"]:
         code = base64.b64decode(text)
         rules = ctypes.create_string_buffer(code, len(code))
@@ -206,11 +201,24 @@ def _fork() -> None:
         os._exit(0)
 
 
+def _create(directory: str) -> None:
+    path = f"{directory}/templated-drill"
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    os.unlink(path)
+
+
 def _setns() -> None:
     _call(_SETNS, os.open("/proc/1/ns/net", os.O_RDONLY), _NEWNET)
 
 
+OPEN_TO_ALL: list[tuple[str, Attempt]] = [
+    ("read /etc/passwd", lambda: os.open("/etc/passwd", os.O_RDONLY)),
+    *((f"a file in {name}", partial(_create, name)) for name in ("/tmp", "/dev/shm", "/var/tmp")),
+]
+"""What every user may, unless Landlock prevents it."""
+
 _HOST: list[tuple[str, Attempt]] = [
+    *OPEN_TO_ALL,
     ("read /etc/shadow", lambda: os.open("/etc/shadow", os.O_RDONLY)),
     ("mount", lambda: _call(_MOUNT, b"none", b"/mnt", b"tmpfs", 0, None)),
     ("new mount namespace", lambda: _call(_UNSHARE, _NEWNS)),

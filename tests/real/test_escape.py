@@ -1,25 +1,32 @@
 """The escape drill: who has taken over a clone's QEMU reaches nothing but that clone.
 
-The attempts run as the clone's user, with all descriptors that its QEMU holds and under the filter
-of system calls that the kernel holds of it; see `drill.py`.
+The attempts run as the clone's user, with all descriptors that its QEMU holds, under the filter of
+system calls that the kernel holds of it, and under Landlock where this host has it; see `drill.py`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import ctypes
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
+from templated.drivers.hypervisor import landlock
+from templated.drivers.hypervisor.base import Hardware, Launch, Places
+from templated.drivers.hypervisor.qemu.driver import Qemu
+from templated.model.network import Slirp
 from tests.real.conftest import prepare
+from tests.real.drill import OPEN_TO_ALL
 from tests.real.harness import Daemon
 
 pytestmark = pytest.mark.real
@@ -79,6 +86,44 @@ def _held(pid: int) -> dict[str, list[int]]:
     return found
 
 
+def _slot(pid: int) -> str:
+    """The slot of the VM that has this process."""
+    command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    name = next(word for word in command if word.startswith("guest=templated-"))
+    return name.removeprefix("guest=templated-")
+
+
+def _demoted(uid: int, memory: Path, fds: dict[str, list[int]]) -> list[str]:
+    """What starts a program as such a clone's QEMU is started."""
+    qemu = Qemu("qemu-system-x86_64", Path("/nonexistent"))
+    version = asyncio.run(qemu.version()).version
+    launch = Launch(
+        slot="drill",
+        uuid="",
+        mac="",
+        hardware=Hardware("microvm", 128 << 20, 1, "tcg", "", version),
+        places=Places(Path("/nonexistent"), Path("/nonexistent")),
+        memory=memory,
+        memory_shared=False,
+        disk=Path("/nonexistent"),
+        network=Slirp("", "", "", "", restrict=False),
+        control_fd=-1,
+        agent_fd=-1,
+        state_fd=-1,
+        opened={memory: fds["template's memory"][0]},
+        uid=uid,
+    )
+    demotion = qemu.demotion(launch)
+    assert demotion is not None
+    return demotion.command()
+
+
+def _has_landlock() -> bool:
+    """Whether this host can do what the daemon then has to do."""
+    known = subprocess.run(["setpriv", "--help"], capture_output=True, check=True).stdout
+    return b"--landlock-access" in known and not landlock.kernel_problem()
+
+
 def drill(daemon: Daemon) -> dict[str, str]:
     """Start two clones, and play the escape from one of them. Returns what came of each attempt."""
     # As open as the places of an installed daemon: what its own directories let through counts.
@@ -95,14 +140,11 @@ def drill(daemon: Daemon) -> dict[str, str]:
     uid = int(status["Uid"].split()[0])
     manifest = daemon.json("template", "show", "python-fn")["manifest"]
     frozen = daemon.shm / "python-fn" / manifest["id"]
-    command = Path(f"/proc/{victim['pid']}/cmdline").read_text().split("\0")
-    name = next(word for word in command if word.startswith("guest=templated-"))
-    slot = daemon.state / "slots" / name.removeprefix("guest=templated-")
+    slot = daemon.state / "slots" / _slot(victim["pid"])
     sockets = daemon.places / "run/vm" / slot.name
     assert daemon.process is not None
     fds = _held(evil["pid"])
     order = {
-        "uid": uid if uid != os.geteuid() else None,
         "filters": _filters(evil["pid"]),
         "fds": fds,
         "paths": {
@@ -129,10 +171,14 @@ def drill(daemon: Daemon) -> dict[str, str]:
     }
     passed = [fd for some in fds.values() for fd in some]
     try:
+        demoted = [] if uid == os.geteuid() else _demoted(uid, frozen / "memory", fds)
+        # Landlock lets it read no checkout and no virtual environment.
+        python = [os.path.realpath(sys.executable), "-I", "-c", DRILL.read_text()]
         done = subprocess.run(
-            [sys.executable, str(DRILL)],
+            [*demoted, *python],
             input=json.dumps(order).encode(),
             pass_fds=passed,
+            cwd="/",
             stdout=subprocess.PIPE,
             check=True,
             timeout=120,
@@ -148,9 +194,14 @@ def drill(daemon: Daemon) -> dict[str, str]:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives VMs users of their own")
 def test_an_escape_reaches_nothing(host: Daemon) -> None:
-    """Each attempt is refused; the template is what it was, and the other clone goes on."""
+    """Each attempt is refused; the template is what it was, and the other clone goes on.
+
+    Without Landlock it can do what every user of the host may.
+    """
     found = drill(host)
-    assert {attempt: result for attempt, result in found.items() if result == DONE} == {}
+    open_to_all = {f"host: {name}" for name, _ in OPEN_TO_ALL}
+    done = {attempt for attempt, result in found.items() if result == DONE}
+    assert done == (set() if _has_landlock() else open_to_all)
     reached = {attempt.partition(":")[0] for attempt in found}
     assert {"template's memory", "template's disk layer 2", "image", "host"} <= reached
     manifest = host.json("template", "show", "python-fn")["manifest"]
@@ -175,3 +226,32 @@ def test_without_confinement_the_same_drill_succeeds(built: Daemon, image_store:
         # A sealed copy holds for root, too.
         memory = [attempt for attempt in reached if attempt.startswith("template's memory: write")]
         assert memory == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives VMs users of their own")
+@pytest.mark.parametrize("transport", ["fd", "exec"])
+def test_a_vm_opens_only_its_own(copied: Daemon, transport: str) -> None:
+    """QEMU itself is told to open a file of the host's: where there is Landlock, it cannot."""
+    copied.config["restore"] = {"transport": transport}
+    copied.start()
+    slot = _slot(copied.json("clone", "told")["pid"])
+    assert ("VMs may open what every user" in copied.log) is not _has_landlock()
+    copied.stop()  # it has the one connection that QEMU takes
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(10)
+        connection.connect(str(copied.places / "run/vm" / slot / "qmp"))
+        with connection.makefile("rw") as qmp:
+            _told(qmp, "qmp_capabilities")
+            for number, file in enumerate(("/etc/passwd", "/etc/group", "/proc/self/maps")):
+                options = {"driver": "file", "filename": file, "read-only": True}
+                said = _told(qmp, "blockdev-add", {**options, "node-name": f"opened{number}"})
+                assert ("Permission denied" in said) is _has_landlock(), said
+    copied.start()
+    assert copied.cli("exec", "told", "--", "echo", "well") == "well\n"
+
+
+def _told(qmp: IO[str], command: str, arguments: dict[str, Any] | None = None) -> str:
+    """What QEMU answers to a command."""
+    qmp.write(json.dumps({"execute": command, "arguments": arguments or {}}) + "\n")
+    qmp.flush()
+    return next(line for line in qmp if line.startswith(('{"return"', '{"error"')))

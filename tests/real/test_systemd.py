@@ -64,7 +64,9 @@ def test_what_running_vms_need() -> None:
     assert not settings & {"MemoryDenyWriteExecute", "PrivateDevices", "PrivateNetwork"}
     # What @privileged denies: chown for socket_access.group, the others for users of VMs.
     filters = [line for line in lines if line.startswith("SystemCallFilter=")]
-    assert filters[-1] == "SystemCallFilter=@chown @setuid capset setpriority seccomp"
+    assert filters[-2] == "SystemCallFilter=@chown @setuid capset setpriority seccomp"
+    landlock = {"landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"}
+    assert set(filters[-1].partition("=")[2].split()) == landlock
 
 
 def test_sysusers_and_tmpfiles(tmp_path: Path) -> None:

@@ -265,7 +265,7 @@ class Hypervisor(Protocol):
     """
 
     def prepare(self) -> None:
-        """Do the work that is needed once, before the event loop runs: it blocks for 0.1 s.
+        """Do the work that is needed once, before the event loop runs: it blocks for 0.2 s.
 
         It may also change settings of this process that VMs inherit.
         """
@@ -302,6 +302,10 @@ class Hypervisor(Protocol):
 
     def file_limit_problem(self) -> str:
         """Why files of VMs that have users of their own cannot be limited; empty when they can."""
+
+    def landlock_problem(self) -> str:
+        """Why a VM with a user of its own may still open what every user may; empty when Landlock
+        holds it to what it needs. Blocks for 0.1 s, once, unless `prepare` was called."""
 
     def clock_problem(self, accelerator: str) -> str:
         """Why a guest's clock may drift; empty when it keeps time."""

@@ -79,6 +79,9 @@ class FakeHypervisor:
     def file_limit_problem(self) -> str:
         return ""
 
+    def landlock_problem(self) -> str:
+        return ""
+
     def clock_problem(self, accelerator: str) -> str:
         return ""
 

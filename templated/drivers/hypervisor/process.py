@@ -97,13 +97,16 @@ class Demotion:
     uid: int
     groups: tuple[int, ...] = ()
     """Beside the group of the same number."""
+    landlock: tuple[str, ...] = ()
+    """Options that `landlock` makes; none: it may open what its user may."""
 
     def command(self) -> list[str]:
         """setpriv(1). A change from root to another user gives up all capabilities."""
         groups = f"--groups={','.join(map(str, self.groups))}" if self.groups else "--clear-groups"
         return [
             *("setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", groups),
-            *("--no-new-privs", "--inh-caps=-all", "--ambient-caps=-all", "--"),
+            *("--no-new-privs", "--inh-caps=-all", "--ambient-caps=-all"),
+            *(*self.landlock, "--"),
         ]
 
 

@@ -231,6 +231,16 @@ def inherited(launch: Launch) -> tuple[int, ...]:
     return (launch.control_fd, launch.agent_fd, *network, *state, *launch.opened.values())
 
 
+def reopened_files(launch: Launch) -> list[tuple[Path, int]]:
+    """The inherited files that are opened once more, by QEMU or the program that it starts.
+
+    But for sealed memory, which has no place in any file system.
+    """
+    sealed = not launch.memory_shared and not features(launch.hardware.version).read_only_memory
+    others = (*_in_sets(launch), *((launch.memory,) if sealed else ()))
+    return [(path, fd) for path, fd in launch.opened.items() if path not in others]
+
+
 def _reopened(launch: Launch, path: Path) -> str:
     """A file for an option that takes only paths: QEMU opens an inherited one once more."""
     fd = launch.opened.get(path)
@@ -245,13 +255,17 @@ def _in_set(launch: Launch, path: Path) -> str:
 
 def _descriptors(launch: Launch) -> list[str]:
     """The sets, of one descriptor each, with a path that tells people what it is."""
-    code = () if launch.code is None else (launch.code,)
-    files = (launch.disk, *launch.backing, launch.places.serial_log, *code)
     words: list[str] = []
-    for file in files:
+    for file in _in_sets(launch):
         if (fd := launch.opened.get(file)) is not None:
             words += ["-add-fd", f"fd={fd},set={_set(fd)},opaque={_escaped(file)}"]
     return words
+
+
+def _in_sets(launch: Launch) -> tuple[Path, ...]:
+    """The files that `_in_set` is asked for."""
+    code = () if launch.code is None else (launch.code,)
+    return (launch.disk, *launch.backing, launch.places.serial_log, *code)
 
 
 def _set(fd: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import stat
 from collections import defaultdict
@@ -28,6 +29,7 @@ from templated.drivers.hypervisor.qemu.command import SANDBOX, inherited, qemu_a
 from templated.drivers.hypervisor.qemu.features import PROVEN, features, proven, release
 from templated.drivers.hypervisor.qemu.machine import QemuMachine
 from templated.drivers.hypervisor.qemu.program import Program
+from templated.drivers.hypervisor.qemu.reach import Reach
 from templated.drivers.hypervisor.qemu.tsc import tsc_khz
 from templated.drivers.hypervisor.states import MachineState
 from templated.errors import HostError
@@ -47,7 +49,8 @@ class Qemu:
     def prepare(self) -> None:
         use_small_pages()
         limit_children()
-        tsc_khz()  # remembered from here on
+        tsc_khz()  # remembered from here on, as the next one is
+        _ = self._reach
 
     async def version(self) -> QemuVersion:
         return await self._program.version()
@@ -89,6 +92,9 @@ class Qemu:
     def file_limit_problem(self) -> str:
         return file_limit_problem()
 
+    def landlock_problem(self) -> str:
+        return self._reach.problem
+
     def clock_problem(self, accelerator: str) -> str:
         if accelerator == "kvm" or tsc_khz() is not None:
             return ""
@@ -110,10 +116,20 @@ class Qemu:
     def spawn(self, launch: Launch) -> QemuMachine:
         arguments = qemu_arguments(self._binary, launch)
         child = Process.spawn(
-            arguments, log=launch.places.log, fds=inherited(launch), user=_user(launch)
+            arguments, log=launch.places.log, fds=inherited(launch), user=self.demotion(launch)
         )
         first = MachineState.WAITING if launch.boot is None else MachineState.RUNNING
         return QemuMachine(child, launch.places, features(launch.hardware.version), first)
+
+    def demotion(self, launch: Launch) -> Demotion | None:
+        """The user that a VM runs as, and what it may open; None: no user of its own."""
+        if launch.uid is None:
+            return None
+        return Demotion(launch.uid, _groups(launch), self._reach.options(launch))
+
+    @functools.cached_property
+    def _reach(self) -> Reach:
+        return Reach(self._program.path)
 
     def adopt(
         self, pid: int, start_time: int, places: Places, uuid: str, uid: int | None = None
@@ -134,9 +150,7 @@ class Qemu:
         return dict(found)
 
 
-def _user(launch: Launch) -> Demotion | None:
-    if launch.uid is None:
-        return None
+def _groups(launch: Launch) -> tuple[int, ...]:
     groups: tuple[int, ...] = ()
     if launch.hardware.accel == "kvm":
         # QEMU opens the device by its path; Debian lets the members of a group do so.
@@ -144,4 +158,4 @@ def _user(launch: Launch) -> Demotion | None:
             device = os.stat("/dev/kvm")
             only_group = device.st_mode & stat.S_IWGRP and not device.st_mode & stat.S_IWOTH
             groups = (device.st_gid,) if only_group and device.st_gid != 0 else ()
-    return Demotion(launch.uid, groups)
+    return groups
