@@ -182,6 +182,8 @@ class Lab:
             # plain instruction and no lock: on two CPUs one of the bits can get lost. When it was
             # the timer's, the lab stood still until something else interrupted it.
             *("taskset", "--cpu-list", str(max(os.sched_getaffinity(0)))),
+            # Before the tests beside it: it is slow enough, and systemd ends a slow daemon.
+            *("nice", "-n", "-10"),
             *("qemu-system-x86_64", "-name", "templated-lab", "-no-user-config", "-nodefaults"),
             # AMD's virtualisation, with nested paging, is what TCG emulates. It has no five-level
             # paging there. One CPU: QEMU 7.2 may go on with code that another CPU has changed
