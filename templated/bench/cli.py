@@ -35,6 +35,10 @@ _DENSITY_EXAMPLES = """
 templated bench density 50
 templated bench density 20 --window 30 --warm 50
 """
+_NEIGHBOURS_EXAMPLES = """
+templated bench neighbours 10
+templated bench neighbours 20 --rounds 50 --template limited -o json
+"""
 _COMPARE_EXAMPLES = """
 templated bench compare
 templated bench compare -n 20 --only direct,virsh-restore --plot compare.svg
@@ -234,6 +238,22 @@ def density(
         return report
 
     _run(settings, template, plot, work)
+
+
+@bench.command("neighbours", examples=_NEIGHBOURS_EXAMPLES)
+@click.argument("n", metavar="N", type=click.IntRange(1, 1000))
+@_count("--rounds", default=20, least=1, most=10000, about="Each times a command in every clone.")
+@_template
+@click.pass_obj
+def neighbours(settings: Settings, n: int, rounds: int, template: str | None) -> None:
+    """Time commands in N clones without, and beside, one that does all that it can.
+
+    That one keeps its CPU busy, and floods its console, its disk and its agent's port; what its
+    template's limits leave to it shows in the figures of the others. The two kinds take turns.
+    """
+    from templated.bench.neighbours import measure_neighbours
+
+    _run(settings, template, None, lambda session: measure_neighbours(session, n, rounds))
 
 
 @bench.command("compare", examples=_COMPARE_EXAMPLES)

@@ -100,6 +100,19 @@ def _soak(report: dict[str, Any]) -> None:
     click.echo(f"slower: {'; '.join(slower(report)) or 'nothing'}")
 
 
+def _neighbours(report: dict[str, Any]) -> None:
+    click.echo(
+        f"template {report['template']}, commands in {report['clones']} clones, "
+        f"{report['rounds']} rounds, milliseconds"
+    )
+    _header()
+    _row("alone", report["alone"], "")
+    _row("beside", report["beside"], "a clone that floods CPU, console, disk and agent")
+    click.echo("beside to alone: " + ", ".join(f"{k} {v:g}" for k, v in report["ratios"].items()))
+    memory = report["daemon_kib"]
+    click.echo(f"the daemon's memory: {memory['before']} KiB, at most {memory['most']} KiB")
+
+
 def _paused(report: dict[str, Any]) -> None:
     click.echo(f"direct beside {report['paused']} paused VMs, milliseconds")
     _row("without", report["direct_without"], "")
@@ -138,4 +151,11 @@ def _row(name: str, row: dict[str, Any], note: str) -> None:
     click.echo(f"{name:{_WIDTH}}{row['n']:5d}{figures}   {note}".rstrip())
 
 
-_SHOWN = {"paths": _paths, "compare": _compare, "burst": _burst, "density": _density, "soak": _soak}
+_SHOWN = {
+    "paths": _paths,
+    "compare": _compare,
+    "burst": _burst,
+    "density": _density,
+    "neighbours": _neighbours,
+    "soak": _soak,
+}

@@ -22,7 +22,7 @@ from typing import Any, Self
 from tests.lab.image import ROOT, Image
 
 CHECKOUT = "/opt/templated"
-_BOOT = 180.0
+_BOOT = 600.0
 _COMMAND = 600.0
 # What a checkout consists of, for whom runs it.
 _PARTS = [

@@ -105,6 +105,12 @@ def test_density_beside_paused_vms(bench: Daemon) -> None:
     assert report["paused"]["direct_with"]["n"] == 1
 
 
+def test_neighbours(bench: Daemon) -> None:
+    report = bench.json("bench", "neighbours", "2", "--rounds", "2")
+    assert report["alone"]["n"] == report["beside"]["n"] == 4
+    assert 0 < report["daemon_kib"]["before"] <= 2 * report["daemon_kib"]["most"]
+
+
 def test_compare(bench: Daemon) -> None:
     """Every contender brings up the guest, libvirt's too."""
     report = bench.json("bench", "compare", "-n", "1")
