@@ -2,7 +2,7 @@
 
 The lab emulates a CPU with virtualisation, on which now and then a guest never begins to run: about
 one boot in some hundred, for no reason that was found yet. What is wrong for good fails twice;
-what fails once is shown with its whole report.
+what fails once is shown with its whole report. Nor is one tried again that has used up its time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Again:
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         reports = runtestprotocol(item, nextitem=nextitem, log=False)
         failed = [report for report in reports if report.failed]
-        if failed:
+        if failed and not any("Timeout" in report.longreprtext for report in failed):
             _forget(item)
             reports = runtestprotocol(item, nextitem=nextitem, log=False)
             for report in reports:

@@ -10,8 +10,9 @@ older systemd it goes there itself, and ExecStopPost= of the unit makes way for 
 from __future__ import annotations
 
 import contextlib
-import logging
+import errno
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,6 @@ from templated import failpoints
 from templated.errors import HostError
 from templated.model.limits import Limits
 
-log = logging.getLogger(__name__)
 OURS = "daemon"
 CONTROLLERS = ("memory", "pids", "cpu", "io")
 """Those that limits need; version 1 calls the last one blkio."""
@@ -29,6 +29,11 @@ _PERIOD_US = 100_000
 _V1_SHARES = 1024
 """What cpu.shares is by default, as 100 is for cpu.weight."""
 _MOST_V1_SHARES = 262144
+_BACKGROUND = 1
+"""The weight of a VM that nobody waits for: nice does not count between groups."""
+_USUAL = 100
+_LEAVING, _PAUSE = 0.2, 0.01
+"""Seconds until a process that has ended has left its group."""
 _DELEGATED = ("trusted.delegate", "user.delegate")
 """Set by systemd to 1 on a group that it leaves to a unit (systemd, docs/CGROUP_DELEGATION.md)."""
 
@@ -61,10 +66,11 @@ class Group:
                 hint="see `templated doctor`",
             ) from error
 
-    def join(self, pid: int) -> None:
+    def join(self, pid: int, *, background: bool = False) -> None:
         """Put a process into it; what it takes from then on counts. Blocks: some milliseconds.
 
-        Raises HostError; leaves it where it was. A process that has ended is no error.
+        With `background` it gives way to all others, until `weigh` is called. Raises HostError; of
+        version 1 it may be in a part then. A process that has ended is no error.
         """
         try:
             if failpoints.armed:
@@ -72,11 +78,28 @@ class Group:
             for path in self._directories():
                 with contextlib.suppress(ProcessLookupError):
                     _put(path / "cgroup.procs", str(pid))
+            if background:
+                self._write([self._weight(_BACKGROUND)])
         except OSError as error:
             raise HostError(
                 f"cannot put a VM into its control group: {error.strerror}",
                 hint="see `templated doctor`",
             ) from error
+
+    def weigh(self) -> None:
+        """Give it the usual share of the CPUs again. Costs one write; raises HostError."""
+        try:
+            self._write([self._weight(_USUAL)])
+        except OSError as error:
+            raise HostError(f"cannot weigh a VM: {error.strerror}: {error.filename}") from error
+
+    def hold(self, pid: int, limits: Limits) -> None:
+        """Hold a VM that is up to all of its limits; one without a group, of a daemon that made
+        none, gets it now. Idempotent. Blocks; raises as `make`, `join` and `limit` do."""
+        if not all(path.exists() for path in self._directories()):
+            self.make(limits)
+            self.join(pid)
+        self.limit(limits)
 
     def limit(self, limits: Limits) -> None:
         """Set all limits, those of a VM that is up among them. Idempotent. Blocks.
@@ -90,36 +113,38 @@ class Group:
         except OSError as error:
             raise HostError(f"cannot limit a VM: {error.strerror}: {error.filename}") from error
 
-    def hits(self) -> dict[str, int]:
-        """How often the VM wanted more than each limit; of controllers that are not there, none.
+    def hits(self, limits: Limits) -> dict[str, int]:
+        """How often the VM wanted more than each of these limits. Memory is not among them: what
+        wants more of that is ended.
 
         Blocks. Raises nothing: a group that is gone has no figures.
         """
-        if self.version == 2:
-            memory, name = "memory.events", "max"
-        else:
-            memory, name = "memory.failcnt", ""
-        return {
-            "memory": self._figure("memory", memory, name),
-            "pids": self._figure("pids", "pids.events", "max"),
-            "cpus": self._figure("cpu", "cpu.stat", "nr_throttled"),
-        }
+        found = {}
+        if limits.pids is not None:
+            found["pids"] = self._figure("pids", "pids.events", "max")
+        if limits.cpus is not None:
+            found["cpus"] = self._figure("cpu", "cpu.stat", "nr_throttled")
+        return found
 
     def killed_for_memory(self) -> bool:
-        """Whether the kernel has ended a process of it because of its limit. Blocks."""
-        file = "memory.events" if self.version == 2 else "memory.oom_control"
-        return self._figure("memory", file, "oom_kill") > 0
+        """Whether the kernel has ended a process of it because of its own limit. Blocks.
 
-    def most_memory(self) -> int:
-        """The most memory that it has held so far, in bytes; 0 when that is not known. Blocks."""
-        if self.version == 1:
-            return self._figure("memory", "memory.max_usage_in_bytes")
-        # memory.peak is there from Linux 5.19.
-        return self._figure("memory", "memory.peak") or self._figure("memory", "memory.current")
+        `oom_kill` also counts what the host's lack of memory has ended.
+        """
+        if self.version == 2:
+            file, (reached, name) = "memory.events", ("memory.events", "oom")
+        else:
+            file, (reached, name) = "memory.oom_control", ("memory.failcnt", "")
+        killed = self._figure("memory", file, "oom_kill")
+        return killed > 0 and self._figure("memory", reached, name) > 0
 
-    def threads(self) -> int:
-        """How many threads it has now; 0 when that is not known. Blocks."""
-        return self._figure("pids", "pids.current")
+    def held_memory(self) -> int:
+        """Bytes that it holds now and the kernel cannot take back; 0 when not known. Blocks.
+
+        Pages of files are left out: they go when others want the memory.
+        """
+        names = ("anon", "shmem", "kernel") if self.version == 2 else ("rss", "shmem")
+        return sum(self._figure("memory", "memory.stat", name) for name in names)
 
     def remove(self) -> None:
         """Remove it. Idempotent. Raises HostError while processes are in it."""
@@ -127,8 +152,7 @@ class Group:
             if failpoints.armed:
                 failpoints.hit("cgroup.remove")
             for path in self._directories():
-                with contextlib.suppress(FileNotFoundError):
-                    path.rmdir()
+                _remove(path)
         except OSError as error:
             raise HostError(
                 f"cannot remove the control group {error.filename}: {error.strerror}",
@@ -164,6 +188,10 @@ class Group:
         if limits.memory is not None:
             file = "memory.max" if two else "memory.limit_in_bytes"
             yield "memory", file, str(limits.memory)
+            # Without swap: it would take the disk in place of the memory. Not all kernels have it.
+            swap = "memory.swap.max" if two else "memory.memsw.limit_in_bytes"
+            if "memory" in self.paths and (self.paths["memory"] / swap).exists():
+                yield "memory", swap, "0" if two else str(limits.memory)
             if two:
                 # All of the VM goes: the program that `exec` starts, too.
                 yield "memory", "memory.oom.group", "1"
@@ -189,11 +217,14 @@ class Group:
                 yield "cpu", "cpu.max", f"{quota} {_PERIOD_US}"
             else:
                 yield "cpu", "cpu.cfs_quota_us", str(quota)
-        if limits.cpu_weight is not None and two:
-            yield "cpu", "cpu.weight", str(limits.cpu_weight)
-        elif limits.cpu_weight is not None:
-            shares = max(2, min(limits.cpu_weight * _V1_SHARES // 100, _MOST_V1_SHARES))
-            yield "cpu", "cpu.shares", str(shares)
+        if limits.cpu_weight is not None:
+            yield self._weight(limits.cpu_weight)
+
+    def _weight(self, weight: int) -> tuple[str, str, str]:
+        if self.version == 2:
+            return "cpu", "cpu.weight", str(weight)
+        shares = max(2, min(weight * _V1_SHARES // _USUAL, _MOST_V1_SHARES))
+        return "cpu", "cpu.shares", str(shares)
 
 
 @dataclass
@@ -253,7 +284,7 @@ def control_groups(owner: str, disk: Path, *, make: bool = True) -> ControlGroup
     """
     try:
         own, mounts = _own(), _mounts()
-        found = _second(own, mounts, make=make)
+        found = _second(own, mounts, owner, make=make)
         if not found and not found.problem:
             found = _first(own, mounts, owner)
     except OSError as error:
@@ -278,7 +309,9 @@ def _usable(mount: _Mount) -> set[str]:
     return {*(mount.point / "cgroup.controllers").read_text().split()} & {*CONTROLLERS}
 
 
-def _second(own: Mapping[str, str], mounts: Mapping[str, _Mount], *, make: bool) -> ControlGroups:
+def _second(
+    own: Mapping[str, str], mounts: Mapping[str, _Mount], owner: str, *, make: bool
+) -> ControlGroups:
     """Version 2; nothing and no problem where it has none of our controllers."""
     mount = mounts.get("")
     if mount is None or "" not in own:
@@ -298,12 +331,13 @@ def _second(own: Mapping[str, str], mounts: Mapping[str, _Mount], *, make: bool)
             with contextlib.suppress(ProcessLookupError):
                 _put(base / OURS / "cgroup.procs", pid)
         there = set((base / "cgroup.controllers").read_text().split())
-        for name in CONTROLLERS:
-            if name in there:
+        for name in there & {*CONTROLLERS}:
+            with contextlib.suppress(OSError):  # read back below
                 _put(base / "cgroup.subtree_control", f"+{name}")
     file = "cgroup.subtree_control" if make else "cgroup.controllers"
     there = set((base / file).read_text().split())
-    return ControlGroups("", 2, {name: base for name in CONTROLLERS if name in there}, "vm-")
+    bases = {name: base for name in CONTROLLERS if name in there}
+    return ControlGroups("", 2, bases, f"templated-{owner}-")
 
 
 def _first(own: Mapping[str, str], mounts: Mapping[str, _Mount], owner: str) -> ControlGroups:
@@ -316,7 +350,9 @@ def _first(own: Mapping[str, str], mounts: Mapping[str, _Mount], owner: str) -> 
             if os.access(here, os.W_OK):
                 bases[name] = here
     if not bases:
-        return ControlGroups("no control group can be written")
+        return ControlGroups(
+            "no control group can be written (of version 1 a unit needs ProtectControlGroups=no)"
+        )
     return ControlGroups("", 1, bases, f"templated-{owner}-")
 
 
@@ -378,6 +414,18 @@ def _device(path: Path) -> str:
             device = device.resolve().parent
         return (device / "dev").read_text().strip()
     return ""
+
+
+def _remove(path: Path) -> None:
+    """Remove a group. It may be gone, and some kernels tell of a process's end a moment before."""
+    deadline = time.monotonic() + _LEAVING
+    while path.exists():
+        try:
+            path.rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(_PAUSE)
 
 
 def _put(path: Path, value: str) -> None:

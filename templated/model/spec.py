@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from msgspec import Meta, Struct
 
-from templated.model.units import Duration, Size, seconds
+from templated.model.units import Duration, Size, seconds, size_bytes
 
 TemplateName = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,47}[a-z0-9])?$(?!\n)")]
 PackageName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9+.:-]{0,99}$(?!\n)")]
@@ -124,19 +124,26 @@ class LimitSpec(_Spec, frozen=True, kw_only=True):
 
     memory: Size | None = None
     """All that it takes of the host's memory. The template's pages count once it writes them."""
-    pids: Annotated[int, Meta(ge=8, le=100000)] | None = None
-    """Threads and processes; QEMU needs some beside one for each virtual CPU."""
+    pids: Annotated[int, Meta(ge=1, le=100000)] | None = None
+    """Threads and processes; at least LEAST_PIDS beside one for each virtual CPU."""
     cpus: Annotated[float, Meta(ge=0.01, le=1024)] | None = None
     """CPU time per time, from when the clone is up."""
     cpu_weight: Annotated[int, Meta(ge=1, le=10000)] | None = None
     """Its share of CPUs that others want as well; the usual is 100."""
     disk: Size | None = None
-    """The most that disk layer 3 may come to take; without, as much as the image's disk has."""
+    """The most that disk layer 3 may come to take, at least 16MiB; without, as much as the image's
+    disk has."""
     disk_read: Size | None = None
     """Bytes a second from the host's disk, as is `disk_write`."""
     disk_write: Size | None = None
     vms: Annotated[int, Meta(ge=1, le=60000)] | None = None
     """How many there may be of the template at once, members of its pools among them."""
+
+
+LEAST_PIDS = 80
+"""QEMU takes up to 64 threads for its disk (util/thread-pool.c), has some of its own, and ends when
+it does not get one."""
+_LEAST_DISK = 16 << 20
 
 
 class TemplateSpec(_Spec, frozen=True, kw_only=True):
@@ -153,3 +160,10 @@ class TemplateSpec(_Spec, frozen=True, kw_only=True):
     network: NetworkSpec = NetworkSpec()
     limits: LimitSpec = LimitSpec()
     pool: PoolSpec = PoolSpec()
+
+    def __post_init__(self) -> None:
+        least = LEAST_PIDS + self.machine.vcpus
+        if self.limits.pids is not None and self.limits.pids < least:
+            raise ValueError(f"limits.pids must be at least {least}, with these vcpus")
+        if self.limits.disk is not None and size_bytes(self.limits.disk) < _LEAST_DISK:
+            raise ValueError("limits.disk must be at least 16MiB")

@@ -84,7 +84,9 @@ class Installation:
         self.network: Network = make_network(config.network, self.plan, owner)
         self.groups = find_groups(config) if groups is None else groups
         if self.groups.problem:
-            log.warning("VMs have no control groups, and no limits: %s", self.groups.problem)
+            log.warning(
+                "VMs have no control groups, so most limits do not hold: %s", self.groups.problem
+            )
 
     @property
     def capacity(self) -> int:

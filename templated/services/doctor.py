@@ -113,11 +113,11 @@ def _groups(config: Config) -> Iterator[Check]:
     version, controllers = offered()
     missing = [name for name in CONTROLLERS if name not in controllers]
     if not config.confine:
-        detail = "confine is false: VMs have no control groups, and no limits"
+        detail = "confine is false: VMs have no control groups"
         yield Check("control groups", "WARN", detail, "confine: true")
     elif missing:
         fix = "mount control groups with these controllers, such as those of version 2"
-        detail = f"limits of templates do not hold: no controller for {', '.join(missing)}"
+        detail = f"some limits of templates do not hold: no controller for {', '.join(missing)}"
         yield Check("control groups", "WARN", detail, fix)
     else:
         yield Check("control groups", "PASS", f"version {version}: {', '.join(controllers)}")

@@ -12,10 +12,11 @@ from tests.lab.product import TEMPLATES, Product
 pytestmark = pytest.mark.lab
 UNIT = "/system.slice/templated.service"
 DROP_IN = "/etc/systemd/system/templated.service.d/subgroup.conf"
-LIMITS = {"memory": "112MiB", "pids": 64, "cpus": 0.5, "cpu_weight": 50, "disk_write": "50MiB"}
+LIMITS = {"memory": "112MiB", "pids": 90, "cpus": 0.5, "cpu_weight": 50, "disk_write": "50MiB"}
 WRITTEN = {
     "memory.max": str(112 << 20),
-    "pids.max": "64",
+    "memory.swap.max": "0",
+    "pids.max": "90",
     "cpu.max": "50000 100000",
     "cpu.weight": "50",
 }
@@ -34,8 +35,15 @@ def limits(host: Product, path: str) -> dict[str, str]:
     return dict(zip(WRITTEN, lines[:-1], strict=True))
 
 
+@pytest.fixture
+def limited(built: Product) -> Product:
+    """The product with that template, and no clones."""
+    built.cli("rm", "--all", "--yes")
+    return built
+
+
 @pytest.fixture(scope="module")
-def limited(product: Product) -> Iterator[Product]:
+def built(product: Product) -> Iterator[Product]:
     """The product with a template that has limits."""
     product.settle()
     probes = [{"type": "agent", "name": "agent"}]
@@ -52,7 +60,7 @@ def test_groups_and_limits(limited: Product) -> None:
     """systemd-cgls shows each VM, with its limits; one that wants more dies and says of what."""
     pid = limited.clone("fn-1", template="lim")["pid"]
     path = group(limited, pid)
-    assert path.startswith(f"{UNIT}/vm-")
+    assert path.startswith(f"{UNIT}/templated-")
     assert group(limited, limited.unit("MainPID")) == f"{UNIT}/daemon"
     assert limits(limited, path) == WRITTEN
     shown = limited.lab.do("systemd-cgls --no-pager -u templated.service")

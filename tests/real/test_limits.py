@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can make control groups here"),
 ]
-LIMITED = "limits: {memory: 112MiB, pids: 64, cpus: 0.3, cpu_weight: 50, disk: 8MiB, vms: 3}"
+LIMITED = "limits: {memory: 112MiB, pids: 90, cpus: 0.3, cpu_weight: 50, disk: 16MiB, vms: 3}"
 BUSY = "i=0; while [ $i -lt 60000 ]; do i=$((i+1)); done"
 
 
@@ -93,7 +93,7 @@ def reported(daemon: Daemon, name: str) -> list[str]:
 def limited_files(host: Daemon, pid: int) -> bool:
     """Whether the files that a VM writes have the limit of the template."""
     bound = re.search(r"Max file size +(\w+) +(\w+)", Path(f"/proc/{pid}/limits").read_text())
-    return bound is not None and bound.groups() == (str(8 << 20),) * 2
+    return bound is not None and bound.groups() == (str(16 << 20),) * 2
 
 
 def test_disk(host: Daemon) -> None:
@@ -107,10 +107,10 @@ def test_disk(host: Daemon) -> None:
         host.cli("rm", "writer")
     # Not through the guest's cache, which would come to its limit of memory.
     one = "dd if=/dev/zero of=/x$i bs=1M count=1 oflag=direct"
-    host.run("exec", "writer", "--", "sh", "-c", f"for i in $(seq 12); do {one}; done")
+    host.run("exec", "writer", "--", "sh", "-c", f"for i in $(seq 30); do {one}; done")
     until(lambda: "disk" in reported(host, "writer"), "the limit was not reported")
     layers = [path.stat().st_size for path in host.state.glob("slots/*/disk.qcow2")]
-    assert 6 << 20 < max(layers) <= 8 << 20
+    assert 12 << 20 < max(layers) <= 16 << 20
     assert "I/O error" in host.cli("logs", "writer")
     assert host.cli("exec", "writer", "--", "hostname") == "writer\n"
 

@@ -27,7 +27,7 @@ GROUPS = ControlGroups("a fake has no processes")
 SPEC = TemplateSpec(name="t", start_timeout="2s", identity=IdentitySpec(timeout="500ms"))
 
 
-def configured(tmp_path: Path) -> Config:
+def configured(tmp_path: Path, **changes: Any) -> Config:
     """A configuration below a test's directory, with a QEMU that only knows its version."""
     qemu = tmp_path / "qemu"
     qemu.write_text("#!/bin/sh\necho QEMU emulator version 7.2.0\n")
@@ -43,7 +43,7 @@ def configured(tmp_path: Path) -> Config:
         "metrics": None,
         "slots": {"ready": 2},
     }
-    return msgspec.convert({**defaults({}, 1), **places}, Config)
+    return msgspec.convert({**defaults({}, 1), **places, **changes}, Config)
 
 
 def freeze(config: Config) -> None:
@@ -113,12 +113,12 @@ async def until(condition: Callable[[], object]) -> None:
 Scenario = Callable[[Services, FakeHypervisor], Coroutine[Any, Any, None]]
 
 
-def play(tmp_path: Path, *scenarios: Scenario, within: float = 60) -> None:
+def play(tmp_path: Path, *scenarios: Scenario, within: float = 60, **changes: Any) -> None:
     """Run scenarios one after the other, each on a restarted daemon with the same machines.
 
-    All of them within so many seconds.
+    All of them within so many seconds; `changes` are to the configuration.
     """
-    config = configured(tmp_path)
+    config = configured(tmp_path, **changes)
 
     async def main() -> None:
         fake = FakeHypervisor()

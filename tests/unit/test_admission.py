@@ -66,3 +66,27 @@ def test_builds_and_what_was_there_are_not_asked() -> None:
     admission.release("build")
     admission.release("old")
     enter(Admission(memory=100 * MIB), "new")
+
+
+def test_a_dead_clone_keeps_its_disk() -> None:
+    """Its memory and its place are free for others, until `rm` gives the rest back."""
+    admission = Admission(memory=100 * MIB, disk=20 * MIB)
+    one = Promise("t", 100 * MIB, 10 * MIB, 1)
+    enter(admission, "a", one)
+    for _ in range(2):
+        admission.died("a")
+    enter(admission, "b", one)
+    admission.died("b")
+    with pytest.raises(Busy, match="10 MiB of disk, and 20 MiB of the 20 MiB"):
+        enter(admission, "c", one)
+    for _ in range(2):
+        admission.release("a")
+    enter(admission, "c", one)
+
+
+def test_several_at_once() -> None:
+    """A request for many is refused before the first is made."""
+    admission = Admission(memory=250 * MIB)
+    admission.require(SMALL, 2)
+    with pytest.raises(Busy, match="3 VMs of t may come to use 300 MiB of memory, and 0 MiB"):
+        admission.require(SMALL, 3)

@@ -20,12 +20,14 @@ LIMITS = Limits(
 EARLY = {
     2: {
         "memory.max": "67108864",
+        "memory.swap.max": "0",
         "memory.oom.group": "1",
         "pids.max": "40",
         "io.max": "8:0 rbps=1048576 wbps=2097152",
     },
     1: {
         "memory.limit_in_bytes": "67108864",
+        "memory.memsw.limit_in_bytes": "67108864",
         "pids.max": "40",
         "blkio.throttle.read_bps_device": "8:0 1048576",
         "blkio.throttle.write_bps_device": "8:0 2097152",
@@ -86,19 +88,20 @@ def test_figures(tmp_path: Path) -> None:
     """The kernel's files, as they look."""
     files = Files(tmp_path / "group")
     (files.root / "memory.events").write_text("low 0\nhigh 0\nmax 7\noom 1\noom_kill 1\n")
-    (files.root / "memory.peak").write_text("1234\n")
+    (files.root / "memory.stat").write_text("anon 1200\nfile 999\nkernel 30\nshmem 4\n")
     (files.root / "pids.events").write_text("max 3\n")
-    (files.root / "pids.current").write_text("9\n")
     (files.root / "cpu.stat").write_text("usage_usec 5\nnr_periods 4\nnr_throttled 2\n")
     group = group_of(files, 2)
-    assert group.hits() == {"memory": 7, "pids": 3, "cpus": 2}
-    assert group.killed_for_memory()
-    assert (group.most_memory(), group.threads()) == (1234, 9)
+    assert group.hits(LIMITS) == {"pids": 3, "cpus": 2} and group.hits(UNLIMITED) == {}
+    assert group.killed_for_memory() and group.held_memory() == 1234
+    # The host had none left: that is not its limit.
+    (files.root / "memory.events").write_text("low 0\nhigh 0\nmax 0\noom 0\noom_kill 1\n")
+    assert not group.killed_for_memory()
     (files.root / "memory.failcnt").write_text("6\n")
-    (files.root / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 0\n")
-    first = group_of(files, 1)
-    assert first.hits()["memory"] == 6
-    assert not first.killed_for_memory()
+    (files.root / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 1\n")
+    assert group_of(files, 1).killed_for_memory()
+    (files.root / "memory.failcnt").write_text("0\n")
+    assert not group_of(files, 1).killed_for_memory()
 
 
 def test_a_group_that_is_gone(tmp_path: Path) -> None:
@@ -106,8 +109,8 @@ def test_a_group_that_is_gone(tmp_path: Path) -> None:
     group = group_of(Files(tmp_path / "group"), 2)
     group.remove()
     group.remove()
-    assert group.hits() == {"memory": 0, "pids": 0, "cpus": 0}
-    assert not group.killed_for_memory() and group.most_memory() == 0
+    assert group.hits(LIMITS) == {"pids": 0, "cpus": 0}
+    assert not group.killed_for_memory() and group.held_memory() == 0
 
 
 def test_what_cannot_be_held(tmp_path: Path) -> None:
@@ -115,7 +118,7 @@ def test_what_cannot_be_held(tmp_path: Path) -> None:
     assert ControlGroups("none").missing(UNLIMITED) == []
     names = ["memory", "pids", "cpus", "cpu_weight", "disk_read, disk_write"]
     assert ControlGroups("none").missing(LIMITS) == names
-    some = ControlGroups("", 2, dict.fromkeys(CONTROLLERS, tmp_path), "vm-")
+    some = ControlGroups("", 2, dict.fromkeys(CONTROLLERS, tmp_path), "t-")
     assert some.missing(LIMITS) == names[-1:]
     some.device = "8:0"
     assert some.missing(LIMITS) == []
@@ -123,10 +126,10 @@ def test_what_cannot_be_held(tmp_path: Path) -> None:
 
 def test_sweep(tmp_path: Path) -> None:
     """Groups of slots that are no more go; those of others stay."""
-    for name in ("vm-kept", "vm-gone", "daemon", "other"):
+    for name in ("t-kept", "t-gone", "daemon", "other"):
         (tmp_path / name).mkdir()
-    ControlGroups("", 2, dict.fromkeys(CONTROLLERS, tmp_path), "vm-").sweep(["kept"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["daemon", "other", "vm-kept"]
+    ControlGroups("", 2, dict.fromkeys(CONTROLLERS, tmp_path), "t-").sweep(["kept"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["daemon", "other", "t-kept"]
 
 
 def test_limits_and_promise_of_a_template() -> None:
@@ -142,5 +145,37 @@ def test_limits_and_promise_of_a_template() -> None:
     assert Promise.of(spec) == Promise("t", 64 << 20, 2 << 30, 3)
     assert Promise.of(TemplateSpec(name="t")).memory == 128 << 20
     assert not Limits.of(TemplateSpec(name="t")).controlled
-    little = TemplateSpec(name="t", limits=LimitSpec(disk="8MiB"))
-    assert Limits.of(little).disk == Promise.of(little).disk == 8 << 20
+    little = TemplateSpec(name="t", limits=LimitSpec(disk="16MiB"))
+    assert Limits.of(little).disk == Promise.of(little).disk == 16 << 20
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [(LimitSpec(pids=81), "limits.pids must be at least 82, with these vcpus"),
+     (LimitSpec(disk="15MiB"), "limits.disk must be at least 16MiB")],
+)  # fmt: skip
+def test_limits_that_no_vm_can_live_with(limits: LimitSpec, said: str) -> None:
+    """QEMU ends when it gets no thread; a log must fit in, and be cut."""
+    with pytest.raises(ValueError, match=said):
+        TemplateSpec(name="t", limits=limits, machine=MachineSpec(vcpus=2))
+
+
+def test_a_vm_that_nobody_waits_for(tmp_path: Path) -> None:
+    """It gives way to others until it is weighed; of a member of a pool nobody knows more."""
+    for version, file, light, usual in (
+        (2, "cpu.weight", "1", "100"),
+        (1, "cpu.shares", "10", "1024"),
+    ):
+        files = Files(tmp_path / str(version), "cgroup.procs", file)
+        group_of(files, version).join(12, background=True)
+        assert files.written() == {"cgroup.procs": "12", file: light}
+        group_of(files, version).weigh()
+        assert (files.root / file).read_text().startswith(usual)
+
+
+def test_a_vm_without_a_group_gets_one(tmp_path: Path) -> None:
+    """One of a daemon that made none."""
+    group = Group({"other": tmp_path / "group"}, 2)
+    with pytest.raises(HostError, match="cannot put a VM into its control group"):
+        group.hold(12, LIMITS)  # what the kernel would have made is not there
+    assert (tmp_path / "group").is_dir()

@@ -318,3 +318,48 @@ def test_the_arithmetic() -> None:
         require_room([Demand("warm t", 100, 90, 400 << 20)], 1000, memory)
     with pytest.raises(Busy, match="100 pool members are more than the subnet's 99 addresses"):
         require_room([demand], 99, memory)
+
+
+def test_what_is_promised_holds_a_pool_back(tmp_path: Path) -> None:
+    """A pool that may have no more members is not broken: it says why, and goes on when it may.
+
+    A clone that takes a member adds nothing; a request for too many is refused before any starts.
+    """
+
+    async def scenario(running: Services, _: FakeHypervisor) -> None:
+        pools = running.pools
+        await pools.set("t", PoolRequest(standby=3))
+        await until(lambda: len(pools.ready(STANDBY)) == 2 and "256 MiB" in pools.view("t").problem)
+        failures = "templated_pool_refill_failures_total"
+        assert not counted(running, failures, template="t", tier="standby", reason="busy")
+        await clone(running, "a")
+        with pytest.raises(Busy, match="may come to use 128 MiB of memory"):
+            await clone(running, "b", "direct")
+        with pytest.raises(Busy, match="2 VMs of t may come to use 256 MiB of memory"):
+            await running.clones.create(CloneRequest(name="c", count=3))
+        assert [view.name for view in running.clones.views()] == ["a"]
+        await running.clones.remove("a")
+        await until(lambda: len(pools.ready(STANDBY)) == 2)
+        assert not counted(running, "templated_clone_failures_total", template="t", reason="busy")
+
+    play(tmp_path, scenario, limits={"memory": "300MiB"})
+
+
+def test_clones_of_an_earlier_daemon_count(tmp_path: Path) -> None:
+    """Those that run, and not those that are dead."""
+
+    async def before(running: Services, fake: FakeHypervisor) -> None:
+        for name in ("alive", "dies"):
+            await clone(running, name)
+        dies = running.clones.running("dies").machine
+        fake.machines[dies.pid].end("was killed by SIGKILL")
+        await until(lambda: running.clones.view("dies").state.value == "dead")
+
+    async def after(running: Services, _: FakeHypervisor) -> None:
+        await clone(running, "second")
+        with pytest.raises(Busy, match="and 256 MiB of the 300 MiB"):
+            await clone(running, "third")
+        await running.clones.remove("alive")
+        await clone(running, "third")
+
+    play(tmp_path, before, after, limits={"memory": "300MiB"})

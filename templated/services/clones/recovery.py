@@ -18,7 +18,7 @@ from templated.drivers.host import procfs
 from templated.drivers.hypervisor.base import Machine
 from templated.errors import HostError, TemplatedError, host_errors
 from templated.journal import CloneRow
-from templated.model.clone import Slot
+from templated.model.clone import CloneState, Slot
 from templated.model.limits import Limits
 from templated.model.spec import TemplateSpec
 from templated.model.uids import UidRange
@@ -46,6 +46,8 @@ async def recover(context: Context, clones: Clones) -> None:
     for row in rows:
         if row.slot.id in specs:
             context.admission.hold(row.slot.id, Promise.of(specs[row.slot.id]))
+        if row.state is CloneState.DEAD:
+            context.admission.died(row.slot.id)
     limits = {slot_id: Limits.of(spec) for slot_id, spec in specs.items()}
     orphans = await clones.adopt(rows, limits)
     if failpoints.armed:
@@ -77,12 +79,14 @@ async def recover(context: Context, clones: Clones) -> None:
 def _specs(context: Context, rows: Sequence[CloneRow]) -> dict[str, TemplateSpec]:
     """By slot: the template of each clone, as it was when its generation was built. Blocks.
 
-    One that cannot be read is left out.
+    One that cannot be read is left out, with a warning.
     """
     found: dict[tuple[str, str], TemplateSpec] = {}
     for key in {(row.template, row.slot.generation) for row in rows}:
-        with contextlib.suppress(HostError):
+        try:
             found[key] = read_manifest(context.layout.generation(*key)).spec
+        except HostError as error:
+            log.warning("clones of %s %s go on, without a limit: %s", *key, error.message)
     return {
         row.slot.id: found[row.template, row.slot.generation]
         for row in rows

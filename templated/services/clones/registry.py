@@ -23,7 +23,7 @@ from templated.services.context import Context
 from templated.services.machines.clock import PhaseClock
 from templated.services.machines.generation import Generation, Holder
 from templated.services.machines.vm import Vm, tail
-from templated.services.pools.members import Pools
+from templated.services.pools.members import TIERS, Pools
 from templated.services.tasks import Tasks
 from templated.services.templates.catalog import Templates
 from templated.timing import within
@@ -91,10 +91,19 @@ class Clones:
         limit = self._context.config.limits.clones
         if len(self._clones) + len(names) > limit:
             raise Busy(f"the limit of {limit} clones is reached", hint="see limits.clones")
+        self._require_room(generation, len(names), demanded)
         path = demanded or StartPath.DIRECT
         starting = [_starting(name, generation, path) for name in names]
         self._clones.update({clone.name: clone for clone in starting})
         return starting
+
+    def _require_room(self, generation: Generation, count: int, demanded: StartPath | None) -> None:
+        """Raise Busy when the VMs that a request needs beside those of pools would be too many."""
+        promise = generation.layer.promise
+        taken = TIERS if demanded is None else (demanded,)
+        ready = sum(len(self._pools.ready((generation.template, tier))) for tier in taken)
+        if promise is not None and count > ready:
+            self._context.admission.require(promise, count - ready)
 
     async def _all_or_none(
         self, starting: list[Starting], demanded: StartPath | None, requested: float
@@ -127,7 +136,8 @@ class Clones:
             raise self._failed(clone, clock, error) from error
         self._clones[clone.name] = running
         self._watch(running)
-        self._limit(running)
+        if running.limits.controlled:
+            self._limit(running)
         if failpoints.armed:
             failpoints.hit("clone.registered")
         self._context.metrics.observe_start(
@@ -216,12 +226,12 @@ class Clones:
     def _limit(self, clone: Running) -> None:
         """Set the limits that would have made the start longer, beside requests."""
         group = self._context.groups.group(clone.slot.id)
-        if group is not None and clone.limits.controlled:
+        if group is not None:
             self._tasks.spawn(self._hold(clone, group), f"limits of {clone.name}")
 
     async def _hold(self, clone: Running, group: Group) -> None:
         try:
-            await asyncio.to_thread(group.limit, clone.limits)
+            await asyncio.to_thread(group.hold, clone.pid, clone.limits)
         except HostError as error:
             if clone.state is CloneState.RUNNING:
                 log.error("clone %s runs without its limits: %s", clone.name, error.message)
@@ -274,6 +284,7 @@ class Clones:
         if clone.state is not CloneState.RUNNING:
             return
         clone.move(CloneState.DEAD, f"its VM {how}{cause}")
+        self._context.admission.died(clone.slot.id)
         if cause:
             self._context.metrics.limit_hits.labels(clone.template, "memory").inc()
         dead = self._clones[clone.name] = clone.without_vm()
@@ -317,6 +328,7 @@ class Clones:
             group = self._context.groups.group(row.slot.id)
             cause = await asyncio.to_thread(over_memory, group, found.limits)
             found.move(CloneState.DEAD, f"its VM ended while the daemon was away{cause}")
+            self._context.admission.died(row.slot.id)
             await self._context.journal.clone_state(row.slot.id, CloneState.DEAD, found.reason)
             return
         clone = self._clones[row.name] = adopted(found, Vm(row.slot, places, machine))

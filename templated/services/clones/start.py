@@ -22,7 +22,15 @@ from types import TracebackType
 
 from templated import failpoints
 from templated.drivers.cgroups import Group
-from templated.errors import Busy, HostError, HypervisorError, TemplatedError, host_errors
+from templated.errors import (
+    Busy,
+    GuestError,
+    HostError,
+    HypervisorError,
+    TemplatedError,
+    Timeout,
+    host_errors,
+)
 from templated.journal import CloneRow
 from templated.model.clone import CloneState, StartPath
 from templated.model.limits import Limits
@@ -95,7 +103,7 @@ class Start:
             try:
                 with host_errors():  # no descriptor left, a full disk
                     vm = await way(undo)
-            except HypervisorError as error:
+            except (HypervisorError, GuestError, Timeout) as error:
                 raise await self._explained(error) from error
             if failpoints.armed:
                 failpoints.hit("start.confirmed")
@@ -106,12 +114,12 @@ class Start:
             undo.pop_all()
         return started(self.clone, row, vm)
 
-    async def _explained(self, error: HypervisorError) -> HypervisorError:
+    async def _explained(self, error: TemplatedError) -> TemplatedError:
         """The error, with the limit that has ended the VM."""
         slot = self.clone.slot
         group = self.context.groups.group(slot.id) if slot else None
         cause = await asyncio.to_thread(over_memory, group, self.clone.limits)
-        return HypervisorError(f"{error.message}{cause}", hint=error.hint) if cause else error
+        return type(error)(f"{error.message}{cause}", hint=error.hint) if cause else error
 
     # --- the ways -----------------------------------------------------------------------------
     # Each raises HostError, HypervisorError, GuestError, IdentityError or Timeout, and leaves

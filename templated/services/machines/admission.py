@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from templated.errors import Busy
 from templated.model.spec import TemplateSpec
@@ -40,6 +40,7 @@ class Admission:
         """Bounds on the bytes of all promises together; None: there is none."""
         self._bounds = {"memory": memory, "disk": disk}
         self._held: dict[str, Promise] = {}
+        self._dead: set[str] = set()
         self._vms: Counter[str] = Counter()
         self._total: Counter[str] = Counter()
 
@@ -52,7 +53,7 @@ class Admission:
         if promise is None:
             yield lambda _: None
             return
-        self._require(promise)
+        self.require(promise)
         self._count(promise, 1)
         try:
             yield lambda slot_id: self.hold(slot_id, promise)
@@ -64,35 +65,49 @@ class Admission:
         self._held[slot_id] = promise
         self._count(promise, 1)
 
+    def died(self, slot_id: str) -> None:
+        """The VM of a slot has ended; until `release` only its disk counts. Idempotent."""
+        if slot_id in self._held and slot_id not in self._dead:
+            self._dead.add(slot_id)
+            self._count(replace(self._held[slot_id], disk=0), -1)
+
     def release(self, slot_id: str) -> None:
         """A slot is given back. Idempotent."""
+        self.died(slot_id)
+        self._dead.discard(slot_id)
         promise = self._held.pop(slot_id, None)
         if promise is not None:
-            self._count(promise, -1)
+            self._total["disk"] -= promise.disk
 
     def _count(self, promise: Promise, number: int) -> None:
         self._vms[promise.template] += number
         self._total["memory"] += number * promise.memory
         self._total["disk"] += number * promise.disk
 
-    def _require(self, promise: Promise) -> None:
+    def require(self, promise: Promise, count: int = 1) -> None:
+        """Raises Busy, with the sums, when so many more VMs would be too many."""
         present = self._vms[promise.template]
-        if promise.vms is not None and present >= promise.vms:
+        if promise.vms is not None and present + count > promise.vms:
             raise Busy(
                 f"there are {present} VMs of {promise.template}, members of its pools among them, "
                 f"and its limits.vms is {promise.vms}",
                 hint="remove clones, make its pools smaller, or change the template and build it",
             )
         for what, bound in self._bounds.items():
-            wanted = getattr(promise, what)
+            wanted = count * getattr(promise, what)
             if bound is not None and self._total[what] + wanted > bound:
                 raise Busy(
-                    f"a VM of {promise.template} may come to use {_mib(wanted)} of {what}, and "
+                    f"{_some(count)} of {promise.template} may come to use {_mib(wanted)} of "
+                    f"{what}, and "
                     f"{_mib(self._total[what])} of the {_mib(bound)} of limits.{what} are promised "
                     "to others",
                     hint=f"remove clones, make pools smaller, or raise limits.{what} in the "
                     "configuration",
                 )
+
+
+def _some(count: int) -> str:
+    return "a VM" if count == 1 else f"{count} VMs"
 
 
 def _mib(size: int) -> str:

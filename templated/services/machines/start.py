@@ -114,7 +114,7 @@ class Starter:
         if background:
             vm.machine.background(True)
         vm.state = state
-        await self._connect(vm, prepared, generation.terms.start_s)
+        await self._connect(vm, prepared, generation.terms.start_s, background=background)
         if background:
             await vm.machine.expect_state()
         return vm
@@ -136,6 +136,15 @@ class Starter:
             vm = await self.spawn(prepared, generation, forwards=forwards)
         await self.finish(vm, generation, hostname, clock)
         return vm
+
+    async def foreground(self, prepared: PreparedSlot, vm: Vm) -> None:
+        """Give a VM that `spawn` has started in the background the usual priority.
+
+        Raises HostError.
+        """
+        vm.machine.background(False)
+        if prepared.group is not None:
+            await asyncio.to_thread(prepared.group.weigh)
 
     async def finish(
         self, vm: Vm, generation: Generation, hostname: str, clock: PhaseClock
@@ -214,7 +223,9 @@ class Starter:
         prepared.close()
         return prepared.vm
 
-    async def _connect(self, vm: Vm, prepared: PreparedSlot, timeout: float) -> None:
+    async def _connect(
+        self, vm: Vm, prepared: PreparedSlot, timeout: float, *, background: bool = False
+    ) -> None:
         """Wait for the control channel, and meanwhile put the VM into its group.
 
         The kernel may take some milliseconds for that, as long as a hypervisor takes to answer;
@@ -225,7 +236,8 @@ class Starter:
             await vm.connect(timeout)
             return
         async with _one_failure(), asyncio.TaskGroup() as tasks:
-            tasks.create_task(asyncio.to_thread(group.join, vm.machine.pid))
+            joining = asyncio.to_thread(group.join, vm.machine.pid, background=background)
+            tasks.create_task(joining)
             await vm.connect(timeout)
 
     async def _restore(self, vm: Vm, generation: Generation, clock: PhaseClock) -> None:

@@ -19,7 +19,7 @@ from templated import failpoints
 from templated.drivers.host.pressure import RESOURCES, read_pressure
 from templated.drivers.host.procfs import read_memory
 from templated.drivers.hypervisor.states import MachineState
-from templated.errors import TemplatedError
+from templated.errors import Busy, TemplatedError
 from templated.model.clone import StartPath
 from templated.model.units import seconds
 from templated.services.context import Context
@@ -108,7 +108,7 @@ class Refill:
         return _SOON if waiting and not self._making.total() else self._interval
 
     def _fill(self) -> None:
-        pools = [pool for pool in self._pools.pools() if self._due(pool)]
+        pools = [pool for pool in self._pools.pools() if self._due(pool) and not self._full(pool)]
         if pools:
             self._look_at_host()
         while not self._blocked and pools and self._making.total() < self._limit:
@@ -116,7 +116,7 @@ class Refill:
             pool = max(pools, key=lambda p: self._lacking(p) / self._pools.target(p))
             self._making[pool] += 1
             self._tasks.spawn(self._make(pool), f"refill {pool[0]} {pool[1]}")
-            pools = [pool for pool in pools if self._lacking(pool) > 0]
+            pools = [pool for pool in pools if self._lacking(pool) > 0 and not self._full(pool)]
         self._report_problems()
 
     def _lacking(self, pool: Pool) -> int:
@@ -124,6 +124,16 @@ class Refill:
 
     def _due(self, pool: Pool) -> bool:
         return self._lacking(pool) > 0 and self._backoff_of(pool).until <= time.monotonic()
+
+    def _full(self, pool: Pool) -> str:
+        """Why there may be no more VMs of a pool's template; empty when there may."""
+        promise = self._templates.active(pool[0]).layer.promise
+        try:
+            if promise is not None:
+                self._context.admission.require(promise, self._making[pool] + 1)
+        except Busy as error:
+            return error.message
+        return ""
 
     def _backoff_of(self, pool: Pool) -> _Backoff:
         """The back-off of a pool; that of an earlier generation does not count for the next."""
@@ -148,6 +158,8 @@ class Refill:
                 failpoints.hit("refill.waiting")
             self._backoff.pop(pool, None)
             self._context.metrics.refill_seconds.labels(*pool).observe(clock.total_ms() / 1000)
+        except Busy as error:  # others were faster; `_fill` looks before the next one
+            log.info("no %s VM of %s is made: %s", pool[1], pool[0], error.message)
         except Exception as error:  # noqa: BLE001  # reported by _failed, whatever it is
             self._failed(pool, error)
         finally:
@@ -177,7 +189,7 @@ class Refill:
         vm = await starter.spawn(prepared, generation, background=True)
         if tier is StartPath.WARM:
             lag = await starter.warm(vm, generation, f"warm-{prepared.slot.id}")
-        vm.machine.background(False)
+        await starter.foreground(prepared, vm)
         return vm, lag
 
     def _failed(self, pool: Pool, error: Exception) -> None:
@@ -221,6 +233,8 @@ class Refill:
             if backoff.failures:
                 times = "once" if backoff.failures == 1 else f"{backoff.failures} times"
                 problems[pool] = f"failed {times}: {backoff.why}"
+            elif self._lacking(pool) > 0 and (why := self._full(pool)):
+                problems[pool] = why
             elif self._lacking(pool) > 0 and self._blocked:
                 problems[pool] = "; ".join(self._blocked.values())
 

@@ -66,9 +66,9 @@ class Metrics:
         )
         self.limit_hits = Counter(
             "templated_clone_limit_hits",
-            "How often VMs of clones wanted more than a limit of their template: memory that was "
-            "reclaimed first, a thread that was refused, a period in which its CPU time was used "
-            "up.",
+            "How often VMs of clones wanted more than a limit of their template: memory that ended "
+            "them, a thread that was refused, a period in which the CPU time was used up, a disk "
+            "layer that became full.",
             ("template", "limit"),
             registry=self.registry,
         )

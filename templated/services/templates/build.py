@@ -252,9 +252,10 @@ class Build:
         group = prepared.group
         size = prepared.overlay.stat().st_size
         self._require_within(limits.disk, size, "disk", "bytes")
-        memory = group.most_memory() if group else 0
+        memory = group.held_memory() if group else 0
         self._require_within(limits.memory, memory or self.clone_bytes, "memory", "bytes")
-        self._require_within(limits.pids, group.threads() if group else 0, "pids", "threads")
+        if group is not None:
+            group.limit(limits)  # whatever the kernel refuses, it does so now
 
     def _require_within(self, limit: int | None, taken: int, name: str, unit: str) -> None:
         if limit is not None and taken > limit:

@@ -70,10 +70,10 @@ class LimitWatch:
         for clone in clones:
             slot = clone.slot.id
             group = self._context.groups.group(slot) if clone.limits.controlled else None
-            hits = group.hits() if group else {}
+            hits = group.hits(clone.limits) if group else {}
             # The guest gets an error for each write that does not fit, and nobody else hears of it.
             full = clone.limits.disk is not None and self._size(slot) > clone.limits.disk - _REQUEST
-            found[slot] = {**hits, "disk": self._seen.get(slot, {}).get("disk", 0) + full}
+            found[slot] = {**hits, "disk": int(full)}
         return found
 
     def _size(self, slot: str) -> int:

@@ -53,8 +53,8 @@ def _directories(program: str | None) -> list[Path]:
     places = [Path(path) for path in _MERGED]
     if program is not None:
         own = Path(os.path.realpath(program)).parent
-        # QEMU looks for its firmware there, or beside it.
-        places += [own, own.parent / "share/qemu"]
+        # QEMU looks for its firmware there, or beside it, and for its modules.
+        places += [own, own.parent / "share/qemu", own.parent / "lib"]
     elsewhere = (place for place in places if not place.resolve().is_relative_to(_SYSTEM))
     return [_SYSTEM, *(place for place in elsewhere if place.is_dir())]
 
@@ -76,10 +76,10 @@ def _of(launch: Launch) -> list[str]:
 def _resolver() -> list[str]:
     """Who slirp asks for names: it reads that again when it has changed.
 
-    A directory of its own is named as a whole, since the file may be replaced in it by another.
+    A directory of its own below /run is named as a whole, since the file may be replaced in it.
     """
     file = os.path.realpath(_RESOLVER)
     if not os.path.exists(file):
         return []
     directory = os.path.dirname(file)
-    return [rule(file) if directory == "/etc" else rule(directory)]
+    return [rule(directory if os.path.dirname(directory) == "/run" else file)]
