@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +170,26 @@ def test_death_while_the_daemon_is_away(host: Daemon) -> None:
     host.start()
     reason = host.json("show", "gone")["reason"]
     assert "while the daemon was away: it wanted more than its limits.memory" in reason
+
+
+def test_a_process_that_hides(host: Daemon) -> None:
+    """What is left in the group of a VM that nobody wants is ended, whatever it looks like."""
+    host.cli("pool", "set", "lim", "--standby", "1")
+    until(lambda: host.json("pool", "ls")[0]["standby"]["ready"], "no member")
+    (qemu,) = host.qemus()
+    found = host.control_groups()
+    names = {Path(path).name for path in groups_of(qemu).values() if found.prefix in path}
+    host.stop(signal.SIGKILL)
+    with subprocess.Popen(["sleep", "600"]) as hidden:
+        try:
+            for base in found.bases.values():
+                (base / min(names) / "cgroup.procs").write_text(str(hidden.pid))
+            host.start()
+            assert hidden.wait(10) == -signal.SIGKILL
+        finally:
+            hidden.kill()
+    assert not Path(f"/proc/{qemu}").exists()
+    host.cli("pool", "set", "lim", "--reset")
 
 
 def test_what_is_promised(host: Daemon) -> None:
