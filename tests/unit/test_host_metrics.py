@@ -185,7 +185,16 @@ def test_no_clone_name_in_a_label() -> None:
     HostMetrics(metrics.registry)
     labels = {name for collector in collectors(metrics.registry) for name in collector[2]}
     known = {"template", "path", "phase", "reason", "state", "tier", "resource", "kind", "place"}
-    known |= {"generation", "accel", "qemu_version", "probe", "type", "version", "python_version"}
+    known |= {
+        "limit",
+        "generation",
+        "accel",
+        "qemu_version",
+        "probe",
+        "type",
+        "version",
+        "python_version",
+    }
     assert labels == known
 
 

@@ -17,6 +17,8 @@ _MERGED = ("/bin", "/lib", "/lib64")
 """Links into /usr, but on some hosts."""
 _LIBRARIES = Path("/etc/ld.so.cache")
 _RESOLVER = "/etc/resolv.conf"
+_GENERAL = ("/", "/etc", "/run", "/tmp")
+"""Directories of all kinds of files."""
 
 
 class Reach:
@@ -76,10 +78,10 @@ def _of(launch: Launch) -> list[str]:
 def _resolver() -> list[str]:
     """Who slirp asks for names: it reads that again when it has changed.
 
-    A directory of its own below /run is named as a whole, since the file may be replaced in it.
+    A directory of its own is named as a whole, since the file may be replaced in it by another.
     """
     file = os.path.realpath(_RESOLVER)
     if not os.path.exists(file):
         return []
     directory = os.path.dirname(file)
-    return [rule(directory if os.path.dirname(directory) == "/run" else file)]
+    return [rule(file if directory in _GENERAL else directory)]
