@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import uvloop
@@ -22,6 +23,8 @@ from templated.model.config import Config
 from templated.services.daemon import Installation, services
 
 log = logging.getLogger("templated")
+_THREADS = 32
+"""For calls of the host. One that hangs keeps its thread, and others must not wait for that one."""
 
 
 def run(config_path: Path | None, *, verbose: bool = False) -> None:
@@ -48,6 +51,7 @@ def run(config_path: Path | None, *, verbose: bool = False) -> None:
 async def _serve(config: Config, installation: Installation) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(_THREADS, "call"))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     starting = asyncio.create_task(ask_for_time())
