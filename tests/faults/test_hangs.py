@@ -25,7 +25,7 @@ def bounded(places: tuple[str, ...]) -> list[str]:
 
 
 # Sent beside the call before: a request whose first call hangs comes to the second one, too.
-BESIDE = ("qmp.migrate-incoming", "qmp.cont")
+BESIDE = ("cgroup.join", "qmp.migrate-incoming", "qmp.cont")
 
 
 @pytest.mark.parametrize("beside", [False, True])
