@@ -133,11 +133,14 @@ class Group:
         `oom_kill` also counts what the host's lack of memory has ended.
         """
         if self.version == 2:
-            file, (reached, name) = "memory.events", ("memory.events", "oom")
+            killed = self._figure("memory", "memory.events", "oom_kill")
+            reached = self._figure("memory", "memory.events", "oom")
         else:
-            file, (reached, name) = "memory.oom_control", ("memory.failcnt", "")
-        killed = self._figure("memory", file, "oom_kill")
-        return killed > 0 and self._figure("memory", reached, name) > 0
+            killed = self._figure("memory", "memory.oom_control", "oom_kill")
+            # Not memory.failcnt: newer kernels do not count there any more.
+            most = self._figure("memory", "memory.max_usage_in_bytes")
+            reached = most >= self._figure("memory", "memory.limit_in_bytes")
+        return killed > 0 and reached > 0
 
     def held_memory(self) -> int:
         """Bytes that it holds now and the kernel cannot take back; 0 when not known. Blocks.

@@ -40,7 +40,9 @@ def test_a_template_has_a_number_of_its_own() -> None:
     """Others are not refused."""
     admission, few = Admission(), Promise("few", MIB, MIB, 1)
     enter(admission, "a", few)
-    with pytest.raises(Busy, match=r"there are 1 VMs of few, .* its limits\.vms is 1"):
+    with pytest.raises(
+        Busy, match=r"1 VM more of few would be too many: there are 1, .* its limits\.vms is 1"
+    ):
         enter(admission, "b", few)
     enter(admission, "c")
 

@@ -97,10 +97,11 @@ def test_figures(tmp_path: Path) -> None:
     # The host had none left: that is not its limit.
     (files.root / "memory.events").write_text("low 0\nhigh 0\nmax 0\noom 0\noom_kill 1\n")
     assert not group.killed_for_memory()
-    (files.root / "memory.failcnt").write_text("6\n")
+    (files.root / "memory.limit_in_bytes").write_text("4096\n")
+    (files.root / "memory.max_usage_in_bytes").write_text("4096\n")
     (files.root / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 1\n")
     assert group_of(files, 1).killed_for_memory()
-    (files.root / "memory.failcnt").write_text("0\n")
+    (files.root / "memory.max_usage_in_bytes").write_text("4095\n")
     assert not group_of(files, 1).killed_for_memory()
 
 

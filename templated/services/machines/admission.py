@@ -89,8 +89,8 @@ class Admission:
         present = self._vms[promise.template]
         if promise.vms is not None and present + count > promise.vms:
             raise Busy(
-                f"there are {present} VMs of {promise.template}, members of its pools among them, "
-                f"and its limits.vms is {promise.vms}",
+                f"{_some(count)} more of {promise.template} would be too many: there are "
+                f"{present}, members of its pools among them, and its limits.vms is {promise.vms}",
                 hint="remove clones, make its pools smaller, or change the template and build it",
             )
         for what, bound in self._bounds.items():
@@ -107,7 +107,7 @@ class Admission:
 
 
 def _some(count: int) -> str:
-    return "a VM" if count == 1 else f"{count} VMs"
+    return "1 VM" if count == 1 else f"{count} VMs"
 
 
 def _mib(size: int) -> str:
