@@ -12,9 +12,9 @@ from tests.lab.product import TEMPLATES, Product
 pytestmark = pytest.mark.lab
 UNIT = "/system.slice/templated.service"
 DROP_IN = "/etc/systemd/system/templated.service.d/subgroup.conf"
-LIMITS = {"memory": "80MiB", "pids": 90, "cpus": 0.5, "cpu_weight": 50, "disk_write": "50MiB"}
+LIMITS = {"memory": "64MiB", "pids": 90, "cpus": 0.5, "cpu_weight": 50, "disk_write": "50MiB"}
 WRITTEN = {
-    "memory.max": str(80 << 20),
+    "memory.max": str(64 << 20),
     "memory.swap.max": "0",
     "pids.max": "90",
     "cpu.max": "50000 100000",
@@ -69,7 +69,7 @@ def test_groups_and_limits(limited: Product) -> None:
     assert limited.lab.run(f"templated {greedy}").returncode != 0
     limited.wait("templated -o json show fn-1 | grep -q limits.memory")
     reason = limited.json("show", "fn-1")["reason"]
-    assert "was killed by SIGKILL: it wanted more than its limits.memory, 80 MiB" in reason
+    assert "was killed by SIGKILL: it wanted more than its limits.memory, 64 MiB" in reason
     limited.cli("rm", "fn-1")
     assert limited.lab.run(f"test -e /sys/fs/cgroup{path}").returncode != 0
 
