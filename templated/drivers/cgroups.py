@@ -30,8 +30,9 @@ _PERIOD_US = 100_000
 _V1_SHARES = 1024
 """What cpu.shares is by default, as 100 is for cpu.weight."""
 _MOST_V1_SHARES = 262144
-_BACKGROUND = 1
-"""The weight of a VM that nobody waits for: nice does not count between groups."""
+_BACKGROUND = 5
+"""The weight of a VM that nobody waits for: nice does not count between groups. With the least, 1,
+a member of a pool came to the bound of its start on a host without idle CPUs."""
 _USUAL = 100
 _LEAVING, _PAUSE = 0.2, 0.01
 """Seconds until a process that has ended has left its group."""

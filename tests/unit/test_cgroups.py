@@ -164,8 +164,8 @@ def test_limits_that_no_vm_can_live_with(limits: LimitSpec, said: str) -> None:
 def test_a_vm_that_nobody_waits_for(tmp_path: Path) -> None:
     """It gives way to others until it is weighed; of a member of a pool nobody knows more."""
     for version, file, light, usual in (
-        (2, "cpu.weight", "1", "100"),
-        (1, "cpu.shares", "10", "1024"),
+        (2, "cpu.weight", "5", "100"),
+        (1, "cpu.shares", "51", "1024"),
     ):
         files = Files(tmp_path / str(version), "cgroup.procs", file)
         group_of(files, version).join(12, background=True)
