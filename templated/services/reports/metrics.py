@@ -26,6 +26,7 @@ START_BUCKETS = (
 )
 # Codes of the usual failures of a start; others appear when they happen.
 _START_REASONS = ("guest", "host", "hypervisor", "identity", "internal", "timeout")
+_LIMITS = ("memory", "pids", "cpus", "disk")
 _TIERS = ("standby", "warm")
 BUILD_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -169,6 +170,8 @@ class Metrics:
         """Show zeros for a template's failures: a series that begins with 1 has no rate."""
         for reason in _START_REASONS:
             self.failures.labels(template, reason)
+        for limit in _LIMITS:
+            self.limit_hits.labels(template, limit)
         for tier in _TIERS:
             self.pool_misses.labels(template, tier)
             for reason in _START_REASONS:
