@@ -282,7 +282,7 @@ class ControlGroups:
                 for path in base.glob(f"{self.prefix}*"):
                     if path.name not in kept:
                         with contextlib.suppress(OSError):
-                            path.rmdir()
+                            _remove(path)
 
 
 def control_groups(owner: str, disk: Path, *, make: bool = True) -> ControlGroups:
