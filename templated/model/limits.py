@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from templated.model.spec import TemplateSpec
-from templated.model.units import size_bytes
+from templated.model.units import optional_bytes, size_bytes
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Limits:
         """Those of a template."""
         given = spec.limits
         return cls(
-            memory=_bytes(given.memory),
+            memory=optional_bytes(given.memory),
             pids=given.pids,
             cpus=given.cpus,
             cpu_weight=given.cpu_weight,
-            disk_read=_bytes(given.disk_read),
-            disk_write=_bytes(given.disk_write),
-            disk=_bytes(given.disk) or _whole_disk(size_bytes(spec.image.size)),
+            disk_read=optional_bytes(given.disk_read),
+            disk_write=optional_bytes(given.disk_write),
+            disk=optional_bytes(given.disk) or _whole_disk(size_bytes(spec.image.size)),
         )
 
     @property
@@ -55,7 +55,3 @@ def _whole_disk(size: int) -> int:
     They need 10 bytes for each cluster of 64 KiB (QEMU, docs/interop/qcow2.txt).
     """
     return size + size // 1024 + (16 << 20)
-
-
-def _bytes(size: str | None) -> int | None:
-    return None if size is None else size_bytes(size)

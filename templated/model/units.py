@@ -20,6 +20,11 @@ def size_bytes(text: str) -> int:
     return int(text[:-3]) * _SIZES[text[-3:]]
 
 
+def optional_bytes(text: str | None) -> int | None:
+    """Bytes of a `Size` that may be left out."""
+    return None if text is None else size_bytes(text)
+
+
 def seconds(text: str) -> float:
     """Seconds of a `Duration`."""
     unit = "ms" if text.endswith("ms") else text[-1]

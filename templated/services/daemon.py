@@ -22,7 +22,7 @@ from templated.journal import Journal
 from templated.model.config import Config
 from templated.model.network import AddressPlan
 from templated.model.uids import UidRange, block_of
-from templated.model.units import seconds, size_bytes
+from templated.model.units import optional_bytes, seconds, size_bytes
 from templated.services.clones.guest import Guests
 from templated.services.clones.recovery import recover
 from templated.services.clones.registry import Clones
@@ -80,8 +80,7 @@ class Installation:
         tag = _tag(config)
         self.plan = AddressPlan(config.network.subnet, tag)
         self.uids = _uids(config, self.hypervisor)
-        owner = hashlib.sha256(tag).hexdigest()[:12]
-        self.network: Network = make_network(config.network, self.plan, owner)
+        self.network: Network = make_network(config.network, self.plan, _owner(config))
         self.groups = find_groups(config) if groups is None else groups
         if self.groups.problem:
             log.warning(
@@ -172,7 +171,7 @@ def _context(installation: Installation, journal: Journal) -> Context:
     config, layout = installation.config, installation.layout
     metrics = Metrics()
     limits = config.limits
-    admission = Admission(_size(limits.memory), _size(limits.disk))
+    admission = Admission(optional_bytes(limits.memory), optional_bytes(limits.disk))
     slots = Slots(
         journal,
         layout,
@@ -214,12 +213,7 @@ def find_groups(config: Config, *, make: bool = True) -> ControlGroups:
     """The control groups of this configuration's VMs; see `control_groups`."""
     if not config.confine:
         return ControlGroups("confine is false")
-    owner = hashlib.sha256(_tag(config)).hexdigest()[:12]
-    return control_groups(owner, Path(config.state_dir), make=make)
-
-
-def _size(text: str | None) -> int | None:
-    return None if text is None else size_bytes(text)
+    return control_groups(_owner(config), Path(config.state_dir), make=make)
 
 
 def uid_range(config: Config) -> UidRange:
@@ -249,6 +243,11 @@ def _uids(config: Config, hypervisor: Hypervisor) -> UidRange | None:
 def _tag(config: Config) -> bytes:
     """What tells this daemon from all others: two of one host differ by their state_dir."""
     return _machine_id() + config.state_dir.encode()
+
+
+def _owner(config: Config) -> str:
+    """The mark of what this daemon makes on the host: taps and control groups."""
+    return hashlib.sha256(_tag(config)).hexdigest()[:12]
 
 
 def _lock(path: Path) -> int:

@@ -39,13 +39,8 @@ RECOVERY = (
     *("journal.open", "journal.active", "journal.generations", "journal.pool_sizes"),
     *("journal.clones", "agent.connect", "qmp.greeting", "qmp.query-status", "recover.adopted"),
     *("journal.free_slots", "recover.find", "cgroup.remove", "files.remove"),
-    *(
-        "journal.drop_slot",
-        "journal.drop_slot.commit",
-        "recover.removed",
-        "recover.strays",
-        "generation.read",
-    ),
+    *("journal.drop_slot", "journal.drop_slot.commit", "recover.removed", "recover.strays"),
+    "generation.read",
     *("generation.digest", "generation.seal", "program.start"),
 )
 

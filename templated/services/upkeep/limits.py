@@ -45,11 +45,11 @@ class LimitWatch:
             await asyncio.sleep(INTERVAL)
 
     async def look(self, *, report: bool = True) -> None:
-        """Read the figures of all clones that have limits, and report those that have grown."""
-        limited = list(self._clones.running_clones())
-        seen = await asyncio.to_thread(self._read, limited)
+        """Read the figures of all clones, and report those that have grown."""
+        clones = self._clones.running_clones()
+        seen = await asyncio.to_thread(self._read, clones)
         pressing = set()
-        for clone in limited:
+        for clone in clones:
             slot = clone.slot.id
             before = self._seen.get(slot, {})
             for limit, number in seen[slot].items():
