@@ -8,6 +8,7 @@
     ├── Conflict                the name is taken, or the state does not allow the request
     ├── HostError               the host lacks something: QEMU, space in shm_dir, a permission
     ├── Busy                    a bound on concurrent work is reached
+    │   └── Throttled           a function's bound is: which one, and when to try again
     ├── Timeout                 a bounded wait ended
     ├── HypervisorError         QEMU refused, or ended
     ├── GuestError              the agent in the guest answered wrongly or not at all
@@ -91,6 +92,18 @@ class Busy(TemplatedError):
     """A bound on concurrent work is reached."""
 
     code = "busy"
+
+
+class Throttled(Busy):
+    """A bound of functions is reached: `reason` names it, `retry_after` is in seconds.
+
+    Reasons: `queue`, `concurrency`, `reserved`. Nothing of the request was begun.
+    """
+
+    def __init__(self, message: str, *, reason: str, retry_after: float = 1.0, hint: str = ""):
+        super().__init__(message, hint=hint)
+        self.reason = reason
+        self.retry_after = retry_after
 
 
 class Timeout(TemplatedError):

@@ -125,6 +125,75 @@ class LimitConfig(_Section, frozen=True, kw_only=True):
             raise ValueError("stall must be at least 1s")
 
 
+class StoreConfig(_Section, frozen=True, kw_only=True):
+    """The zone's store of code: any that speaks S3."""
+
+    url: Annotated[str, Meta(pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,62}(/[!-~]{0,200})?$(?!\n)")]
+    """Bucket and prefix, as in s3://bucket/prefix."""
+    endpoint: Annotated[str, Meta(pattern=r"^https?://[!-~]{1,300}$(?!\n)")] | None = None
+    """None: Amazon's own."""
+    region: Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,64}$(?!\n)")] = "us-east-1"
+    access_key: Annotated[str, Meta(pattern=r"^[!-~]{1,128}$(?!\n)")] | None = None
+    """None: anonymous, or what the environment of the daemon says (AWS_ACCESS_KEY_ID)."""
+    secret_file: AbsolutePath | None = None
+    """A file with the secret key alone, that only the daemon's user can read."""
+    timeout: Duration = "30s"
+    """How long one object may take."""
+    parallel: Annotated[int, Meta(ge=1, le=64)] = 8
+    """Objects that are sent or fetched at once."""
+
+
+class CodeConfig(_Section, frozen=True, kw_only=True):
+    """Where the code of functions is kept: on this node, and in the zone."""
+
+    cache_size: Size = "10GiB"
+    """What code nobody needs at present may take of the disk, together with what is needed."""
+    store: StoreConfig | None = None
+
+
+class FunctionConfig(_Section, frozen=True, kw_only=True):
+    """Bounds on functions, and how long their instances stay."""
+
+    concurrency: Annotated[int, Meta(ge=1, le=10000)] = 100
+    """Requests that run at once, of all functions; each takes an instance."""
+    queue: Annotated[int, Meta(ge=0, le=100000)] = 1000
+    """Requests of one function that wait for an instance."""
+    init_timeout: Duration = "10s"
+    freeze_after: Duration = "1s"
+    """How long an instance without a request runs on before it is paused."""
+    keep_alive: Duration = "10m"
+    """How long an instance without a request stays."""
+    log_size: Size = "4MiB"
+    """What the log of one function may take; two files of half that size are kept."""
+
+
+class GatewayKey(_Section, frozen=True, kw_only=True):
+    """An access key by which requests to the gateway are signed."""
+
+    id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_]{3,128}$(?!\n)")]
+    secret: Annotated[str, Meta(pattern=r"^[!-~]{8,256}$(?!\n)")] | None = None
+    secret_file: AbsolutePath | None = None
+    """In place of `secret`: a file with it alone, that only the daemon's user can read."""
+    role: Role = Role.ADMIN
+    """A viewer reads, an operator invokes, too, an admin changes functions."""
+
+    def __post_init__(self) -> None:
+        if (self.secret is None) == (self.secret_file is None):
+            raise ValueError("a key has one of secret and secret_file")
+
+
+class GatewayConfig(_Section, frozen=True, kw_only=True):
+    """Lambda's API over TCP. Without a key nothing listens."""
+
+    listen: Annotated[str, Meta(pattern=r"^[0-9A-Za-z.:\[\]-]{0,260}:[0-9]{1,5}$(?!\n)")] = (
+        "127.0.0.1:9178"
+    )
+    region: Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,64}$(?!\n)")] = "us-east-1"
+    account: Annotated[str, Meta(pattern=r"^[0-9]{12}$(?!\n)")] = "000000000000"
+    """Both only go into ARNs, and the region into signatures."""
+    keys: tuple[GatewayKey, ...] = ()
+
+
 class Config(_Section, frozen=True, kw_only=True):
     """The daemon's configuration; every key has a default (see `defaults`)."""
 
@@ -149,6 +218,9 @@ class Config(_Section, frozen=True, kw_only=True):
     slots: SlotConfig = SlotConfig()
     pools: PoolConfig = PoolConfig()
     limits: LimitConfig = LimitConfig()
+    code: CodeConfig = CodeConfig()
+    functions: FunctionConfig = FunctionConfig()
+    gateway: GatewayConfig | None = GatewayConfig()
 
 
 SYSTEM_CONFIG = Path("/etc/templated/templated.yaml")

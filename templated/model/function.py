@@ -1,0 +1,257 @@
+"""Functions: code with a handler, in versions, reached by aliases; and what invoking one gives."""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import Annotated, Any
+
+from msgspec import Meta, Raw, Struct
+
+from templated.errors import InvalidRequest
+from templated.model.lifecycle import Table
+from templated.model.spec import TemplateName
+from templated.model.units import Duration, seconds
+
+LATEST = "$LATEST"
+"""The version that still changes."""
+_NAME = r"[A-Za-z0-9_-]{1,64}"
+_ALIAS = r"(?![0-9]+$)[A-Za-z0-9_-]{1,128}"
+_QUALIFIER = re.compile(rf"\$LATEST|[1-9][0-9]{{0,8}}|{_ALIAS}")
+FunctionName = Annotated[str, Meta(pattern=rf"^{_NAME}$(?!\n)")]
+AliasName = Annotated[str, Meta(pattern=rf"^{_ALIAS}$(?!\n)")]
+EnvName = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,127}$(?!\n)")]
+Handler = Annotated[str, Meta(pattern=r"^[!-~]{1,128}$(?!\n)")]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]
+Weight = Annotated[float, Meta(ge=0, le=1)]
+
+MAX_PAYLOAD = 6 << 20
+"""Bytes of a request's payload, and of its answer's."""
+MAX_CODE = 250 << 20
+"""Bytes of all files of one function's code, and of the archive that it comes in."""
+MAX_ENV = 4096
+"""Bytes of all names and values of a function's environment."""
+LONGEST = 900.0
+"""Seconds that one request may take at most."""
+
+
+class Runtime(enum.StrEnum):
+    """What runs the handler in the guest."""
+
+    PYTHON = "python"
+    """Ours: a Python that was started before the freeze, and loads MODULE.FUNCTION."""
+    PROVIDED = "provided"
+    """The code's own executable `bootstrap`, which speaks the Lambda Runtime API."""
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """What a version fixes beside its code."""
+
+    handler: Handler
+    template: TemplateName
+    runtime: Runtime = Runtime.PYTHON
+    env: dict[EnvName, str] = {}
+    timeout: Duration = "30s"
+    description: Annotated[str, Meta(max_length=256)] = ""
+
+    def __post_init__(self) -> None:
+        size = sum(len(name.encode()) + len(value.encode()) for name, value in self.env.items())
+        if size > MAX_ENV:
+            raise ValueError(f"the environment has {size} bytes, at most {MAX_ENV} are allowed")
+        if any("\0" in value for value in self.env.values()):
+            raise ValueError("a value of the environment holds a NUL")
+        if not 0 < seconds(self.timeout) <= LONGEST:
+            raise ValueError(f"timeout must be more than 0s and at most {LONGEST:g}s")
+
+
+class CodeView(Struct, frozen=True, kw_only=True):
+    """A code image: its address, and the bytes of the files in it."""
+
+    digest: Digest
+    bytes: Annotated[int, Meta(ge=0)]
+
+
+class Version(Struct, frozen=True, kw_only=True):
+    """Code and settings of a function: what still changes (number 0), or a numbered copy."""
+
+    function: FunctionName
+    number: Annotated[int, Meta(ge=0)]
+    settings: Settings
+    code: CodeView
+    created: str
+    """RFC 3339, UTC; of $LATEST when it was changed last."""
+
+    @property
+    def label(self) -> str:
+        """`$LATEST`, or the number."""
+        return str(self.number) if self.number else LATEST
+
+
+class Alias(Struct, frozen=True, kw_only=True):
+    """A name for one version, or for two with weights that add up to 1."""
+
+    function: FunctionName
+    name: AliasName
+    versions: dict[str, Weight]
+    """By the label of the version; the first is the one that the alias names."""
+    description: Annotated[str, Meta(max_length=256)] = ""
+
+
+class InstanceState(enum.Enum):
+    """Where an instance is in its life."""
+
+    STARTING = "starting"
+    """Its clone comes up, and gets its code."""
+    INITIALISING = "initialising"
+    """Its handler is being loaded."""
+    BUSY = "busy"
+    """It serves a request."""
+    IDLE = "idle"
+    """It runs and waits for a request."""
+    PAUSED = "paused"
+    """It waits for a request with its vCPUs stopped."""
+    ENDING = "ending"
+    """It is being taken down; nothing is sent to it any more."""
+
+
+_I = InstanceState
+INSTANCE_TRANSITIONS: Table[InstanceState] = {
+    _I.STARTING: frozenset({_I.INITIALISING, _I.ENDING}),
+    _I.INITIALISING: frozenset({_I.IDLE, _I.BUSY, _I.ENDING}),
+    _I.BUSY: frozenset({_I.IDLE, _I.ENDING}),
+    _I.IDLE: frozenset({_I.BUSY, _I.PAUSED, _I.ENDING}),
+    _I.PAUSED: frozenset({_I.BUSY, _I.ENDING}),
+    _I.ENDING: frozenset(),
+}
+
+
+class EventState(enum.Enum):
+    """Where an asynchronous event is."""
+
+    QUEUED = "queued"
+    """It waits for its turn, or for its next try."""
+    RUNNING = "running"
+    FAILED = "failed"
+    """A dead letter: all tries failed, or it became too old."""
+
+
+_E = EventState
+EVENT_TRANSITIONS: Table[EventState] = {
+    # From RUNNING back to RUNNING: the daemon ended meanwhile, and it is tried again.
+    _E.QUEUED: frozenset({_E.RUNNING, _E.FAILED}),
+    _E.RUNNING: frozenset({_E.RUNNING, _E.QUEUED, _E.FAILED}),
+    _E.FAILED: frozenset(),
+}
+
+
+# What the API says and is told
+
+
+class DeployRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of a deploy; what is None stays as it is, or gets its default."""
+
+    handler: Handler | None = None
+    template: TemplateName | None = None
+    """By default the only one that serves and takes code."""
+    runtime: Runtime | None = None
+    env: dict[EnvName, str] | None = None
+    timeout: Duration | None = None
+    description: Annotated[str, Meta(max_length=256)] | None = None
+
+
+class VersionView(Struct, frozen=True, kw_only=True):
+    """A version as users see it. Of the environment the names alone: values may be secrets."""
+
+    function: str
+    version: str
+    handler: str
+    runtime: Runtime
+    template: str
+    timeout_s: float
+    env: tuple[str, ...]
+    description: str
+    code: CodeView
+    created: str
+
+
+class AliasView(Struct, frozen=True, kw_only=True):
+    """An alias as users see it."""
+
+    name: str
+    versions: dict[str, float]
+    description: str = ""
+
+
+class FunctionView(Struct, frozen=True, kw_only=True):
+    """A function as users see it; the first fields are those of `$LATEST`."""
+
+    name: str
+    handler: str
+    runtime: Runtime
+    template: str
+    timeout_s: float
+    description: str
+    code: CodeView
+    versions: tuple[VersionView, ...]
+    """`$LATEST` first, then the numbered ones, newest first."""
+    aliases: tuple[AliasView, ...]
+    reserved: int | None
+    """How many of its requests may run at once; None: as many as there may be in all."""
+    instances: dict[str, int]
+    """How many instances it has, by state."""
+    created: str
+
+
+class InvokeView(Struct, frozen=True, kw_only=True):
+    """What invoking a function gave."""
+
+    status: int
+    error: str | None
+    """`Handled` or `Unhandled` when the function failed; None when it did not."""
+    payload: Raw
+    """JSON: what the handler returned, or how it failed."""
+    version: str
+    instance: str
+    start: str
+    """`warm` when an initialised instance served it, otherwise how its clone came up: `pool` or
+    `direct`."""
+    phases_ms: dict[str, float]
+    """route, start, attach, init, run: those that there were."""
+    total_ms: float
+
+
+class EventView(Struct, frozen=True, kw_only=True):
+    """An asynchronous event as users see it."""
+
+    id: str
+    function: str
+    qualifier: str
+    state: EventState
+    attempts: int
+    """How often it was tried."""
+    created: str
+    due: str
+    """When it is tried next; RFC 3339, UTC."""
+    reason: str = ""
+    """Why its last try failed."""
+    payload: Any = None
+
+
+def check_qualifier(qualifier: str) -> str:
+    """Return `qualifier`, or raise InvalidRequest: it names a version or an alias."""
+    if _QUALIFIER.fullmatch(qualifier):
+        return qualifier
+    raise InvalidRequest(
+        f"{qualifier[:140]!r} is neither a version nor an alias",
+        hint=f"take a number, {LATEST}, or an alias of up to 128 of A-Z, a-z, 0-9, '-' and '_'",
+    )
+
+
+def check_function_name(name: str) -> str:
+    """Return `name`, or raise InvalidRequest."""
+    if re.fullmatch(_NAME, name):
+        return name
+    raise InvalidRequest(
+        f"{name[:70]!r} is not a function name",
+        hint="a name has 1 to 64 of A-Z, a-z, 0-9, '-' and '_'",
+    )

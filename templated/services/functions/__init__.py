@@ -1,0 +1,1 @@
+"""Functions: their code, versions, instances, and how a request finds one."""
