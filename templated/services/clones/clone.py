@@ -26,6 +26,8 @@ class Clone:
     lease: Lease
     limits: Limits = UNLIMITED
     """What its VM may take of the host."""
+    function: str = ""
+    """Of which function and version it is an instance, as in hello:3; empty for all others."""
     state: CloneState = CloneState.STARTING
     reason: str = ""
 
@@ -82,8 +84,6 @@ class Starting(Clone):
     generation: Generation
     code: CodeFile | None = None
     """What is behind its second disk, as an instance of a function."""
-    function: str = ""
-    """Of which function and version it is an instance, as in hello:3; empty for all others."""
     slot: Slot | None = None
     """Set once a slot is allotted."""
 
