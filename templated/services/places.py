@@ -29,6 +29,7 @@ class Layout:
         self.audit = self.state / "audit.jsonl"
         self.code = self.state / "code"
         self.function_logs = self.state / "functions"
+        self.incoming = self.code / "incoming"
         self.lock = self.state / "lock"
         self.kvm_proof = self.state / "kvm-proof.json"
 
