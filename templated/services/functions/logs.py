@@ -165,14 +165,14 @@ class FunctionLogs:
 
     # --- reading ------------------------------------------------------------------------------
 
-    async def tail(self, function: str, lines: int) -> list[str]:
+    async def tail(self, function: str, lines: int) -> bytes:
         """The last lines of a function's log, printable. Raises HostError when unreadable."""
         place = self._place(function)
         await self.flush()
         content, _ = await asyncio.to_thread(self._last, place)
-        return _printable(content)[-lines:] if lines > 0 else []
+        return _lines(content, lines)
 
-    async def follow(self, function: str, lines: int) -> AsyncIterator[str]:
+    async def follow(self, function: str, lines: int) -> AsyncIterator[bytes]:
         """The last lines of a function's log, and then what comes, until the logs are closed.
 
         Raises HostError when the files cannot be read. A follower that is slow reads on from the
@@ -182,8 +182,8 @@ class FunctionLogs:
         await self.flush()
         content, position = await asyncio.to_thread(self._last, place)
         partial = b""
-        for line in _printable(content)[-lines:] if lines > 0 else []:
-            yield line
+        if last := _lines(content, lines):
+            yield last
         seen = -1
         while True:
             written, closed = self._written, self._closed
@@ -192,8 +192,8 @@ class FunctionLogs:
                 async for part in self._since(place, position):
                     content, position = part
                     *whole, partial = _split(partial + content)
-                    for line in _printable(b"".join(line + b"\n" for line in whole)):
-                        yield line
+                    if whole:
+                        yield _lines(b"\n".join(whole) + b"\n")
             if closed:
                 return
             await written.wait()
@@ -260,10 +260,12 @@ def _split(content: bytes) -> list[bytes]:
     return lines
 
 
-def _printable(content: bytes) -> list[str]:
-    """Lines without what a terminal would obey."""
-    text = content.decode(errors="replace").replace("\r", "")
-    lines = text.split("\n")
+def _lines(content: bytes, last: int | None = None) -> bytes:
+    """Lines, all or the last ones, without what a terminal would obey."""
+    lines = content.decode(errors="replace").replace("\r", "").split("\n")
     if not lines[-1]:
         lines.pop()
-    return ["".join(c if c.isprintable() or c == "\t" else " " for c in line) for line in lines]
+    if last is not None:
+        lines = lines[-last:] if last > 0 else []
+    shown = ("".join(c if c.isprintable() or c == "\t" else " " for c in x) for x in lines)
+    return "".join(f"{line}\n" for line in shown).encode()
