@@ -172,6 +172,13 @@ class Pools:
             self._set({tier: sizes[tier]})
             raise
 
+    def empty(self) -> None:
+        """Have no members. Raises as `settled` does."""
+        if self._before is None:
+            self._before = self.targets()
+        self._set(dict.fromkeys(POOLED, 0))
+        self.settled()
+
     def targets(self) -> dict[str, int]:
         """The sizes as they are now."""
         return {tier: view.target for tier, view in self._tiers().items()}
