@@ -12,7 +12,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from templated.bench.paths import in_threads
 from templated.bench.session import Session
@@ -79,7 +79,7 @@ class _Bench:
         self._names = (f"{session.tag}-{number}" for number in itertools.count())
         self._made: list[str] = []
 
-    def __enter__(self) -> _Bench:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
