@@ -18,7 +18,7 @@ from templated.model.lifecycle import move
 from templated.services.functions import instances
 from templated.services.functions.instance import Instance
 from tests.unit.fake_daemon import run, until
-from tests.unit.fake_functions import (
+from tests.unit.fake_instances import (
     FakeMachine,
     Held,
     World,

@@ -19,7 +19,7 @@ from templated.errors import (
 from templated.model.clone import StartPath
 from templated.model.function import MAX_PAYLOAD
 from tests.unit.fake_daemon import until
-from tests.unit.fake_functions import FakeGuest, Held, World, echo, play, settle, version
+from tests.unit.fake_instances import FakeGuest, Held, World, echo, play, settle, version
 
 pytestmark = pytest.mark.usefixtures("no_blocking_calls")
 

@@ -17,7 +17,7 @@ from templated.errors import (
     StartError,
 )
 from tests.unit.fake_daemon import until
-from tests.unit.fake_functions import FakeGuest, Held, World, echo, play, settle, version
+from tests.unit.fake_instances import FakeGuest, Held, World, echo, play, settle, version
 
 pytestmark = pytest.mark.usefixtures("no_blocking_calls")
 
