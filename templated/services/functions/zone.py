@@ -1,10 +1,12 @@
 """The zone's code (L2): images in an object store, in chunks that are sent and fetched once.
 
-    chunks/ab/abcd…   512 KiB of an image, compressed by zstd; named by the SHA-256 of what it holds
+    chunks/ab/abcd…   512 KiB of an image, named by the SHA-256 of what it holds; compressed by
+                      zstd, or as it is where that does not make it smaller
     code/<digest>     the Manifest of an image, written when all its chunks are there
 
 Chunks that hold zeros alone are holes, and not stored. Nothing here trusts the store: each chunk
-is checked against its name, and the whole against its digest.
+is checked against its name, and the whole against its digest. Where the whole is right, so is each
+chunk: they are read one by one only where it is not, to find which one is wrong.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import zstandard
 from msgspec import Struct
 
 from templated.drivers.code import VIRTUAL_SIZE
-from templated.drivers.code.image import Record, is_whole
+from templated.drivers.code.image import Record, uuid_of
 from templated.drivers.objectstore import ObjectStore
 from templated.errors import HostError, NotFound
 from templated.model.function import Digest
@@ -34,11 +36,8 @@ log = logging.getLogger(__name__)
 CHUNK: Final = 524288
 _ZEROS = bytes(CHUNK)
 _LEVEL = 3
-_MOST_STORED = CHUNK + (64 << 10)
-"""Bytes of a chunk that cannot be compressed, with what zstd adds."""
 _MOST_MANIFEST = 1 << 20
 _THREADS = 4
-_TRIES = 2
 _MODE = 0o444
 
 
@@ -50,6 +49,88 @@ class Manifest(Struct, frozen=True, kw_only=True):
     chunk: Literal[524288] = CHUNK
     chunks: tuple[Digest | None, ...]
     """In their order; None: a hole."""
+
+
+class _Assembly:
+    """An image that is made from its chunks. What blocks runs in threads, each on its own part."""
+
+    def __init__(self, manifest: Manifest, target: Path) -> None:
+        self.code = manifest.code
+        self.digesting = False
+        """Whether one is at it."""
+        self._target = target
+        self._places: dict[str, list[int]] = {}
+        self._there = [name is None for name in manifest.chunks]
+        for index, name in enumerate(manifest.chunks):
+            if name is not None:
+                self._places.setdefault(name, []).append(index)
+        self._hash = hashlib.sha256()
+        self._digested = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The chunks, in the order of their first places."""
+        return list(self._places)
+
+    def begin(self) -> None:
+        """Make the file: a hole. Blocks; OSError."""
+        with open(self._target, "xb") as content:
+            content.truncate(VIRTUAL_SIZE)
+
+    def write(self, name: str, stored: memoryview, checked: bool) -> bool:
+        """Write a chunk to its places; not when it cannot be what its name says. Blocks; OSError.
+
+        That is told by its size, and when `checked` by its content too.
+        """
+        indexes = self._places[name]
+        raw = _raw(stored, self._length(indexes[0]))
+        if raw is None or (checked and hashlib.sha256(raw).hexdigest() != name):
+            return False
+        # Opened each time: when a fetch is cancelled, the thread may still be here.
+        with open(self._target, "r+b", buffering=0) as content:
+            for index in indexes:
+                if os.pwrite(content.fileno(), raw, index * CHUNK) != len(raw):
+                    raise OSError(0, "the disk takes only a part")
+                self._there[index] = True
+        return True
+
+    def wrong(self) -> list[str]:
+        """The chunks that are not what their names say. Blocks; OSError."""
+        return [name for name, indexes in self._places.items() if self._name(indexes[0]) != name]
+
+    def _name(self, index: int) -> str:
+        with open(self._target, "rb", buffering=0) as content:
+            raw = os.pread(content.fileno(), self._length(index), index * CHUNK)
+        return hashlib.sha256(raw).hexdigest()
+
+    def restart(self) -> None:
+        """Digest all of it again."""
+        self._hash, self._digested = hashlib.sha256(), 0
+
+    def can_digest(self) -> bool:
+        """Whether the next chunk in their order is there."""
+        return self._digested < len(self._there) and self._there[self._digested]
+
+    def digest_on(self) -> None:
+        """Digest what is there without a gap. Blocks; OSError."""
+        with open(self._target, "rb", buffering=0) as content:
+            while self.can_digest():
+                length, place = self._length(self._digested), self._digested * CHUNK
+                self._hash.update(os.pread(content.fileno(), length, place))
+                self._digested += 1
+
+    def is_right(self) -> bool:
+        """Whether the whole is what its digest says, when all is digested. Blocks; OSError.
+
+        There is no wait for the disk: after a crash of the host it is verified before its use.
+        """
+        self._target.chmod(_MODE)
+        with open(self._target, "rb", buffering=0) as content:
+            right = uuid_of(content.fileno()) == self.code.uuid
+        return right and self._hash.hexdigest() == self.code.digest
+
+    def _length(self, index: int) -> int:
+        return min(CHUNK, self.code.size - index * CHUNK)
 
 
 class Zone:
@@ -93,22 +174,45 @@ class Zone:
         name says; leaves a part of it in `target` then.
         """
         manifest = await self._manifest(digest)
-        places: dict[str, list[int]] = {}
-        for index, name in enumerate(manifest.chunks):
-            if name is not None:
-                places.setdefault(name, []).append(index)
+        assembly = _Assembly(manifest, target)
+        await self._in_thread(assembly.begin)
+        # While some are decompressed and written, others are under way.
+        slots = asyncio.Semaphore(self._parallel)
 
         async def get(name: str) -> None:
-            await self._chunk(name, places[name], manifest.code, target)
+            await self._chunk(assembly, name, slots, (False, True))
+            await self._digest(assembly)
 
-        await self._in_thread(_create, target)
-        await _in_parallel(places, get, self._parallel)
-        if not await self._in_thread(_finish, target, manifest.code):
+        await _in_parallel(assembly.names, get, self._parallel + _THREADS)
+        await self._digest(assembly)
+        if not await self._in_thread(assembly.is_right):
+            await self._repair(assembly, slots)
+        return manifest.code
+
+    async def _repair(self, assembly: _Assembly, slots: asyncio.Semaphore) -> None:
+        """Ask once more for the chunks that are not what their names say, and refuse them then."""
+        wrong = await self._in_thread(assembly.wrong)
+        for name in wrong:
+            log.warning("chunk %s in %s is not what its name says", name, self._store.name)
+            await self._chunk(assembly, name, slots, (True,))
+        assembly.restart()
+        await self._digest(assembly)
+        if not await self._in_thread(assembly.is_right):
             raise HostError(
-                f"code {digest} in {self._store.name} is not what its name says",
+                f"code {assembly.code.digest} in {self._store.name} is not what its name says",
                 hint="deploy the function again",
             )
-        return manifest.code
+
+    async def _digest(self, assembly: _Assembly) -> None:
+        """Digest what is there without a gap, beside the others; one does it for all."""
+        if assembly.digesting:
+            return
+        assembly.digesting = True
+        try:
+            while assembly.can_digest():
+                await self._in_thread(assembly.digest_on)
+        finally:
+            assembly.digesting = False
 
     async def _manifest(self, digest: str) -> Manifest:
         content = await self._store.get(f"code/{digest}", _MOST_MANIFEST)
@@ -128,16 +232,23 @@ class Zone:
             hint="deploy the function again",
         )
 
-    async def _chunk(self, name: str, indexes: list[int], code: Record, target: Path) -> None:
-        for _ in range(_TRIES):
+    async def _chunk(
+        self,
+        assembly: _Assembly,
+        name: str,
+        slots: asyncio.Semaphore,
+        tries: tuple[bool, ...],
+    ) -> None:
+        """Fetch a chunk and write it. Of each try, whether it is checked against its name here."""
+        for checked in tries:
             try:
-                stored = await self._store.get(_key(name), _MOST_STORED)
+                async with slots:
+                    stored = await self._store.get(_key(name), CHUNK)
             except NotFound:
-                raise self._bad_chunk(name, code, "is missing") from None
-            if await self._in_thread(_write_chunk, target, stored, name, indexes, code.size):
+                raise self._bad_chunk(name, assembly.code, "is missing") from None
+            if await self._in_thread(assembly.write, name, stored, checked):
                 return
-            log.warning("chunk %s in %s is not what its name says", name, self._store.name)
-        raise self._bad_chunk(name, code, "is not what its name says")
+        raise self._bad_chunk(name, assembly.code, "is not what its name says")
 
     def _bad_chunk(self, name: str, code: Record, wrong: str) -> HostError:
         return HostError(
@@ -192,37 +303,18 @@ def _read_chunk(image: Path, index: int, size: int) -> tuple[str | None, bytes]:
         raise OSError(0, f"{image} has been cut")
     if raw == _ZEROS[:length]:
         return None, b""
-    return hashlib.sha256(raw).hexdigest(), zstandard.ZstdCompressor(_LEVEL).compress(raw)
+    stored = zstandard.ZstdCompressor(_LEVEL).compress(raw)
+    return hashlib.sha256(raw).hexdigest(), stored if len(stored) < length else raw
 
 
-def _create(target: Path) -> None:
-    with open(target, "xb") as content:
-        content.truncate(VIRTUAL_SIZE)
-
-
-def _write_chunk(
-    target: Path, stored: memoryview, name: str, indexes: list[int], size: int
-) -> bool:
-    """Write a chunk to its places, if it is what its name says."""
-    length = min(CHUNK, size - indexes[0] * CHUNK)
+def _raw(stored: memoryview, length: int) -> memoryview | bytes | None:
+    """The `length` bytes of a chunk; None when it is not stored as they would be."""
+    if len(stored) == length:
+        return stored
     try:
         # What it says of its own size is checked before so much memory is taken.
         if zstandard.frame_content_size(stored) != length:
-            return False
-        raw = zstandard.ZstdDecompressor().decompress(stored)
+            return None
+        return zstandard.ZstdDecompressor().decompress(stored)
     except zstandard.ZstdError:
-        return False
-    if hashlib.sha256(raw).hexdigest() != name:
-        return False
-    # Opened each time: when a fetch is cancelled, the thread may still be here.
-    with open(target, "r+b", buffering=0) as content:
-        for index in indexes:
-            if os.pwrite(content.fileno(), raw, index * CHUNK) != length:
-                raise OSError(0, "the disk takes only a part")
-    return True
-
-
-def _finish(target: Path, code: Record) -> bool:
-    """No wait for the disk: after a crash of the host the content is verified before its use."""
-    target.chmod(_MODE)
-    return is_whole(target, code)
+        return None
