@@ -34,7 +34,7 @@ _TOUCH = 60.0
 """Seconds after which a use is written down again, for the order after a restart."""
 
 
-class Zone(Protocol):
+class CodeStore(Protocol):
     """Where the code of all nodes is."""
 
     async def push(self, record: Record, image: Path) -> None:
@@ -61,7 +61,7 @@ class CodeCache:
         self,
         folder: Path,
         limit: int,
-        zone: Zone | None,
+        zone: CodeStore | None,
         metrics: CodeMetrics,
         clock: Callable[[], float] = time.time,
     ) -> None:
