@@ -17,6 +17,7 @@ from templated.drivers.hypervisor.base import Hypervisor
 from templated.drivers.hypervisor.qemu.driver import Qemu
 from templated.drivers.image.store import ImageStore
 from templated.drivers.network import Network, make_network
+from templated.drivers.objectstore import connect
 from templated.errors import Conflict
 from templated.journal import FunctionRows, Journal
 from templated.model.config import Config, GatewayConfig
@@ -37,7 +38,7 @@ from templated.services.functions.queue import EventQueue
 from templated.services.functions.registry import Registry
 from templated.services.functions.router import Router
 from templated.services.functions.uploads import Uploads
-from templated.services.functions.zone import make_zone
+from templated.services.functions.zone import Zone
 from templated.services.host import Host
 from templated.services.machines.admission import Admission
 from templated.services.machines.slots import Slots
@@ -175,9 +176,11 @@ class _Functions:
     ) -> None:
         config, layout = context.config, context.layout
         rows, metrics = FunctionRows(context.journal), FunctionMetrics(context.metrics.registry)
-        zone = make_zone(config.code.store)
+        store = config.code.store
+        self._zone = None if store is None else Zone(connect(store), store.parallel)
         self._tasks = tasks
-        self._cache = CodeCache(layout.code, size_bytes(config.code.cache_size), zone, metrics)
+        size = size_bytes(config.code.cache_size)
+        self._cache = CodeCache(layout.code, size, self._zone, metrics)
         self._registry = Registry(rows, context.events, self._cache, templates.takers)
         self._cache.needed = self._registry.needed
         self._logs = FunctionLogs(layout.function_logs, size_bytes(config.functions.log_size))
@@ -221,6 +224,7 @@ class _Functions:
         await self._uploads.open()
         await self._cache.open()
         await self._registry.open()
+        await self._queue.open()
         self._tasks.spawn(self._logs.run(), "writing the logs of functions")
         self._tasks.spawn(self._queue.run(), "running events")
 
@@ -236,6 +240,8 @@ class _Functions:
         """Write what is left of the logs. Raises nothing."""
         await self._logs.close()
         await self._cache.close()
+        if self._zone is not None:
+            self._zone.close()
 
 
 def _audit_log(installation: Installation) -> AuditLog:
