@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import random
 
 import pytest
@@ -92,7 +94,7 @@ class Chaos:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_nothing_is_lost_and_nothing_is_left(seed: int) -> None:
+def test_nothing_is_lost_and_nothing_is_left(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(world: World) -> None:
         chaos = Chaos(world, seed)
         disturbing = asyncio.create_task(chaos.disturb())
@@ -117,3 +119,5 @@ def test_nothing_is_lost_and_nothing_is_left(seed: int) -> None:
         keep_alive=0.01,
         reserved={"f2": 2},
     )
+    gc.collect()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

@@ -8,6 +8,7 @@ or one that comes free before. What nobody waits for any more rests until the ne
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections import Counter
@@ -25,6 +26,7 @@ from templated.services.functions.printed import Printed, Prints
 from templated.services.functions.request import Outcome, Request, ms_since
 from templated.services.reports.function_metrics import FunctionMetrics
 
+log = logging.getLogger(__name__)
 # How often a request is given another instance when one ended before it had begun.
 _TRIES = 3
 
@@ -91,8 +93,15 @@ class Router:
         crew.running += 1
         task = asyncio.create_task(self._let_in(entered, shared=shared))
         self._requests.add(task)
-        task.add_done_callback(self._requests.discard)
+        task.add_done_callback(self._ended)
         return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[Outcome]) -> None:
+        self._requests.discard(task)
+        # Its caller may have gone, who else would be told.
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, TemplatedError):
+            log.error("a request failed", exc_info=error)
 
     async def _enter(self, name: str) -> bool:
         """Whether a request that is let in has a part of what is shared."""
