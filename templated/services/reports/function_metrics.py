@@ -19,8 +19,7 @@ STARTS = ("warm", "pool", "direct")
 PHASES = ("route", "start", "attach", "init", "run")
 REASONS = ("queue", "concurrency", "reserved")
 """The bounds by which requests are refused."""
-_LAYERS = ("l1", "l2")
-_CODE_OUTCOMES = ("hit", "miss", "error")
+_CODE_OUTCOMES = {"l1": ("hit", "miss", "damaged"), "l2": ("hit", "miss", "error")}
 # Seconds. An invocation of an initialised instance takes milliseconds, and may take minutes.
 _BUCKETS = (*START_BUCKETS, 60, 300, 900)
 
@@ -115,10 +114,10 @@ class FunctionMetrics:
             ("layer", "outcome"),
             registry=self._registry,
         )
-        for layer in _LAYERS:
-            for outcome in _CODE_OUTCOMES:
+        for layer, outcomes in _CODE_OUTCOMES.items():
+            for outcome in outcomes:
                 self.code_requests.labels(layer, outcome)
-        self.code_bytes = Gauge(
+        self.code_size = Gauge(
             "templated_code_cache_bytes",
             "What the code on this node takes of the disk.",
             registry=self._registry,
@@ -129,6 +128,14 @@ class FunctionMetrics:
             buckets=START_BUCKETS,
             registry=self._registry,
         )
+
+    def code_request(self, layer: str, outcome: str) -> None:
+        """Count a request for code: layer l1 or l2; hit, miss, damaged or error."""
+        self.code_requests.labels(layer, outcome).inc()
+
+    def code_bytes(self, size: int) -> None:
+        """Show what all code on this node takes now."""
+        self.code_size.set(size)
 
     def count(self, instances: Callable[[], Counts], concurrency: Callable[[], Counts]) -> None:
         """Count by these whenever the metrics are read: by function, version and state, and by
