@@ -175,7 +175,7 @@ class Functions(Source):
             raise
         now = time.monotonic()
         self._mount_ms, self._began = (now - begin) * 1000, now
-        self.state, self._done = STARTING, done
+        self.state, self._done, self._how = STARTING, done, ""
         self.wait_until(now + seconds)
         if order["runtime"] == "python":
             self._order = encode({**order, "root": self._drive.root}).encode()
@@ -357,11 +357,11 @@ class Functions(Source):
             connection.answer(403, failure("InvalidStateTransition", "it has started already"))
             return
         connection.answer(202, b'{"status":"OK"}')
-        self._how = "its init failed"
         self._fail(request.body or failure("Runtime.Unknown", "no reason given"))
 
     def _fail(self, payload: bytes) -> None:
         self.state = ENDED
+        self._how = self._how or "its init failed"
         self._drain()
         self.finish({**self._carry(payload), "failed": True})
 
@@ -372,12 +372,12 @@ class Functions(Source):
                 pass
         self.process = self._reader = self._resident = None
         self._how = how
-        state, self._event = self.state, None
+        state, begun, self._event = self.state, self._event is None, None
         if state == STARTING:
             self._fail(exit_failure(how, ""))
         elif state == BUSY:
             self.state = ENDED
-            self.finish(self._exit(how))
+            self.finish({**self._exit(how), "begun": begun})
         elif state == READY:
             self.state = ENDED
 
