@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -32,7 +33,10 @@ created = excluded.created
 _SET_ALIAS = "INSERT OR REPLACE INTO aliases VALUES (?, ?, ?, ?)"
 _ADD_EVENT = "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _DUE = "SELECT * FROM events WHERE state = 'queued' AND due <= ? ORDER BY due, id LIMIT ?"
-_COUNTS = "SELECT function, state, count(*) AS n FROM events GROUP BY function, state"
+# Without the payloads, which may be large.
+_EVENTS = """
+SELECT id, function, qualifier, x'' AS payload, state, attempts, created, due, reason FROM events
+"""
 
 
 class FunctionRow(Struct, frozen=True, kw_only=True):
@@ -204,26 +208,19 @@ class FunctionRows:
         )
 
     async def event_counts(self) -> dict[str, dict[EventState, int]]:
-        """How many events each function has, by state."""
+        """How many events each function has, by state. Reads every row as strictly as for use."""
 
         def work(db: sqlite3.Connection) -> dict[str, dict[EventState, int]]:
-            found: dict[str, dict[EventState, int]] = {}
-            for row in db.execute(_COUNTS):
-                counted = read({**row}, _Count)
-                found.setdefault(counted.function, {})[counted.state] = counted.n
-            return found
+            found: dict[str, Counter[EventState]] = {}
+            for row in map(_event, db.execute(_EVENTS)):
+                found.setdefault(row.function, Counter())[row.state] += 1
+            return {function: dict(counts) for function, counts in found.items()}
 
         return await self._journal.run("event_counts", work)
 
 
 class _Due(Struct, frozen=True):
     due: float | None
-
-
-class _Count(Struct, frozen=True):
-    function: FunctionName
-    state: EventState
-    n: int
 
 
 class _Last(Struct, frozen=True):

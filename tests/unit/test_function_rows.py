@@ -268,7 +268,7 @@ async def read_all(journal: Journal) -> None:
     await rows.functions()
     await rows.versions()
     await rows.aliases()
-    await rows.events()
+    await rows.event_counts()
     await journal.clones()
 
 
