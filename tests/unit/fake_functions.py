@@ -18,6 +18,7 @@ from templated.journal import EventRow, FunctionRows, now
 from templated.model.function import CodeView, EventView, InvokeView
 from templated.services.daemon import Services
 from templated.services.functions.functions import Functions
+from templated.services.functions.payloads import checked
 from templated.services.functions.registry import Registry
 from templated.services.functions.uploads import Uploads
 
@@ -67,6 +68,7 @@ class FakeRouter:
         self, name: str, qualifier: str | None, payload: bytes, *, trace: str = ""
     ) -> Ran:
         """An echo."""
+        payload = await checked(payload)
         version = self._registry.resolve(name, qualifier)
         if self.error is not None:
             raise self.error
@@ -97,6 +99,7 @@ class FakeQueue:
 
     async def enqueue(self, name: str, qualifier: str | None, payload: bytes) -> str:
         """Kept."""
+        payload = await checked(payload)
         self._registry.resolve(name, qualifier)
         count = len(await self._rows.events())
         row = EventRow(
