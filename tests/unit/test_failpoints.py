@@ -20,14 +20,19 @@ from templated.errors import ConfigError
 from templated.failpoints import POINTS, Kind
 
 PACKAGE = Path(failpoints.__file__).parent
-# A family's places have the name of a call: where such names are written.
+# A family's places have the name of a call: where the place is, and where such names are written.
 FAMILIES = {
-    "agent.": ("drivers/guest.py", r'self\.request\(\s*"(\w+)"'),
+    "agent.": ("drivers/guest.py", ["drivers/guest.py"], r'self\.request\(\s*"(\w+)"'),
     "qmp.": (
         "drivers/hypervisor/qemu/machine.py",
+        ["drivers/hypervisor/qemu/machine.py"],
         r'_execute\(\s*"([\w-]+)"|_guarded\(.*, "([\w ]+)"\)',
     ),
-    "journal.": ("journal.py", r'self\._(?:run|transaction)\(\s*"(\w+)"'),
+    "journal.": (
+        "journal/store.py",
+        ["journal/store.py", "journal/functions.py"],
+        r'self\.(?:_journal\.run|run|_transaction)\(\s*"(\w+)"',
+    ),
 }
 
 
@@ -57,9 +62,9 @@ def _names(call: ast.Call, path: Path) -> set[str]:
     assert isinstance(name, ast.JoinedStr), ast.unparse(call)
     parts = [str(part.value) if isinstance(part, ast.Constant) else "" for part in name.values]
     prefix, last = parts[0], parts[-1]
-    module, pattern = FAMILIES[prefix]
+    module, writers, pattern = FAMILIES[prefix]
     assert path == PACKAGE / module
-    found = re.findall(pattern, path.read_text())
+    found = [one for name in writers for one in re.findall(pattern, (PACKAGE / name).read_text())]
     members = {"".join(one) if isinstance(one, tuple) else one for one in found}
     return {f"{prefix}{member.split()[-1]}{last}" for member in members}
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from templated import journal as journal_module
 from templated.errors import Busy, Conflict, HostError
-from templated.journal import _SCHEMA, CloneRow, Journal, now
+from templated.journal import CloneRow, Journal, now, schema
 from templated.model.clone import CloneState, Slot, StartPath
 from templated.model.generation import GenerationState
 from templated.model.spec import PoolSpec
@@ -328,7 +327,7 @@ def test_interrupted_while_the_file_is_made(
 
     async def main() -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(journal_module, "_SCHEMA", _SCHEMA + "interrupted;")
+            patched.setattr(schema, "SCHEMA", schema.SCHEMA + "interrupted;")
             journal = Journal(tmp_path / "journal.sqlite")
             with pytest.raises(HostError):
                 await journal.open()

@@ -16,98 +16,20 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
-
-from msgspec import Meta, Struct, ValidationError, convert
+from typing import TypeVar
 
 from templated import failpoints
 from templated.errors import Busy, Conflict, Defect, HostError
+from templated.journal import schema
+from templated.journal.rows import CloneRow, GenerationRow, check_move, now, parsed, read
 from templated.model.clone import TRANSITIONS as CLONE_TRANSITIONS
-from templated.model.clone import CloneState, Key, Slot, StartPath
+from templated.model.clone import CloneState, Key, Slot
 from templated.model.generation import TRANSITIONS as GENERATION_TRANSITIONS
 from templated.model.generation import GenerationState
-from templated.model.lifecycle import S, Table, move
 from templated.model.spec import PoolSpec
 
 T = TypeVar("T")
-_SCHEMA_VERSION = 3  # 1 and 2 were never released
-_SCHEMA = """
-CREATE TABLE templates (
-    name TEXT PRIMARY KEY,
-    active TEXT REFERENCES generations(id)
-) STRICT;
-CREATE TABLE generations (
-    id TEXT PRIMARY KEY,
-    template TEXT NOT NULL,
-    state TEXT NOT NULL,
-    created TEXT NOT NULL
-) STRICT;
-CREATE TABLE slots (
-    id TEXT PRIMARY KEY,
-    idx INTEGER NOT NULL UNIQUE,
-    generation TEXT NOT NULL,
-    uuid TEXT NOT NULL UNIQUE,
-    mac TEXT NOT NULL UNIQUE,
-    ip TEXT NOT NULL UNIQUE,
-    machine_id TEXT NOT NULL UNIQUE,
-    boot_id TEXT NOT NULL UNIQUE
-) STRICT;
-CREATE TABLE clones (
-    name TEXT PRIMARY KEY,
-    slot TEXT NOT NULL UNIQUE REFERENCES slots(id),
-    template TEXT NOT NULL,
-    state TEXT NOT NULL,
-    path TEXT NOT NULL,
-    created TEXT NOT NULL,
-    pid INTEGER,
-    pid_start INTEGER,
-    phases TEXT NOT NULL DEFAULT '{}',
-    total_ms REAL,
-    reason TEXT NOT NULL DEFAULT ''
-) STRICT;
-CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
-CREATE TABLE pools (
-    template TEXT PRIMARY KEY,
-    standby INTEGER NOT NULL,
-    warm INTEGER NOT NULL
-) STRICT;
-"""
-
-
-class GenerationRow(Struct, frozen=True, kw_only=True):
-    """One generation."""
-
-    id: Key
-    template: Key
-    state: GenerationState
-    created: str
-
-
-class CloneRow(Struct, frozen=True, kw_only=True):
-    """One clone with its slot."""
-
-    name: Key
-    slot: Slot
-    template: Key
-    state: CloneState
-    path: StartPath
-    created: str
-    pid: Annotated[int, Meta(ge=1, lt=1 << 31)] | None
-    pid_start: int | None
-    phases: dict[str, float]
-    total_ms: float | None
-    reason: str = ""
-
-
-def now(ago: float = 0.0) -> str:
-    """The time, RFC 3339 in UTC: at present, or so many seconds ago."""
-    return (
-        (datetime.now(UTC) - timedelta(seconds=ago))
-        .isoformat(timespec="milliseconds")
-        .replace("+00:00", "Z")
-    )
 
 
 class Journal:
@@ -133,7 +55,7 @@ class Journal:
 
     async def open(self) -> None:
         """Open or create the file; HostError when it is not a journal that this version reads."""
-        await self._run("open", self._open)
+        await self.run("open", self._open)
 
     async def close(self) -> None:
         """Close the file; later calls fail."""
@@ -165,7 +87,7 @@ class Journal:
         Until then a restart ends the VM, which it finds by the slot's UUID. Raises Conflict when
         the name or the slot is taken.
         """
-        await self._run("new_clone", lambda db: _insert_clone(db, row))
+        await self.run("new_clone", lambda db: _insert_clone(db, row))
 
     async def clone_state(self, slot_id: str, state: CloneState, reason: str = "") -> None:
         """Write a state and its reason; does nothing when the slot has no clone any more.
@@ -177,20 +99,22 @@ class Journal:
         def work(db: sqlite3.Connection) -> None:
             found = db.execute("SELECT name, state FROM clones WHERE slot = ?", (slot_id,))
             if row := found.fetchone():
-                _check(CLONE_TRANSITIONS, CloneState(row["state"]), state, f"clone {row['name']}")
+                check_move(
+                    CLONE_TRANSITIONS, CloneState(row["state"]), state, f"clone {row['name']}"
+                )
                 sql = "UPDATE clones SET state = ?, reason = ? WHERE slot = ?"
                 db.execute(sql, (state.value, reason, slot_id))
 
-        await self._run("clone_state", work)
+        await self.run("clone_state", work)
 
     async def clones(self) -> list[CloneRow]:
         """All clones, oldest first."""
-        return await self._run("clones", lambda db: [_clone_row(r) for r in db.execute(_CLONES)])
+        return await self.run("clones", lambda db: [_clone_row(r) for r in db.execute(_CLONES)])
 
     async def free_slots(self) -> list[Slot]:
         """Slots without a clone."""
-        return await self._run(
-            "free_slots", lambda db: [_read({**r}, Slot) for r in db.execute(_FREE)]
+        return await self.run(
+            "free_slots", lambda db: [read({**r}, Slot) for r in db.execute(_FREE)]
         )
 
     # --- pools ----------------------------------------------------------------------------------
@@ -198,10 +122,10 @@ class Journal:
     async def pool_sizes(self) -> dict[str, PoolSpec]:
         """The sizes that were set at run time, by template."""
         sql = "SELECT template, standby, warm FROM pools"
-        return await self._run(
+        return await self.run(
             "pool_sizes",
             lambda db: {
-                r["template"]: _read(
+                r["template"]: read(
                     {"standby": r["standby"], "warm": r["warm"]}, PoolSpec, r["template"]
                 )
                 for r in db.execute(sql)
@@ -211,10 +135,10 @@ class Journal:
     async def set_pool(self, template: str, sizes: PoolSpec | None) -> None:
         """Keep sizes that were set at run time; None forgets them."""
         if sizes is None:
-            await self._run("set_pool", _executor("DELETE FROM pools WHERE template = ?", template))
+            await self.run("set_pool", _executor("DELETE FROM pools WHERE template = ?", template))
             return
         sql = "INSERT OR REPLACE INTO pools VALUES (?, ?, ?)"
-        await self._run("set_pool", _executor(sql, template, sizes.standby, sizes.warm))
+        await self.run("set_pool", _executor(sql, template, sizes.standby, sizes.warm))
 
     # --- templates and generations ----------------------------------------------------------
 
@@ -222,7 +146,7 @@ class Journal:
         """A build begins."""
         sql = "INSERT INTO generations VALUES (?, ?, ?, ?)"
         values = (generation_id, template, GenerationState.BUILDING.value, now())
-        await self._run("new_generation", _executor(sql, *values))
+        await self.run("new_generation", _executor(sql, *values))
 
     async def activate(self, generation_id: str, template: str) -> None:
         """In one step: the generation is ready and is the one that its template serves.
@@ -238,42 +162,43 @@ class Journal:
                 (template, generation_id),
             )
 
-        await self._run("activate", work)
+        await self.run("activate", work)
 
     async def generation_state(self, generation_id: str, state: GenerationState) -> None:
         """Write a generation's state. Raises Defect for a move that the table does not have."""
-        await self._run("generation_state", lambda db: _move_generation(db, generation_id, state))
+        await self.run("generation_state", lambda db: _move_generation(db, generation_id, state))
 
     async def deactivate(self, template: str) -> None:
         """The template serves nothing from now on."""
         sql = "DELETE FROM templates WHERE name = ?"
-        await self._run("deactivate", _executor(sql, template))
+        await self.run("deactivate", _executor(sql, template))
 
     async def drop_generation(self, generation_id: str) -> None:
         """Forget a generation whose files are gone."""
         sql = "DELETE FROM generations WHERE id = ?"
-        await self._run("drop_generation", _executor(sql, generation_id))
+        await self.run("drop_generation", _executor(sql, generation_id))
 
     async def generations(self) -> list[GenerationRow]:
         """All generations, oldest first."""
         sql = "SELECT * FROM generations ORDER BY created, id"
-        return await self._run(
-            "generations", lambda db: [_read({**r}, GenerationRow) for r in db.execute(sql)]
+        return await self.run(
+            "generations", lambda db: [read({**r}, GenerationRow) for r in db.execute(sql)]
         )
 
     async def active(self) -> dict[str, str]:
         """The active generation of each template that has one."""
         sql = "SELECT name, active FROM templates"
-        return await self._run(
+        return await self.run(
             "active",
-            lambda db: _read(
+            lambda db: read(
                 {r["name"]: r["active"] for r in db.execute(sql)}, dict[Key, Key], "of templates"
             ),
         )
 
     # --- inside -------------------------------------------------------------------------------
 
-    async def _run(self, name: str, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def run(self, name: str, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do `work` as one transaction; `name` is that of its failpoint, `journal.NAME`."""
         loop = asyncio.get_running_loop()
         # A transaction under way is never abandoned: a caller that is cancelled still waits for
         # its end, so that it gives back exactly what the journal has.
@@ -334,13 +259,14 @@ class Journal:
 
     def _open(self, db: sqlite3.Connection) -> None:
         (version,) = db.execute("PRAGMA user_version").fetchone()
+        # One transaction each: a file with tables and no version could never be opened again.
         if version == 0:  # a new file
-            # One transaction: a file with tables and no version could never be opened again.
-            version_set = f"PRAGMA user_version = {_SCHEMA_VERSION};"
-            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {version_set} COMMIT;")
-        elif version != _SCHEMA_VERSION:
+            _upgrade(db, schema.SCHEMA)
+        elif version == schema.BEFORE:
+            _upgrade(db, schema.MIGRATION)
+        elif version != schema.VERSION:
             raise HostError(
-                f"the journal {self._path} has version {version}, not {_SCHEMA_VERSION}",
+                f"the journal {self._path} has version {version}, not {schema.VERSION}",
                 hint="run the templated that wrote it, or move state_dir away",
             )
 
@@ -351,7 +277,11 @@ SELECT clones.*, slots.*, slots.idx AS "index" FROM clones LEFT JOIN slots ON sl
 _FREE = """
 SELECT *, idx AS "index" FROM slots WHERE id NOT IN (SELECT slot FROM clones) ORDER BY idx
 """
-_INSERT_CLONE = "INSERT INTO clones VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_INSERT_CLONE = "INSERT INTO clones VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+
+
+def _upgrade(db: sqlite3.Connection, script: str) -> None:
+    db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {schema.VERSION}; COMMIT;")
 
 
 def _sqlite_error(_: int, text: str) -> sqlite3.OperationalError:
@@ -390,26 +320,20 @@ def _next_index(db: sqlite3.Connection, capacity: int) -> int:
     )
 
 
-def _check(table: Table[S], old: S, new: S, what: str) -> None:
-    """Check a move. Writing the same state again is none: an `rm` is tried again, a rollback."""
-    if old is not new:
-        move(table, old, new, what)
-
-
 def _move_generation(db: sqlite3.Connection, generation_id: str, state: GenerationState) -> None:
     found = db.execute("SELECT state FROM generations WHERE id = ?", (generation_id,)).fetchone()
     if found is None:
         raise Defect(f"there is no generation {generation_id} to become {state.value}")
     old = GenerationState(found["state"])
-    _check(GENERATION_TRANSITIONS, old, state, f"generation {generation_id}")
+    check_move(GENERATION_TRANSITIONS, old, state, f"generation {generation_id}")
     db.execute("UPDATE generations SET state = ? WHERE id = ?", (state.value, generation_id))
 
 
 def _insert_clone(db: sqlite3.Connection, row: CloneRow) -> None:
     values = (row.name, row.slot.id, row.template, row.state.value, row.path.value, row.created)
-    measured = (row.pid, row.pid_start, json.dumps(row.phases), row.total_ms, row.reason)
+    measured = (row.pid, row.pid_start, json.dumps(row.phases), row.total_ms)
     try:
-        db.execute(_INSERT_CLONE, values + measured)
+        db.execute(_INSERT_CLONE, (*values, *measured, row.reason, row.function))
     except sqlite3.IntegrityError:
         raise Conflict(
             f"a clone named {row.name} exists already",
@@ -418,27 +342,5 @@ def _insert_clone(db: sqlite3.Connection, row: CloneRow) -> None:
 
 
 def _clone_row(row: sqlite3.Row) -> CloneRow:
-    fields = {**row, "slot": {**row}, "phases": _phases(row["phases"])}
-    return _read(fields, CloneRow)
-
-
-def _phases(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text  # which is refused with the row
-
-
-def _read(fields: dict[str, Any], kind: type[T], name: str = "") -> T:
-    """A row as what it must be. HostError otherwise: to leave it out would lose a VM.
-
-    The error names the row by `name`, or by its first field.
-    """
-    try:
-        return convert(fields, kind)
-    except ValidationError as error:
-        named = name or str(next(iter(fields.values()), ""))
-        raise HostError(
-            f"the journal has a spoiled row, {named[:70]!r}: {error}",
-            hint="mend the row with sqlite3, or stop all VMs and move state_dir away",
-        ) from error
+    fields = {**row, "slot": {**row}, "phases": parsed(row["phases"])}
+    return read(fields, CloneRow)

@@ -1,0 +1,17 @@
+"""The daemon's only memory: see `store`; the rows of functions are in `functions`."""
+
+from __future__ import annotations
+
+from templated.journal.functions import FunctionRow, FunctionRows
+from templated.journal.rows import CloneRow, EventRow, GenerationRow, now
+from templated.journal.store import Journal
+
+__all__ = [
+    "CloneRow",
+    "EventRow",
+    "FunctionRow",
+    "FunctionRows",
+    "GenerationRow",
+    "Journal",
+    "now",
+]

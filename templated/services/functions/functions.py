@@ -1,0 +1,147 @@
+"""What the API and the gateway call of functions, and what they need of each part."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from templated.drivers.code import CodeFile
+from templated.model.function import (
+    AliasView,
+    CodeView,
+    EventView,
+    FunctionView,
+    InvokeView,
+    Version,
+    VersionView,
+)
+from templated.model.units import seconds
+from templated.services.functions.registry import Registry
+from templated.services.functions.uploads import Uploads
+
+
+class Outcome(Protocol):
+    """What an invocation gave."""
+
+    @property
+    def view(self) -> InvokeView:
+        """The answer."""
+        ...
+
+    @property
+    def log(self) -> bytes:
+        """The end of what the function printed meanwhile, at most 4 KiB."""
+        ...
+
+
+class Invokes(Protocol):
+    """Runs requests: the router."""
+
+    async def invoke(
+        self, name: str, qualifier: str | None, payload: bytes, *, trace: str = ""
+    ) -> Outcome:
+        """Run one request; a function that fails is an outcome too. Raises NotFound, Throttled,
+        or why no instance could be had; leaves no instance busy."""
+        ...
+
+    def counts(self, name: str) -> Mapping[str, int]:
+        """How many instances a function has, by the value of their InstanceState."""
+        ...
+
+
+class Queue(Protocol):
+    """Runs requests later: the queue of events."""
+
+    async def enqueue(self, name: str, qualifier: str | None, payload: bytes) -> str:
+        """Accept an event and return its id. Raises NotFound or Throttled; leaves nothing then."""
+        ...
+
+    async def views(self, name: str) -> list[EventView]:
+        """The events of a function that are not done, oldest first."""
+        ...
+
+
+class Logs(Protocol):
+    """What functions print."""
+
+    async def tail(self, function: str, lines: int) -> bytes:
+        """The last lines; nothing when it has printed none."""
+        ...
+
+    def follow(self, function: str, lines: int) -> AsyncIterator[bytes]:
+        """The last lines, then what is printed from now on, as it comes."""
+        ...
+
+
+class Codes(Protocol):
+    """The code on this node: L1."""
+
+    async def admit(self, archive: Path) -> CodeView:
+        """Make an image of a zip. Raises InvalidRequest or HostError; leaves nothing then."""
+        ...
+
+    async def ensure(self, digest: str) -> CodeFile:
+        """Code that is on this node, verified. Raises NotFound when no store has it either."""
+        ...
+
+
+@dataclass(frozen=True)
+class Functions:
+    """The parts of functions."""
+
+    registry: Registry
+    router: Invokes
+    queue: Queue
+    logs: Logs
+    code: Codes
+    uploads: Uploads
+
+    def view(self, name: str) -> FunctionView:
+        """A function as users see it. Raises NotFound."""
+        return function_view(self.registry, self.router.counts(name), name)
+
+    def views(self) -> list[FunctionView]:
+        """All functions as users see them, by name."""
+        return [self.view(name) for name in self.registry.names()]
+
+
+def function_view(registry: Registry, counts: Mapping[str, int], name: str) -> FunctionView:
+    """A function as users see it; `counts` are its instances by state. Raises NotFound."""
+    latest = registry.latest(name)
+    settings = latest.settings
+    return FunctionView(
+        name=name,
+        handler=settings.handler,
+        runtime=settings.runtime,
+        template=settings.template,
+        timeout_s=seconds(settings.timeout),
+        description=settings.description,
+        code=latest.code,
+        versions=tuple(version_view(v) for v in (latest, *registry.versions(name))),
+        aliases=tuple(
+            AliasView(name=a.name, versions=a.versions, description=a.description)
+            for a in registry.aliases(name)
+        ),
+        reserved=registry.reserved(name),
+        instances=dict(counts),
+        created=registry.created(name),
+    )
+
+
+def version_view(version: Version) -> VersionView:
+    """A version as users see it."""
+    settings = version.settings
+    return VersionView(
+        function=version.function,
+        version=version.label,
+        handler=settings.handler,
+        runtime=settings.runtime,
+        template=settings.template,
+        timeout_s=seconds(settings.timeout),
+        env=tuple(settings.env),
+        description=settings.description,
+        code=version.code,
+        created=version.created,
+    )

@@ -1,0 +1,443 @@
+"""Functions, their versions and aliases: written to the journal first, then known here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random as randomness
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from msgspec.structs import replace
+
+from templated.errors import Conflict, HostError, InvalidRequest, NotFound
+from templated.journal import FunctionRow, FunctionRows, now
+from templated.model.function import (
+    LATEST,
+    Alias,
+    CodeView,
+    DeployRequest,
+    Settings,
+    Version,
+    check_function_name,
+    check_qualifier,
+)
+from templated.services.functions.settings import listed, merged, pointed, strict
+from templated.services.reports.events import EventBus
+
+T = TypeVar("T")
+_SHOWN = 70
+
+
+class Admits(Protocol):
+    """Takes code in: the code cache."""
+
+    async def admit(self, archive: Path) -> CodeView:
+        """Make an image of a zip. Raises InvalidRequest or HostError; leaves nothing then."""
+        ...
+
+
+@dataclass
+class _Function:
+    """All that is known of one function; number 0 is `$LATEST`."""
+
+    row: FunctionRow
+    versions: dict[int, Version] = field(default_factory=dict)
+    aliases: dict[str, Alias] = field(default_factory=dict)
+
+    @property
+    def latest(self) -> Version:
+        return self.versions[0]
+
+    def numbered(self) -> list[Version]:
+        """Newest first."""
+        return [self.versions[number] for number in sorted(self.versions, reverse=True) if number]
+
+    def labels(self) -> list[str]:
+        return [LATEST, *(version.label for version in self.numbered())]
+
+    def find(self, label: str) -> Version | None:
+        if label == LATEST:
+            return self.latest
+        return self.versions.get(int(label)) if label.isdecimal() else None
+
+
+class Registry:
+    """All functions. Changes of one happen one after the other, those of others beside them.
+
+    What a change has begun to write is written and known, also when its caller is cancelled.
+    """
+
+    def __init__(
+        self,
+        rows: FunctionRows,
+        events: EventBus,
+        code: Admits,
+        takers: Callable[[], list[str]],
+        *,
+        random: Callable[[], float] = randomness.random,
+    ) -> None:
+        self._rows = rows
+        self._events = events
+        self._code = code
+        self._takers = takers
+        self._random = random
+        self._functions: dict[str, _Function] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._users: Counter[str] = Counter()
+        # Code that was admitted and is in no version yet.
+        self._admitted: Counter[str] = Counter()
+        self.on_changed: list[Callable[[Version], None]] = []
+        """Told of a version that is new, or of `$LATEST` when it is another."""
+        self.on_removed: list[Callable[[str, int | None], Awaitable[None]]] = []
+        """Told of a function and the number that went, None for all of it; awaited."""
+
+    async def open(self) -> None:
+        """Read all from the journal. Raises HostError for rows that do not fit together; leaves
+        nothing known then."""
+        found = {row.name: _Function(row) for row in await self._rows.functions()}
+        for version in await self._rows.versions():
+            _owner(found, version.function).versions[version.number] = version
+        for alias in await self._rows.aliases():
+            _owner(found, alias.function).aliases[alias.name] = alias
+        for name, function in found.items():
+            _check(name, function)
+        self._functions = found
+
+    # --- changes --------------------------------------------------------------------------------
+
+    async def deploy(
+        self,
+        name: str,
+        wanted: DeployRequest,
+        archive: Path | None,
+        *,
+        new: bool | None = None,
+    ) -> Version:
+        """Change `$LATEST`, or make the function. Without an archive its code stays.
+
+        `new`: True for one that must not exist, False for one that must. Raises InvalidRequest,
+        Conflict, NotFound, HostError; leaves the function as it was.
+        """
+        check_function_name(name)
+        async with self._alone(name):
+            old = self._functions.get(name)
+            if old is not None and new:
+                raise Conflict(f"function {name} exists already", hint="deploy it without `new`")
+            if old is None and new is False:
+                raise self._unknown(name)
+            latest = old.latest if old else None
+            settings = merged(wanted, latest.settings if latest else None, self._takers())
+            if latest is None and archive is None:
+                raise InvalidRequest("a new function needs code", hint="send its files as a zip")
+            if archive is None:
+                assert latest is not None
+                return await self._change(_latest(name, settings, latest.code))
+            code = await self._code.admit(archive)
+            with self._kept(code.digest):
+                return await self._change(_latest(name, settings, code))
+
+    async def _change(self, latest: Version) -> Version:
+        async def write() -> Version:
+            await self._rows.deploy(latest)
+            row = FunctionRow(name=latest.function, reserved=None, created=latest.created)
+            function = self._functions.setdefault(latest.function, _Function(row))
+            function.versions[0] = latest
+            self._tell(latest, "function.deployed")
+            return latest
+
+        return await _whole(write())
+
+    async def publish(
+        self, name: str, *, description: str | None = None, digest: str | None = None
+    ) -> Version:
+        """Make a numbered copy of `$LATEST`; without a change since the newest number, that one.
+
+        `digest`: the code that it must have. Raises NotFound, Conflict for other code,
+        InvalidRequest; leaves no number then.
+        """
+        async with self._alone(name):
+            function = self._function(name)
+            latest = function.latest
+            if digest is not None and digest != latest.code.digest:
+                raise Conflict(
+                    f"the code of {name} is {latest.code.digest[:12]}, not {digest[:12]}",
+                    hint="it was deployed again meanwhile",
+                )
+            newest = next(iter(function.numbered()), None)
+            if newest is not None and _same(newest, latest):
+                return newest
+            settings = latest.settings
+            if description is not None:
+                settings = strict(replace(settings, description=description), type(settings))
+            return await _whole(self._number(replace(latest, settings=settings, created=now())))
+
+    async def _number(self, copy: Version) -> Version:
+        made = await self._rows.publish(copy)
+        self._functions[made.function].versions[made.number] = made
+        self._tell(made, "function.published")
+        return made
+
+    async def set_alias(
+        self,
+        name: str,
+        alias: str,
+        versions: Mapping[str, float],
+        *,
+        description: str | None = None,
+        new: bool | None = None,
+    ) -> Alias:
+        """Point an alias at one version, or at two by weight; the first is the one it names.
+
+        `new` as for a deploy. Raises InvalidRequest, NotFound, Conflict; leaves it as it was.
+        """
+        async with self._alone(name):
+            function = self._function(name)
+            old = function.aliases.get(alias)
+            if old is not None and new:
+                raise Conflict(f"function {name} has an alias {alias} already")
+            if old is None and new is False:
+                raise self._no_alias(function, alias)
+            if description is None:
+                description = old.description if old else ""
+            wanted = pointed(name, alias, versions, description, function.labels())
+
+            async def write() -> None:
+                await self._rows.set_alias(wanted)
+                function.aliases[alias] = wanted
+                self._events.emit("function.alias", name, alias=alias, versions=wanted.versions)
+
+            await _whole(write())
+            return wanted
+
+    async def remove_alias(self, name: str, alias: str) -> None:
+        """Remove an alias. Raises NotFound; leaves it when the journal cannot be written."""
+        async with self._alone(name):
+            function = self._function(name)
+            if alias not in function.aliases:
+                raise self._no_alias(function, alias)
+
+            async def write() -> None:
+                await self._rows.drop_alias(name, alias)
+                del function.aliases[alias]
+                self._events.emit("function.removed", name, alias=alias)
+
+            await _whole(write())
+
+    async def remove(self, name: str, version: str | None = None) -> None:
+        """Remove a numbered version, or all of a function, and end the instances of it.
+
+        Raises NotFound, InvalidRequest for `$LATEST`, Conflict for a version that an alias names;
+        leaves it then. What does not end in time is ended by whoever is told of it.
+        """
+        async with self._alone(name):
+            function = self._function(name)
+            number = None if version is None else self._removable(function, version)
+            await _whole(self._remove(name, number))
+
+    async def _remove(self, name: str, number: int | None) -> None:
+        if number is None:
+            await self._rows.drop_function(name)
+            del self._functions[name]
+            self._events.emit("function.removed", name)
+        else:
+            await self._rows.drop_version(name, number)
+            del self._functions[name].versions[number]
+            self._events.emit("function.removed", name, version=str(number))
+        for told in self.on_removed:
+            await told(name, number)
+
+    async def reserve(self, name: str, count: int | None) -> None:
+        """Set how many requests may run at once; None: no bound of its own. Raises NotFound or
+        InvalidRequest; leaves the count as it was."""
+        async with self._alone(name):
+            function = self._function(name)
+            row = strict(replace(function.row, reserved=count), FunctionRow)
+
+            async def write() -> None:
+                await self._rows.reserve(name, count)
+                function.row = row
+
+            await _whole(write())
+
+    # --- what there is --------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """All functions, in order."""
+        return sorted(self._functions)
+
+    def latest(self, name: str) -> Version:
+        """`$LATEST`. Raises NotFound."""
+        return self._function(name).latest
+
+    def created(self, name: str) -> str:
+        """When the function was made. Raises NotFound."""
+        return self._function(name).row.created
+
+    def version(self, name: str, qualifier: str | None) -> Version:
+        """A version by its number, by `$LATEST`, or by an alias (its first). Raises NotFound."""
+        function = self._function(name)
+        alias = self._alias(function, qualifier)
+        label = next(iter(alias.versions)) if alias else qualifier or LATEST
+        return self._found(function, label)
+
+    def versions(self, name: str) -> list[Version]:
+        """The numbered versions, newest first. Raises NotFound."""
+        return self._function(name).numbered()
+
+    def aliases(self, name: str) -> list[Alias]:
+        """The aliases, by name. Raises NotFound."""
+        aliases = self._function(name).aliases
+        return [aliases[alias] for alias in sorted(aliases)]
+
+    def reserved(self, name: str) -> int | None:
+        """How many requests may run at once; None: no bound of its own. Raises NotFound."""
+        return self._function(name).row.reserved
+
+    def resolve(self, name: str, qualifier: str | None) -> Version:
+        """The version that serves one request: by an alias's weights, each request anew.
+
+        Raises NotFound, or InvalidRequest for what is no qualifier.
+        """
+        function = self._function(name)
+        alias = self._alias(function, qualifier)
+        if alias is None:
+            return self._found(function, qualifier or LATEST)
+        return self._found(function, self._drawn(alias))
+
+    def needed(self) -> set[str]:
+        """The digests of all code that a version has, or is about to have."""
+        functions = self._functions.values()
+        return {v.code.digest for f in functions for v in f.versions.values()} | {*self._admitted}
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _drawn(self, alias: Alias) -> str:
+        labels = list(alias.versions)
+        if len(labels) == 1:
+            return labels[0]
+        return labels[0] if self._random() < alias.versions[labels[0]] else labels[1]
+
+    def _function(self, name: str) -> _Function:
+        function = self._functions.get(name)
+        if function is None:
+            raise self._unknown(name)
+        return function
+
+    def _alias(self, function: _Function, qualifier: str | None) -> Alias | None:
+        return function.aliases.get(qualifier) if qualifier else None
+
+    def _found(self, function: _Function, label: str) -> Version:
+        version = function.find(check_qualifier(label))
+        if version is None:
+            raise NotFound(
+                f"function {function.row.name} has no version or alias {label[:_SHOWN]}",
+                hint=f"versions: {listed(function.labels())}; aliases: {listed(function.aliases)}",
+            )
+        return version
+
+    def _removable(self, function: _Function, label: str) -> int:
+        if label == LATEST:
+            raise InvalidRequest(
+                f"{LATEST} cannot be removed alone", hint="remove the whole function"
+            )
+        version = None if label in function.aliases else self._found(function, label)
+        if version is None:
+            raise InvalidRequest(f"{label} is an alias, not a version", hint="remove the alias")
+        named = [alias for alias in function.aliases.values() if label in alias.versions]
+        if named:
+            raise Conflict(
+                f"the alias {named[0].name} points at version {label} of {version.function}",
+                hint="point it at another version first, or remove it",
+            )
+        return version.number
+
+    def _unknown(self, name: str) -> NotFound:
+        shown = name if name.isprintable() and len(name) <= _SHOWN else repr(name[:_SHOWN])
+        return NotFound(f"there is no function {shown}", hint=f"functions: {listed(self.names())}")
+
+    def _no_alias(self, function: _Function, alias: str) -> NotFound:
+        return NotFound(
+            f"function {function.row.name} has no alias {alias[:_SHOWN]}",
+            hint=f"aliases: {listed(function.aliases)}",
+        )
+
+    def _tell(self, version: Version, kind: str) -> None:
+        code = version.code
+        details = {"version": version.label, "digest": code.digest, "bytes": code.bytes}
+        self._events.emit(kind, version.function, **details)
+        for told in self.on_changed:
+            told(version)
+
+    @contextlib.contextmanager
+    def _kept(self, digest: str) -> Iterator[None]:
+        self._admitted[digest] += 1
+        try:
+            yield
+        finally:
+            self._admitted[digest] -= 1
+            self._admitted += Counter()  # drops those at zero
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, name: str) -> AsyncIterator[None]:
+        """One change of a function at a time, in the order in which they came."""
+        lock = self._locks.setdefault(name, asyncio.Lock())
+        self._users[name] += 1
+        try:
+            async with lock:
+                yield
+        finally:
+            self._users[name] -= 1
+            if not self._users[name]:
+                del self._users[name], self._locks[name]
+
+
+async def _whole(work: Coroutine[Any, Any, T]) -> T:
+    """`work` to its end, also when the caller is cancelled meanwhile: else what is known here
+    would not be what the journal has."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # nobody is left to be told
+        raise
+
+
+def _latest(name: str, settings: Settings, code: CodeView) -> Version:
+    return Version(function=name, number=0, settings=settings, code=code, created=now())
+
+
+def _same(one: Version, other: Version) -> bool:
+    """Whether a number need not be spent: the description alone makes no other version."""
+    plain = [replace(version.settings, description="") for version in (one, other)]
+    return plain[0] == plain[1] and one.code == other.code
+
+
+def _owner(found: dict[str, _Function], name: str) -> _Function:
+    if name in found:
+        return found[name]
+    raise _unfit(name, "it has versions or aliases, and is not there")
+
+
+def _check(name: str, function: _Function) -> None:
+    if 0 not in function.versions:
+        raise _unfit(name, f"it has no {LATEST}")
+    for alias in function.aliases.values():
+        try:
+            pointed(name, alias.name, alias.versions, alias.description, function.labels())
+        except (InvalidRequest, NotFound) as error:
+            raise _unfit(name, f"alias {alias.name}: {error.message}") from error
+
+
+def _unfit(name: str, why: str) -> HostError:
+    return HostError(
+        f"the journal's rows of function {name[:_SHOWN]!r} do not fit together: {why}",
+        hint="mend them with sqlite3, or move state_dir away",
+    )
