@@ -30,7 +30,6 @@ _RETRIES = 2
 _CONNECT_SECONDS = 5.0
 _LONGEST = 200
 _SYSTEM = re.compile(r'message: "([^"]{1,100})"')
-_KIND = re.compile(r"\bsource: ([A-Z][A-Za-z]{1,40}),")
 _LOST = "see that it runs, and code.store in the configuration"
 
 
@@ -155,8 +154,9 @@ def _cause(error: BaseException) -> str:
     text = str(error)
     said, _, details = text.partition("\n\n")
     # Behind the request, its retries and their bounds.
-    said = " ".join(said.split()).rpartition(" - ")[2]
-    known = _SYSTEM.search(details) or _KIND.search(details)
-    if known is not None:
-        said = known[1]
+    said = " ".join(said.split()).rpartition(" - ")[2].removeprefix("Generic S3 error: ")
+    if (system := _SYSTEM.search(details)) is not None:
+        said = system[1]
+    elif "kind: Timeout" in details:
+        said = "it did not answer in time"
     return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
