@@ -22,7 +22,8 @@ from templated.services.functions.bounds import Bounds
 from templated.services.functions.instance import Instance, Timing
 from templated.services.functions.instances import Instances
 from templated.services.functions.parts import Sink
-from templated.services.functions.router import Outcome, Router
+from templated.services.functions.request import Outcome
+from templated.services.functions.router import Router
 from templated.services.reports.events import EventBus
 from templated.services.reports.function_metrics import FunctionMetrics
 from templated.services.tasks import Tasks
@@ -317,7 +318,7 @@ def play(scenario: Scenario, *versions: Version, **settings: Any) -> World:
         await world.tasks.end()
         assert world.clones == {} and list(world.instances) == []
         assert world.bounds._running == {} and world.bounds._shared == 0
-        assert not world.router._starts and not world.router._requests
+        assert not world.router._crews._starts and not world.router._requests
 
     run(main())
     return worlds[0]

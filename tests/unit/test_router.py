@@ -398,7 +398,7 @@ def test_a_deploy_while_requests_run() -> None:
         held.answer("new")
         await fresh
         await until(lambda: len(world.clones) == 1)
-        assert world.router._retired == set()
+        assert world.router._crews._retired == set()
 
     play(scenario)
 
@@ -457,7 +457,7 @@ def test_a_removal() -> None:
         assert world.counted("templated_invocations_total", **labels) is None
         assert world.counted("templated_function_concurrency", **labels) is None
         assert world.counted("templated_function_throttles_total", function="f") is None
-        assert world.router._retired == set()
+        assert world.router._crews._retired == set()
 
     play(scenario)
 

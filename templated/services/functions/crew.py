@@ -39,6 +39,11 @@ class Crew:
                 return waiter
         return None
 
+    def refuse(self, error: Exception) -> None:
+        """Nobody who waits gets an instance: all get the error."""
+        while waiter := self.waiter():
+            waiter.set_exception(error)
+
     @property
     def idle(self) -> bool:
         """Nothing is under way."""

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from templated.model.config import FunctionConfig
 from templated.model.function import INSTANCE_TRANSITIONS, InstanceState, Version
 from templated.model.lifecycle import move
+from templated.model.units import seconds
 from templated.services.functions.parts import Guest, Hypervised
 
 
@@ -22,6 +24,15 @@ class Timing:
     """Beyond the bound of an init, in which the guest says itself that it was reached."""
     removal_pauses: tuple[float, ...] = (1.0, 5.0, 30.0)
     """Before a removal that failed is tried again."""
+
+    @classmethod
+    def of(cls, config: FunctionConfig) -> Timing:
+        """As it is configured."""
+        return cls(
+            init=seconds(config.init_timeout),
+            freeze_after=seconds(config.freeze_after),
+            keep_alive=seconds(config.keep_alive),
+        )
 
 
 class InitError(Exception):
