@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator
 from templated.drivers.code import CodeFile
 from templated.drivers.guest_functions import Answer, InitFailed, InvokeOrder, Loaded, LoadOrder
 from templated.errors import (
+    Conflict,
     GuestError,
     HypervisorError,
+    InvalidRequest,
     NotFound,
     StartError,
     TemplatedError,
@@ -112,14 +114,16 @@ class Instances:
     async def _launch(self, instance: Instance) -> CodeFile:
         """Bring up its clone, with the code attached."""
         version, begin = instance.version, time.perf_counter()
-        code = await self._code.ensure(version.code.digest)
-        fetched = time.perf_counter()
-        running = await self._launches.start_instance(
-            instance.name,
-            version.settings.template,
-            code,
-            f"{version.function}:{version.label}",
-        )
+        label = f"{version.function}:{version.label}"
+        try:
+            code = await self._code.ensure(version.code.digest)
+            fetched = time.perf_counter()
+            running = await self._launches.start_instance(
+                instance.name, version.settings.template, code, label
+            )
+        except (NotFound, Conflict, InvalidRequest) as error:
+            # What the caller named is there: the template or the code is not.
+            raise _start_error(instance, error, "start") from error
         swap = running.phases_ms.get("attach", 0.0)
         instance.phases_ms = {
             "start": max(_ms(time.perf_counter() - fetched) - swap, 0.0),
@@ -414,10 +418,10 @@ def _ended(instance: Instance, why: str) -> GuestError:
     )
 
 
-def _start_error(instance: Instance, error: TemplatedError) -> StartError:
+def _start_error(instance: Instance, error: TemplatedError, phase: str = "attach") -> StartError:
     return StartError(
         f"instance {instance.name}: {error.message}",
-        phase="attach",
+        phase=phase,
         reason=error.code,
         hint=error.hint or f"see: templated function logs {instance.version.function}",
     )

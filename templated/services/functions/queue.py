@@ -198,7 +198,7 @@ class EventQueue:
     async def run(self) -> None:
         """Run what is due, until closed or cancelled."""
         try:
-            while not self._closing:
+            while not self._closed():
                 self._changed.clear()
                 try:
                     due = await self._begin()
@@ -228,18 +228,16 @@ class EventQueue:
     async def _begin(self) -> float:
         """Begin what is due, as much as may run at once; returns when to look again."""
         later = self._clock() + _LONGEST_WAIT
-        if self._closing:
-            return later
         for event in list(self._unwritten):
             due = self._clock() + _PAUSE
             await self._rows.event_state(event, EventState.QUEUED, due=due)
             self._unwritten.discard(event)
         free = self._limits.parallel - len(self._tries)
-        if free <= 0:
+        if free <= 0 or self._closed():
             return later
         for row in await self._rows.due_events(self._clock(), free):
             await self._rows.event_state(row.id, EventState.RUNNING)
-            if self._closing:
+            if self._closed():
                 return later
             task = asyncio.create_task(self._tried(row), name=f"event {row.id}")
             self._tries.add(task)
@@ -248,6 +246,9 @@ class EventQueue:
             return later
         next_due = await self._rows.next_due()
         return later if next_due is None else next_due
+
+    def _closed(self) -> bool:
+        return self._closing
 
     async def _tried(self, row: EventRow) -> None:
         try:
