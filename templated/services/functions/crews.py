@@ -95,7 +95,7 @@ class Crews:
         try:
             outcome = await self._started(crew)
             if _crowded(outcome) and (victim := self._evict()):
-                await victim.removed.wait()
+                await self._instances.ended(victim)
                 outcome = await self._started(crew)
         finally:
             crew.starting -= 1
