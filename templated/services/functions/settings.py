@@ -31,6 +31,7 @@ def merged(wanted: DeployRequest, old: Settings | None, takers: Sequence[str]) -
         "env": wanted.env,
         "timeout": wanted.timeout,
         "description": wanted.description,
+        "told": wanted.told,
     }
     before = msgspec.structs.asdict(old) if old else {}
     settings = strict({**before, **_given(given)}, Settings)
