@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import msgspec
 from aiohttp import web
 
-from templated.errors import InvalidRequest, TemplatedError
+from templated.errors import InvalidRequest, TemplatedError, Throttled
 from templated.model.api import ErrorBody, ErrorInfo
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,9 @@ STATUS = {
 class ErrorAnswer(web.Response):
     """An answer that says what went wrong; `code` is the error's."""
 
-    def __init__(self, code: str, message: str, hint: str = "", status: int = 0) -> None:
+    def __init__(
+        self, code: str, message: str, hint: str = "", status: int = 0, retry_after: float = 0
+    ) -> None:
         body = ErrorBody(error=ErrorInfo(code=code, message=message, hint=hint))
         super().__init__(
             body=msgspec.json.encode(body),
@@ -46,6 +49,8 @@ class ErrorAnswer(web.Response):
             content_type="application/json",
         )
         self.code = code
+        if retry_after:
+            self.headers["Retry-After"] = str(math.ceil(retry_after))
 
 
 @web.middleware
@@ -54,7 +59,8 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     try:
         return await handler(request)
     except TemplatedError as error:
-        return ErrorAnswer(error.code, error.message, error.hint)
+        later = error.retry_after if isinstance(error, Throttled) else 0
+        return ErrorAnswer(error.code, error.message, error.hint, retry_after=later)
     except web.HTTPException as error:
         code = {404: "not_found", 405: "invalid", 413: "invalid"}.get(error.status, "invalid")
         return ErrorAnswer(
@@ -75,9 +81,16 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
 async def body_of(request: web.Request, kind: type[T]) -> T:
     """A request's JSON body; InvalidRequest names the field that is wrong."""
     content = await request.read()
+    return decoded(content or b"{}", kind, "the request's body")
+
+
+def decoded(content: bytes | str, kind: type[T], what: str) -> T:
+    """JSON of a request; InvalidRequest names `what` is wrong, and the field."""
     try:
-        return msgspec.json.decode(content or b"{}", type=kind)
+        return msgspec.json.decode(content, type=kind)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(f"the request's body: {error}", hint="see /v1/openapi.json") from error
+        raise InvalidRequest(f"{what}: {error}", hint="see /v1/openapi.json") from error
     except msgspec.DecodeError as error:
-        raise InvalidRequest(f"the request's body is not JSON: {error}") from error
+        raise InvalidRequest(f"{what} is not JSON: {error}") from error
+    except RecursionError:
+        raise InvalidRequest(f"{what} is nested too deeply") from None

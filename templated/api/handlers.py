@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import os
-from collections.abc import AsyncIterator
-from typing import Any, TypeVar
 
-import msgspec
 from aiohttp import web
 from prometheus_client.aiohttp import make_aiohttp_handler
 
 from templated import __version__
+from templated.api.answers import NDJSON, SERVICES, each, flag, json_answer, lines, number, stream
 from templated.api.errors import body_of
 from templated.api.gate import note
 from templated.errors import HostError, InvalidRequest
@@ -28,18 +25,8 @@ from templated.model.names import check_clone_name
 from templated.services.daemon import Services
 from templated.services.templates.images import image_views
 
-SERVICES = web.AppKey("services", Services)
-T = TypeVar("T")
-_NDJSON = "application/x-ndjson"
 # Seconds: a hundred years.
 _LONG_AGO = 3_155_760_000
-
-
-def json_answer(value: Any, status: int = 200) -> web.Response:
-    """An answer whose body is `value` as JSON."""
-    return web.Response(
-        body=msgspec.json.encode(value), status=status, content_type="application/json"
-    )
 
 
 async def info(request: web.Request) -> web.Response:
@@ -106,15 +93,15 @@ async def exec_in_clone(request: web.Request) -> web.StreamResponse:
         stdin=stdin,
         env=wanted.env,
     )
-    return await _stream(request, _lines(frames), _NDJSON)
+    return await stream(request, lines(frames), NDJSON)
 
 
 async def logs(request: web.Request) -> web.StreamResponse:
     guests = request.app[SERVICES].guests
-    name, lines = request.match_info["name"], _number(request, "lines", 1000)
-    if _flag(request, "follow"):
-        return await _stream(request, guests.follow_logs(name, lines), "text/plain")
-    return web.Response(body=guests.logs(name, lines), content_type="text/plain", charset="utf-8")
+    name, count = request.match_info["name"], number(request, "lines", 1000)
+    if flag(request, "follow"):
+        return await stream(request, guests.follow_logs(name, count), "text/plain")
+    return web.Response(body=guests.logs(name, count), content_type="text/plain", charset="utf-8")
 
 
 async def get_file(request: web.Request) -> web.Response:
@@ -132,17 +119,17 @@ async def put_file(request: web.Request) -> web.Response:
 
 async def events(request: web.Request) -> web.StreamResponse:
     bus = request.app[SERVICES].context.events
-    source = bus.follow() if _flag(request, "follow") else _each(bus.recent())
-    return await _stream(request, _lines(source), _NDJSON)
+    source = bus.follow() if flag(request, "follow") else each(bus.recent())
+    return await stream(request, lines(source), NDJSON)
 
 
 async def audit(request: web.Request) -> web.StreamResponse:
     entries = await request.app[SERVICES].audit.read(
-        _number(request, "lines", 1000),
-        since=_number(request, "since", 0, _LONG_AGO) or None,
+        number(request, "lines", 1000),
+        since=number(request, "since", 0, _LONG_AGO) or None,
         user=request.query.get("user", ""),
     )
-    return await _stream(request, _lines(_each(entries)), _NDJSON)
+    return await stream(request, lines(each(entries)), NDJSON)
 
 
 async def list_templates(request: web.Request) -> web.Response:
@@ -202,58 +189,17 @@ async def show_operation(request: web.Request) -> web.Response:
 
 async def operation_events(request: web.Request) -> web.StreamResponse:
     _, progress = request.app[SERVICES].operations.get(request.match_info["id"])
-    return await _stream(request, _lines(progress.follow()), _NDJSON)
+    return await stream(request, lines(progress.follow()), NDJSON)
 
 
 async def metrics(request: web.Request) -> web.StreamResponse:
     return await make_aiohttp_handler(request.app[SERVICES].context.metrics.registry)(request)
 
 
-async def _each(items: list[T]) -> AsyncIterator[T]:
-    for item in items:
-        yield item
-
-
-async def _lines(items: AsyncIterator[Any]) -> AsyncIterator[bytes]:
-    async with contextlib.aclosing(items):  # type: ignore[type-var]
-        async for item in items:
-            yield msgspec.json.encode(item) + b"\n"
-
-
-async def _stream(
-    request: web.Request, chunks: AsyncIterator[bytes], content_type: str
-) -> web.StreamResponse:
-    """Send chunks as they come; a client that goes away ends the source."""
-    response = web.StreamResponse(headers={"Content-Type": content_type})
-    try:
-        async with contextlib.aclosing(chunks):  # type: ignore[type-var]
-            await response.prepare(request)
-            async for chunk in chunks:
-                await response.write(chunk)
-            await response.write_eof()
-    except ConnectionError:
-        pass  # the client has gone
-    return response
-
-
-def _flag(request: web.Request, name: str) -> bool:
-    return request.query.get(name, "") in ("true", "1", "yes")
-
-
 def _sizes(wanted: PoolRequest) -> str:
     sizes = {"standby": wanted.standby, "warm": wanted.warm}
     given = [f"{tier} {size}" for tier, size in sizes.items() if size is not None]
     return " ".join([*given, "reset"] if wanted.reset else given)
-
-
-def _number(request: web.Request, name: str, default: int, most: int = 100_000) -> int:
-    try:
-        value = int(request.query.get(name, default))
-    except ValueError:
-        raise InvalidRequest(f"{name} is not a number") from None
-    if not 0 <= value <= most:
-        raise InvalidRequest(f"{name} must be between 0 and {most}")
-    return value
 
 
 def _mode(request: web.Request) -> int:

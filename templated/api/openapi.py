@@ -19,7 +19,8 @@ _RAW = {str: {"type": "string"}, bytes: {"type": "string", "format": "binary"}}
 
 def document(routes: Sequence[Route]) -> dict[str, Any]:
     """The whole document, OpenAPI 3.1."""
-    types = [t for r in routes for t in (r.answer, r.body) if t not in (None, str, bytes)]
+    bodies = [t for r in routes for t in (r.answer, r.body, *r.also.values())]
+    types = [t for t in bodies if t not in (None, str, bytes)]
     schemas, components = msgspec.json.schema_components([*types, ErrorBody], ref_template=_REF)
     by_type = {
         repr(kind): schema for kind, schema in zip([*types, ErrorBody], schemas, strict=True)
@@ -52,6 +53,9 @@ def _operation(route: Route, by_type: dict[str, Any]) -> dict[str, Any]:
         media = route.stream or "application/json"
         schema = _schema(route.answer, by_type)
         answers[str(route.status)]["content"] = {media: {"schema": schema}}
+    for status, kind in route.also.items():
+        content = {"application/json": {"schema": _schema(kind, by_type)}}
+        answers[str(status)] = {"description": route.summary, "content": content}
     error = {"schema": by_type[repr(ErrorBody)]}
     answers["default"] = {
         "description": "An error",

@@ -27,6 +27,8 @@ class Route:
     body: Any = None
     stream: str = ""
     query: Mapping[str, str] = field(default_factory=dict)
+    also: Mapping[int, Any] = field(default_factory=dict)
+    """Other answers that are none of an error: the types of their bodies, by status."""
 
     @property
     def name(self) -> str:
@@ -63,9 +65,15 @@ def post(
     body: Any = None,
     status: int = 200,
     stream: str = "",
+    query: Mapping[str, str] | None = None,
+    also: Mapping[int, Any] | None = None,
 ) -> Route:
     """A route that does something."""
-    return Route("POST", path, handler, summary, needs, answer, status, body, stream)
+    return Route(
+        *("POST", path, handler, summary, needs, answer, status, body, stream),
+        query=query or {},
+        also=also or {},
+    )
 
 
 def put(
@@ -83,6 +91,13 @@ def put(
     return Route("PUT", path, handler, summary, needs, answer, status, body, query=query or {})
 
 
-def delete(path: str, handler: Handler, summary: str, *, needs: Need) -> Route:
+def delete(
+    path: str,
+    handler: Handler,
+    summary: str,
+    *,
+    needs: Need,
+    query: Mapping[str, str] | None = None,
+) -> Route:
     """A route that removes the resource at its path."""
-    return Route("DELETE", path, handler, summary, needs, status=204)
+    return Route("DELETE", path, handler, summary, needs, status=204, query=query or {})

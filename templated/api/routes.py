@@ -7,6 +7,8 @@ from typing import Any
 from aiohttp import web
 
 from templated.api import handlers as h
+from templated.api.answers import NDJSON, json_answer
+from templated.api.function_routes import FUNCTION_ROUTES
 from templated.api.openapi import document
 from templated.api.route import Route, delete, get, post, put
 from templated.model.access import Right, Role
@@ -27,7 +29,6 @@ from templated.model.api import (
 from templated.model.clone import CloneView
 from templated.model.generation import TemplateView
 
-_NDJSON = "application/x-ndjson"
 _TEXT = "text/plain"
 _BYTES = "application/octet-stream"
 _PATH = {"path": "absolute path in the guest"}
@@ -43,7 +44,7 @@ _AUDIT = {
 
 async def openapi(request: web.Request) -> web.Response:
     """The document that describes the table below."""
-    return h.json_answer(document(ROUTES))
+    return json_answer(document(ROUTES))
 
 
 ROUTES: tuple[Route, ...] = (
@@ -67,7 +68,7 @@ ROUTES: tuple[Route, ...] = (
         "Run a command in a clone",
         ExecFrame,
         body=ExecRequest,
-        stream=_NDJSON,
+        stream=NDJSON,
         needs=Right.EXEC,
     ),
     get(
@@ -101,7 +102,7 @@ ROUTES: tuple[Route, ...] = (
         h.events,
         "What happened",
         Event,
-        stream=_NDJSON,
+        stream=NDJSON,
         query=_EVENTS,
         needs=Role.VIEWER,
     ),
@@ -110,7 +111,7 @@ ROUTES: tuple[Route, ...] = (
         h.audit,
         "Who changed what",
         AuditEntry,
-        stream=_NDJSON,
+        stream=NDJSON,
         query=_AUDIT,
         needs=Role.ADMIN,
     ),
@@ -154,8 +155,9 @@ ROUTES: tuple[Route, ...] = (
         h.operation_events,
         "Its events",
         OperationEvent,
-        stream=_NDJSON,
+        stream=NDJSON,
         needs=Role.VIEWER,
     ),
+    *FUNCTION_ROUTES,
     get("/metrics", h.metrics, "Prometheus metrics", str, stream=_TEXT, needs=Role.VIEWER),
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from aiohttp import web
 
 from templated.api import handlers
+from templated.api.answers import SERVICES
 from templated.api.callers import Callers
 from templated.api.errors import errors_as_json
 from templated.api.gate import Gate, guarded
@@ -22,6 +23,9 @@ from templated.model.config import Config, MetricsConfig, SocketConfig
 from templated.services.daemon import Services
 
 _MAX_BODY = 64 << 20
+# Bytes of a request's first line: the settings of a deploy are in it, with up to 4 KiB of
+# environment, of which each byte may be written as eight.
+_MAX_LINE = 1 << 16
 _SHUTDOWN = 1.0
 # Requests that wait to be accepted; more are refused. The kernel's bound is net.core.somaxconn.
 _BACKLOG = 4096
@@ -31,7 +35,7 @@ def make_app(config: Config, services: Services) -> web.Application:
     """The API as an aiohttp application. ConfigError when `access` names nobody of this host."""
     gate = Gate(Callers(config.access), services.audit)
     app = web.Application(middlewares=[gate.middleware, errors_as_json], client_max_size=_MAX_BODY)
-    app[handlers.SERVICES] = services
+    app[SERVICES] = services
     for route in ROUTES:
         app.router.add_route(route.method, route.path, guarded(route))
     return app
@@ -43,7 +47,12 @@ async def listeners(config: Config, services: Services) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as stack:
         listener = _unix_listener(config)
         stack.callback(_unlink, Path(config.socket), os.stat(config.socket).st_ino)
-        api = web.AppRunner(make_app(config, services), access_log=None, shutdown_timeout=_SHUTDOWN)
+        api = web.AppRunner(
+            make_app(config, services),
+            access_log=None,
+            shutdown_timeout=_SHUTDOWN,
+            max_line_size=_MAX_LINE,
+        )
         await api.setup()
         stack.push_async_callback(api.cleanup)
         await web.SockSite(api, listener, backlog=_BACKLOG).start()
@@ -116,7 +125,7 @@ async def _serve_metrics(
 ) -> None:
     host, _, port = config.listen.rpartition(":")
     app = web.Application()
-    app[handlers.SERVICES] = services
+    app[SERVICES] = services
     app.router.add_get("/metrics", handlers.metrics)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=_SHUTDOWN)
     await runner.setup()

@@ -26,6 +26,13 @@ def template_names(
     return _names(context, requests.list_templates(), incomplete)
 
 
+def function_names(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[str]:
+    """Names of functions that begin with `incomplete`; none when the daemon does not say."""
+    return _names(context, requests.list_functions(), incomplete)
+
+
 def _names(context: click.Context, request: Request[Any], incomplete: str) -> list[str]:
     try:
         found = context.ensure_object(Settings).client(timeout=_SECONDS).json(request)
@@ -59,7 +66,7 @@ templated completion fish > ~/.config/fish/completions/templated.fish
 def completion(context: click.Context, shell: str) -> None:
     """Print the completion script for a shell.
 
-    Names of clones and templates are completed too, while the daemon runs.
+    Names of clones, templates and functions are completed too, while the daemon runs.
     """
     from click.shell_completion import get_completion_class
 

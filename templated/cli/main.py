@@ -26,6 +26,8 @@ COMMANDS = {
     "events": "templated.cli.watch:events",
     "audit": "templated.cli.audit:audit",
     "top": "templated.cli.top:top",
+    "function": "templated.cli.functions:function",
+    "invoke": "templated.cli.invoke:invoke",
     "template": "templated.cli.templates:template",
     "pool": "templated.cli.pools:pool",
     "image": "templated.cli.images:image",

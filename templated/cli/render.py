@@ -111,6 +111,15 @@ def milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} ms"
 
 
+def size(count: float) -> str:
+    """A number of bytes, in the largest unit that leaves a number from 1."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
 def phases(timings: dict[str, float]) -> str:
     """The phases of a start on one line."""
     return ", ".join(f"{name} {value:.1f}" for name, value in timings.items())

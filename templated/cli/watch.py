@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Any
+from typing import IO, Any
 
 import click
 
@@ -35,12 +35,20 @@ def logs(settings: Settings, name: str, lines: int | None, follow: bool) -> None
 
     On a terminal, control characters are left out: the guest must not steer it.
     """
-    request = requests.logs(check_clone_name(name), lines, follow)
-    on_terminal = sys.stdout.isatty()
+    print_text(settings, requests.logs(check_clone_name(name), lines, follow))
+
+
+def print_text(settings: Settings, request: requests.Stream[bytes]) -> None:
+    """Print text of a guest as it comes; on a terminal without control characters."""
     with settings.client().open(request) as answer:
         for chunk in answer.chunks():
-            sys.stdout.buffer.write(_CONTROL.sub(b"", chunk) if on_terminal else chunk)
+            sys.stdout.buffer.write(harmless(chunk, sys.stdout))
             sys.stdout.buffer.flush()
+
+
+def harmless(text: bytes, stream: IO[str]) -> bytes:
+    """`text`, for a terminal without what could steer it."""
+    return _CONTROL.sub(b"", text) if stream.isatty() else text
 
 
 EVENTS_EXAMPLES = """

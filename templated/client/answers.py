@@ -24,22 +24,36 @@ from templated.model.api import (
     PoolView,
 )
 from templated.model.clone import CloneView
+from templated.model.function import (
+    Accepted,
+    AliasView,
+    EventView,
+    FunctionView,
+    InvokeView,
+    VersionView,
+)
 from templated.model.generation import TemplateView
 
 T = TypeVar("T")
 _MODEL = {
     kind.__name__: kind
     for kind in (
+        Accepted,
+        AliasView,
         AuditEntry,
         CloneView,
         Event,
+        EventView,
         ExecFrame,
+        FunctionView,
         ImageView,
         Info,
+        InvokeView,
         Operation,
         OperationEvent,
         PoolView,
         TemplateView,
+        VersionView,
     )
 }
 

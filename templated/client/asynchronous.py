@@ -94,6 +94,18 @@ class AsyncClient:
     list_pools = _one(requests.list_pools)
     show_pool = _one(requests.show_pool)
     set_pool = _one(requests.set_pool)
+    list_functions = _one(requests.list_functions)
+    show_function = _one(requests.show_function)
+    deploy_function = _one(requests.deploy_function)
+    remove_function = _one(requests.remove_function)
+    publish_function = _one(requests.publish_function)
+    set_alias = _one(requests.set_alias)
+    remove_alias = _one(requests.remove_alias)
+    set_concurrency = _one(requests.set_concurrency)
+    invoke_function = _one(requests.invoke_function)
+    queue_event = _one(requests.queue_event)
+    function_logs = _many(requests.function_logs)
+    function_events = _one(requests.function_events)
     show_operation = _one(requests.show_operation)
     operation_events = _many(requests.operation_events)
 
@@ -166,6 +178,10 @@ class AsyncAnswer:
     ) -> None:
         self._response = response
         self._explained = explained
+
+    def header(self, name: str) -> str:
+        """A header of the answer; empty when it is not there."""
+        return self._response.headers.get(name, "")
 
     async def whole(self) -> bytes:
         """The whole body."""

@@ -27,6 +27,14 @@ if TYPE_CHECKING:
         PoolView,
     )
     from templated.model.clone import CloneView
+    from templated.model.function import (
+        Accepted,
+        AliasView,
+        EventView,
+        FunctionView,
+        InvokeView,
+        VersionView,
+    )
     from templated.model.generation import TemplateView
 
 T = TypeVar("T")
@@ -285,6 +293,117 @@ def set_pool(
     """
     body = {"standby": standby, "warm": warm, "reset": reset or None}
     return Request("PUT", "pools", template, body=body, timeout=LONG)
+
+
+# Functions
+
+
+def list_functions() -> Request[list[FunctionView]]:
+    """All functions, by name."""
+    return Request("GET", "functions")
+
+
+def show_function(name: str) -> Request[FunctionView]:
+    """One function, with its versions and aliases."""
+    return Request("GET", "functions", name)
+
+
+def deploy_function(
+    name: str,
+    code: bytes | IO[bytes] = b"",
+    *,
+    size: int | None = None,
+    handler: str | None = None,
+    template: str | None = None,
+    runtime: str | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: str | None = None,
+    description: str | None = None,
+) -> Request[FunctionView]:
+    """Make a function, or change its `$LATEST`; running requests end on the code they began with.
+
+    `code` is a zip, or an open file with one, of `size` bytes if that is known; without it the
+    code stays as it is, and so does every setting that is None. `env` replaces all variables.
+    """
+    settings = {
+        "handler": handler,
+        "template": template,
+        "runtime": runtime,
+        "env": None if env is None else dict(env),
+        "timeout": timeout,
+        "description": description,
+    }
+    query = {"settings": json.dumps(_given(settings), separators=(",", ":"))}
+    return Request("PUT", "functions", name, query=query, content=code, size=size, timeout=LONG)
+
+
+def remove_function(name: str, version: str | None = None) -> Request[None]:
+    """Remove a function, or one numbered version of it that no alias points at."""
+    query = {"version": version}
+    return Request("DELETE", "functions", name, query=query, timeout=LONG)
+
+
+def publish_function(
+    name: str, *, description: str | None = None, digest: str | None = None
+) -> Request[VersionView]:
+    """Make a numbered version of `$LATEST`; the newest one when nothing has changed since.
+
+    `digest`: the code that `$LATEST` must have.
+    """
+    body = {"description": description, "digest": digest}
+    return Request("POST", "functions", name, "versions", body=body, timeout=LONG)
+
+
+def set_alias(
+    name: str, alias: str, versions: Mapping[str, float], *, description: str | None = None
+) -> Request[AliasView]:
+    """Point an alias at one version, or at two by weights that add up to 1."""
+    body = {"versions": dict(versions), "description": description}
+    return Request("PUT", "functions", name, "aliases", alias, body=body, timeout=LONG)
+
+
+def remove_alias(name: str, alias: str) -> Request[None]:
+    """Remove an alias."""
+    return Request("DELETE", "functions", name, "aliases", alias, timeout=LONG)
+
+
+def set_concurrency(name: str, reserved: int | None) -> Request[FunctionView]:
+    """Set how many requests of a function may run at once; None: as many as there may be in all."""
+    content = json.dumps({"reserved": reserved}).encode()
+    return Request("PUT", "functions", name, "concurrency", content=content, timeout=LONG)
+
+
+def invoke_function(
+    name: str, payload: bytes = b"{}", *, qualifier: str | None = None, tail: bool = False
+) -> Request[InvokeView]:
+    """Run one request of a function, of JSON, and wait for its answer.
+
+    `qualifier`: a version or an alias, by default `$LATEST`. `tail` asks for the end of the
+    function's log in a header, `model.socket.LOG_HEADER`. A function that fails is no error of the
+    request: the answer's `error` says so.
+    """
+    query = {"qualifier": qualifier, "tail": "true" if tail else None}
+    return Request("POST", "functions", name, "invoke", query=query, content=payload, timeout=LONG)
+
+
+def queue_event(
+    name: str, payload: bytes = b"{}", *, qualifier: str | None = None
+) -> Request[Accepted]:
+    """Have a request of a function run later, at least once; it is not lost once this answers."""
+    query = {"qualifier": qualifier, "event": "true"}
+    return Request("POST", "functions", name, "invoke", query=query, content=payload)
+
+
+def function_logs(name: str, lines: int | None = None, follow: bool = False) -> Stream[bytes]:
+    """The end of what a function printed; with `follow` then new output as it comes."""
+    query = {"lines": lines, "follow": "true" if follow else None}
+    timeout = None if follow else SOON
+    return Stream("GET", "functions", name, "logs", query=query, timeout=timeout)
+
+
+def function_events(name: str) -> Request[list[EventView]]:
+    """Asynchronous events of a function that are not done, oldest first."""
+    return Request("GET", "functions", name, "events")
 
 
 # Operations

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import enum
-import re
 from typing import Annotated, Any
 
 from msgspec import Meta, Raw, Struct
 
-from templated.errors import InvalidRequest
 from templated.model.lifecycle import Table
+from templated.model.names import ALIAS_NAME, FUNCTION_NAME
+from templated.model.names import LATEST as LATEST
+from templated.model.names import check_function_name as check_function_name
+from templated.model.names import check_qualifier as check_qualifier
 from templated.model.spec import TemplateName
 from templated.model.units import Duration, seconds
 
-LATEST = "$LATEST"
-"""The version that still changes."""
-_NAME = r"[A-Za-z0-9_-]{1,64}"
-_ALIAS = r"(?![0-9]+$)[A-Za-z0-9_-]{1,128}"
-_QUALIFIER = re.compile(rf"\$LATEST|[1-9][0-9]{{0,8}}|{_ALIAS}")
-FunctionName = Annotated[str, Meta(pattern=rf"^{_NAME}$(?!\n)")]
-AliasName = Annotated[str, Meta(pattern=rf"^{_ALIAS}$(?!\n)")]
+FunctionName = Annotated[str, Meta(pattern=rf"^{FUNCTION_NAME}$(?!\n)")]
+AliasName = Annotated[str, Meta(pattern=rf"^{ALIAS_NAME}$(?!\n)")]
 EnvName = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,127}$(?!\n)")]
 Handler = Annotated[str, Meta(pattern=r"^[!-~]{1,128}$(?!\n)")]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]
@@ -168,6 +165,30 @@ class DeployRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     told: Told | None = None
 
 
+class PublishRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Make a numbered version of `$LATEST`."""
+
+    description: Annotated[str, Meta(max_length=256)] | None = None
+    """None: that of `$LATEST`."""
+    digest: Digest | None = None
+    """The code that `$LATEST` must have; None: any."""
+
+
+class AliasRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Point an alias at one version, or at two by weight."""
+
+    versions: Annotated[dict[str, Weight], Meta(min_length=1, max_length=2)]
+    """By number, or `$LATEST` alone; the first is the one that the alias names."""
+    description: Annotated[str, Meta(max_length=256)] | None = None
+
+
+class ConcurrencyRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Set how many requests of a function may run at once."""
+
+    reserved: Annotated[int, Meta(ge=0, le=10000)] | None
+    """None: as many as there may be in all."""
+
+
 class VersionView(Struct, frozen=True, kw_only=True):
     """A version as users see it. Of the environment the names alone: values may be secrets."""
 
@@ -229,6 +250,12 @@ class InvokeView(Struct, frozen=True, kw_only=True):
     total_ms: float
 
 
+class Accepted(Struct, frozen=True, kw_only=True):
+    """An asynchronous event that was accepted: it is not lost from now on."""
+
+    id: str
+
+
 class EventView(Struct, frozen=True, kw_only=True):
     """An asynchronous event as users see it."""
 
@@ -244,23 +271,3 @@ class EventView(Struct, frozen=True, kw_only=True):
     reason: str = ""
     """Why its last try failed."""
     payload: Any = None
-
-
-def check_qualifier(qualifier: str) -> str:
-    """Return `qualifier`, or raise InvalidRequest: it names a version or an alias."""
-    if _QUALIFIER.fullmatch(qualifier):
-        return qualifier
-    raise InvalidRequest(
-        f"{qualifier[:140]!r} is neither a version nor an alias",
-        hint=f"take a number, {LATEST}, or an alias of up to 128 of A-Z, a-z, 0-9, '-' and '_'",
-    )
-
-
-def check_function_name(name: str) -> str:
-    """Return `name`, or raise InvalidRequest."""
-    if re.fullmatch(_NAME, name):
-        return name
-    raise InvalidRequest(
-        f"{name[:70]!r} is not a function name",
-        hint="a name has 1 to 64 of A-Z, a-z, 0-9, '-' and '_'",
-    )

@@ -1,4 +1,5 @@
-"""Names that people give: clones become host names, so they follow RFC 1123 in lower case."""
+"""Names that people give. Clones become host names, so they follow RFC 1123 in lower case;
+functions, versions and aliases are named as in AWS Lambda."""
 
 from __future__ import annotations
 
@@ -8,6 +9,11 @@ from templated.errors import InvalidRequest
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 MAX_COUNT = 1000
+LATEST = "$LATEST"
+"""The version of a function that still changes."""
+FUNCTION_NAME = r"[A-Za-z0-9_-]{1,64}"
+ALIAS_NAME = r"(?![0-9]+$)[A-Za-z0-9_-]{1,128}"
+_QUALIFIER = re.compile(rf"\$LATEST|[1-9][0-9]{{0,8}}|{ALIAS_NAME}")
 
 
 def check_clone_name(name: str) -> str:
@@ -48,3 +54,23 @@ def numbered(name: str, count: int | None) -> list[str]:
         )
     check_clone_name(name)
     return [check_clone_name(f"{name}-{i}") for i in range(1, count + 1)]
+
+
+def check_qualifier(qualifier: str) -> str:
+    """Return `qualifier`, or raise InvalidRequest: it names a version or an alias."""
+    if _QUALIFIER.fullmatch(qualifier):
+        return qualifier
+    raise InvalidRequest(
+        f"{qualifier[:140]!r} is neither a version nor an alias",
+        hint=f"take a number, {LATEST}, or an alias of up to 128 of A-Z, a-z, 0-9, '-' and '_'",
+    )
+
+
+def check_function_name(name: str) -> str:
+    """Return `name`, or raise InvalidRequest."""
+    if re.fullmatch(FUNCTION_NAME, name):
+        return name
+    raise InvalidRequest(
+        f"{name[:70]!r} is not a function name",
+        hint="a name has 1 to 64 of A-Z, a-z, 0-9, '-' and '_'",
+    )

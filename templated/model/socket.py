@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 SYSTEM_RUNTIME = "/run/templated"
 SOCKET = "templated.sock"
+LOG_HEADER = "X-Templated-Log"
+"""Of the answer to an invocation with `tail`: the end of the function's log, in base64."""
 SYSTEM_SOCKET = f"{SYSTEM_RUNTIME}/{SOCKET}"
 
 

@@ -27,6 +27,7 @@ from templated.services.clones.guest import Guests
 from templated.services.clones.recovery import recover
 from templated.services.clones.registry import Clones
 from templated.services.context import Context
+from templated.services.functions.functions import Functions
 from templated.services.host import Host
 from templated.services.machines.admission import Admission
 from templated.services.machines.slots import Slots
@@ -60,6 +61,8 @@ class Services:
     operations: Operations
     refill: Refill
     audit: AuditLog
+    functions: Functions | None = None
+    """None as long as no part of the daemon makes them."""
 
 
 class Installation:

@@ -27,6 +27,8 @@ class Layout:
         self.generations = self.state / "generations"
         self.sockets = self.runtime / "vm"
         self.audit = self.state / "audit.jsonl"
+        self.code = self.state / "code"
+        self.incoming = self.code / "incoming"
         self.lock = self.state / "lock"
         self.kvm_proof = self.state / "kvm-proof.json"
 

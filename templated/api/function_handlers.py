@@ -1,0 +1,148 @@
+"""The handlers of the routes of functions; as `handlers`, without other logic."""
+
+from __future__ import annotations
+
+import base64
+
+from aiohttp import web
+
+from templated.api.answers import SERVICES, flag, json_answer, number, stream
+from templated.api.errors import body_of, decoded
+from templated.api.gate import note
+from templated.errors import InvalidRequest, NotFound
+from templated.model.function import (
+    MAX_PAYLOAD,
+    Accepted,
+    AliasRequest,
+    AliasView,
+    ConcurrencyRequest,
+    DeployRequest,
+    PublishRequest,
+    check_qualifier,
+)
+from templated.model.socket import LOG_HEADER
+from templated.services.functions.functions import Functions, version_view
+from templated.services.functions.payload import check_payload
+
+_CHUNK = 1 << 18
+
+
+async def list_functions(request: web.Request) -> web.Response:
+    return json_answer(_functions(request).views())
+
+
+async def show_function(request: web.Request) -> web.Response:
+    return json_answer(_functions(request).view(_name(request)))
+
+
+async def deploy_function(request: web.Request) -> web.Response:
+    functions, name = _functions(request), _name(request)
+    wanted = decoded(request.query.get("settings") or "{}", DeployRequest, "settings")
+    # Which settings, not what they are: values of the environment may be secrets.
+    given = [key for key in wanted.__struct_fields__ if getattr(wanted, key) is not None]
+    note(target=name, detail=" ".join(given))
+    async with functions.uploads.receive(request.content.iter_chunked(_CHUNK)) as archive:
+        note(target=name, detail=" ".join(["code", *given] if archive else given))
+        await functions.registry.deploy(name, wanted, archive)
+    return json_answer(functions.view(name))
+
+
+async def remove_function(request: web.Request) -> web.Response:
+    version = request.query.get("version")
+    note(target=_name(request), detail=f"version {version}" if version is not None else "")
+    await _functions(request).registry.remove(_name(request), version)
+    return web.Response(status=204)
+
+
+async def publish_function(request: web.Request) -> web.Response:
+    wanted = await body_of(request, PublishRequest)
+    version = await _functions(request).registry.publish(
+        _name(request), description=wanted.description, digest=wanted.digest
+    )
+    note(target=_name(request), detail=f"version {version.label}")
+    return json_answer(version_view(version), 201)
+
+
+async def set_alias(request: web.Request) -> web.Response:
+    wanted = await body_of(request, AliasRequest)
+    alias = request.match_info["alias"]
+    weights = " ".join(f"{label}={weight:g}" for label, weight in wanted.versions.items())
+    note(target=_name(request), detail=f"{alias} {weights}")
+    made = await _functions(request).registry.set_alias(
+        _name(request), alias, wanted.versions, description=wanted.description
+    )
+    return json_answer(
+        AliasView(name=made.name, versions=made.versions, description=made.description)
+    )
+
+
+async def remove_alias(request: web.Request) -> web.Response:
+    alias = request.match_info["alias"]
+    note(target=_name(request), detail=alias)
+    await _functions(request).registry.remove_alias(_name(request), alias)
+    return web.Response(status=204)
+
+
+async def set_concurrency(request: web.Request) -> web.Response:
+    functions, wanted = _functions(request), await body_of(request, ConcurrencyRequest)
+    shown = "none" if wanted.reserved is None else wanted.reserved
+    note(target=_name(request), detail=f"reserved {shown}")
+    await functions.registry.reserve(_name(request), wanted.reserved)
+    return json_answer(functions.view(_name(request)))
+
+
+async def invoke_function(request: web.Request) -> web.Response:
+    functions, name = _functions(request), _name(request)
+    qualifier = request.query.get("qualifier") or None
+    if qualifier is not None:
+        check_qualifier(qualifier)
+    later = flag(request, "event")
+    note(target=f"{name}:{qualifier}" if qualifier else name, detail="event" if later else "")
+    payload = check_payload(await _payload(request))
+    if later:
+        return json_answer(
+            Accepted(id=await functions.queue.enqueue(name, qualifier, payload)), 202
+        )
+    outcome = await functions.router.invoke(name, qualifier, payload)
+    answer = json_answer(outcome.view)
+    if flag(request, "tail"):
+        answer.headers[LOG_HEADER] = base64.b64encode(outcome.log).decode()
+    return answer
+
+
+async def function_logs(request: web.Request) -> web.StreamResponse:
+    functions, name = _functions(request), _name(request)
+    functions.registry.latest(name)  # a name that is not one of a function is never a path
+    count = number(request, "lines", 1000)
+    if flag(request, "follow"):
+        return await stream(request, functions.logs.follow(name, count), "text/plain")
+    text = await functions.logs.tail(name, count)
+    return web.Response(body=text, content_type="text/plain", charset="utf-8")
+
+
+async def function_events(request: web.Request) -> web.Response:
+    functions, name = _functions(request), _name(request)
+    functions.registry.latest(name)
+    return json_answer(await functions.queue.views(name))
+
+
+def _functions(request: web.Request) -> Functions:
+    functions = request.app[SERVICES].functions
+    if functions is None:
+        raise NotFound("this daemon has no functions")
+    return functions
+
+
+def _name(request: web.Request) -> str:
+    return request.match_info["name"]
+
+
+async def _payload(request: web.Request) -> bytes:
+    """The body, of which no more than may be is ever held."""
+    parts, size = [], 0
+    async for chunk in request.content.iter_chunked(_CHUNK):
+        size += len(chunk)
+        if size > MAX_PAYLOAD:
+            raise InvalidRequest(f"the payload is larger than {MAX_PAYLOAD >> 20} MiB")
+        parts.append(chunk)
+    return b"".join(parts)

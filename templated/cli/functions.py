@@ -1,0 +1,355 @@
+"""`function deploy | ls | show | rm | publish | alias | unalias | reserve | logs | events`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from templated.cli import render
+from templated.cli.completion import function_names, template_names
+from templated.cli.options import Group, Settings
+from templated.client import requests
+from templated.errors import InvalidRequest
+from templated.model.names import LATEST, check_function_name
+
+GROUP_EXAMPLES = """
+templated function deploy hello --code ./hello --handler app.handler
+templated function publish hello
+templated function alias hello live 1
+templated function show hello
+"""
+
+
+@click.group("function", cls=Group, examples=GROUP_EXAMPLES)
+def function() -> None:
+    """Deploy functions, and manage their versions and aliases.
+
+    A function is code with a handler that runs on clones of a template. A deploy changes
+    $LATEST; `publish` makes a numbered copy that never changes; an alias names one version, or
+    two with weights. `templated invoke` runs a request.
+    """
+
+
+DEPLOY_EXAMPLES = """
+templated function deploy hello --code ./hello --handler app.handler
+templated function deploy hello --code hello.zip --template python-fn --timeout 10s
+templated function deploy hello --env STAGE=test --env LEVEL=2   # the code stays
+templated function deploy native --code ./out --runtime provided # runs its bootstrap
+"""
+
+
+@function.command("deploy", examples=DEPLOY_EXAMPLES)
+@click.argument("name", shell_complete=function_names)
+@click.option("--code", metavar="DIR|ZIP", type=click.Path(), help="The files, or a zip of them.")
+@click.option("--handler", metavar="MODULE.FUNCTION", help="What is called for each request.")
+@click.option(
+    "--template",
+    metavar="NAME",
+    shell_complete=template_names,
+    help="The template to run on. Default: the only one that takes code.",
+)
+@click.option(
+    "--runtime",
+    type=click.Choice(["python", "provided"]),
+    help="python loads the handler; provided starts the code's own `bootstrap`. Default: python.",
+)
+@click.option("--env", metavar="K=V", multiple=True, help="A variable; all of them are replaced.")
+@click.option("--timeout", metavar="TIME", help="For one request, as 30s or 30. Default: 30s.")
+@click.option("--description", metavar="TEXT", help="What it is for.")
+@click.pass_obj
+def deploy(
+    settings: Settings,
+    name: str,
+    code: str | None,
+    handler: str | None,
+    template: str | None,
+    runtime: str | None,
+    env: tuple[str, ...],
+    timeout: str | None,
+    description: str | None,
+) -> None:
+    """Make a function, or change its $LATEST.
+
+    What is not given stays as it is. Requests that run end on the code that they began with.
+    """
+    from templated.cli.upload import archive
+
+    check_function_name(name)
+    with archive(settings, code) as (stream, size):
+        request = requests.deploy_function(
+            name,
+            stream,
+            size=size,
+            handler=handler,
+            template=template,
+            runtime=runtime,
+            env=_variables(env),
+            timeout=_duration(timeout),
+            description=description,
+        )
+        view = settings.client().json(request)
+    if not settings.table:
+        render.dump(view, settings)
+    elif settings.quiet:
+        click.echo(view["name"])
+    else:
+        render.fields(_settings(view))
+
+
+def _variables(given: tuple[str, ...]) -> dict[str, str] | None:
+    variables = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise InvalidRequest(f"--env takes K=V, not {text!r}", hint="as in: --env STAGE=test")
+        variables[key] = value
+    return variables or None
+
+
+def _duration(text: str | None) -> str | None:
+    return f"{text}s" if text and text.replace(".", "", 1).isdecimal() else text
+
+
+@function.command("ls", examples="templated function ls\ntemplated function ls -o json")
+@click.pass_obj
+def ls(settings: Settings) -> None:
+    """List the functions."""
+    views = settings.client().json(requests.list_functions())
+    if not settings.table:
+        render.dump(views, settings)
+    elif settings.quiet:
+        for view in views:
+            click.echo(view["name"])
+    else:
+        headers = ("NAME", "TEMPLATE", "HANDLER", "VERSION", "ALIASES", "CODE", "INSTANCES", "AGE")
+        render.table(headers, map(_row, views))
+
+
+def _row(view: dict[str, Any]) -> tuple[object, ...]:
+    newest = next((v["version"] for v in view["versions"] if v["version"] != LATEST), None)
+    aliases = ", ".join(alias["name"] for alias in view["aliases"])
+    shown = view["name"], view["template"], view["handler"], newest, aliases
+    rest = render.size(view["code"]["bytes"]), sum(view["instances"].values())
+    return *shown, *rest, render.age(view["created"])
+
+
+@function.command(
+    "show", examples="templated function show hello\ntemplated function show hello -o json"
+)
+@click.argument("name", shell_complete=function_names)
+@click.pass_obj
+def show(settings: Settings, name: str) -> None:
+    """Show a function: its settings, versions, aliases and instances."""
+    view = settings.client().json(requests.show_function(check_function_name(name)))
+    if not settings.table:
+        render.dump(view, settings)
+        return
+    instances = ", ".join(f"{count} {state}" for state, count in view["instances"].items() if count)
+    env: list[str] = next((v["env"] for v in view["versions"] if v["version"] == LATEST), [])
+    reserved = "none" if view["reserved"] is None else view["reserved"]
+    render.fields(
+        [
+            *_settings(view),
+            ("variables", " ".join(env)),
+            ("reserved", reserved),
+            ("instances", instances or "none"),
+            ("created", view["created"]),
+        ]
+    )
+    click.echo()
+    rows = [_version(version) for version in view["versions"]]
+    render.table(("VERSION", "HANDLER", "DIGEST", "CODE", "AGE", "DESCRIPTION"), rows)
+    if view["aliases"]:
+        click.echo()
+        aliases = [(a["name"], _weights(a["versions"]), a["description"]) for a in view["aliases"]]
+        render.table(("ALIAS", "VERSIONS", "DESCRIPTION"), aliases)
+
+
+def _settings(view: dict[str, Any]) -> list[tuple[str, object]]:
+    code = view["code"]
+    return [
+        ("name", view["name"]),
+        ("handler", view["handler"]),
+        ("runtime", view["runtime"]),
+        ("template", view["template"]),
+        ("timeout", f"{view['timeout_s']:g} s"),
+        ("description", view["description"]),
+        ("code", f"{code['digest'][:12]}, {render.size(code['bytes'])}"),
+    ]
+
+
+def _version(version: dict[str, Any]) -> tuple[object, ...]:
+    code, age = version["code"], render.age(version["created"])
+    shown = version["version"], version["handler"], code["digest"][:12], render.size(code["bytes"])
+    return *shown, age, version["description"]
+
+
+def _weights(versions: dict[str, float]) -> str:
+    if len(versions) == 1:
+        return next(iter(versions))
+    return " ".join(f"{label}={weight:g}" for label, weight in versions.items())
+
+
+@function.command(
+    "rm", examples="templated function rm hello\ntemplated function rm hello --version 3"
+)
+@click.argument("name", shell_complete=function_names)
+@click.option("--version", metavar="N", help="Remove this version alone.")
+@click.pass_obj
+def rm(settings: Settings, name: str, version: str | None) -> None:
+    """Remove a function with all its versions and aliases, or one version.
+
+    Its instances end. A version that an alias points at stays.
+    """
+    settings.client().json(requests.remove_function(check_function_name(name), version))
+    settings.note(f"removed {name}" + (f":{version}" if version is not None else ""))
+
+
+@function.command(
+    "publish",
+    examples="templated function publish hello\n"
+    "templated function publish hello --description 'with the new parser'",
+)
+@click.argument("name", shell_complete=function_names)
+@click.option("--description", metavar="TEXT", help="Of the version. Default: that of $LATEST.")
+@click.pass_obj
+def publish(settings: Settings, name: str, description: str | None) -> None:
+    """Make a numbered version of what $LATEST is now, and print its number.
+
+    When nothing has changed since the newest version, it prints the number of that.
+    """
+    request = requests.publish_function(check_function_name(name), description=description)
+    view = settings.client().json(request)
+    if settings.table:
+        click.echo(view["version"] if settings.quiet else f"{name}: version {view['version']}")
+    else:
+        render.dump(view, settings)
+
+
+ALIAS_EXAMPLES = """
+templated function alias hello live 1
+templated function alias hello live 1=0.9 2=0.1   # one request in ten goes to version 2
+templated function alias hello live 2
+"""
+
+
+@function.command("alias", examples=ALIAS_EXAMPLES)
+@click.argument("name", shell_complete=function_names)
+@click.argument("alias")
+@click.argument("versions", metavar="VERSION[=WEIGHT] [VERSION=WEIGHT]", nargs=-1, required=True)
+@click.option("--description", metavar="TEXT", help="What it is for.")
+@click.pass_obj
+def alias_(
+    settings: Settings, name: str, alias: str, versions: tuple[str, ...], description: str | None
+) -> None:
+    """Point an alias at one version, or at two by weights that add up to 1.
+
+    Requests that come from then on are routed by it.
+    """
+    weights = _parsed_weights(versions)
+    check_function_name(name)
+    view = settings.client().json(requests.set_alias(name, alias, weights, description=description))
+    if settings.table:
+        click.echo(f"{name}:{view['name']}: {_weights(view['versions'])}")
+    else:
+        render.dump(view, settings)
+
+
+def _parsed_weights(given: tuple[str, ...]) -> dict[str, float]:
+    """By version; one without a weight gets what the other one leaves."""
+    weights: dict[str, float] = {}
+    open_ones = []
+    for text in given:
+        label, equals, number = text.partition("=")
+        if label in weights or label in open_ones:
+            raise InvalidRequest(f"version {label} is given twice")
+        if not equals:
+            open_ones.append(label)
+        try:
+            weights[label] = float(number) if equals else 0.0
+        except ValueError:
+            raise InvalidRequest(f"{number!r} is not a weight", hint="as in: 3=0.9 4=0.1") from None
+    if len(open_ones) > 1 or len(given) > 2:
+        raise InvalidRequest(
+            "an alias points at one version, or at two by weight", hint="as in: 3=0.9 4=0.1"
+        )
+    for label in open_ones:
+        weights[label] = round(1.0 - sum(weights.values()), 9)
+    return weights
+
+
+@function.command("unalias", examples="templated function unalias hello live")
+@click.argument("name", shell_complete=function_names)
+@click.argument("alias")
+@click.pass_obj
+def unalias(settings: Settings, name: str, alias: str) -> None:
+    """Remove an alias; the version that it points at stays."""
+    settings.client().json(requests.remove_alias(check_function_name(name), alias))
+    settings.note(f"removed {name}:{alias}")
+
+
+@function.command(
+    "reserve",
+    examples="templated function reserve hello 5\ntemplated function reserve hello none",
+)
+@click.argument("name", shell_complete=function_names)
+@click.argument("count", metavar="N|none")
+@click.pass_obj
+def reserve(settings: Settings, name: str, count: str) -> None:
+    """Set how many requests of a function may run at once; 0 lets none run.
+
+    Others never take what is reserved, and it never takes more.
+    """
+    if count != "none" and not count.isdecimal():
+        raise InvalidRequest(f"{count!r} is neither a number nor none", hint="as in: reserve fn 5")
+    wanted = None if count == "none" else int(count)
+    view = settings.client().json(requests.set_concurrency(check_function_name(name), wanted))
+    if settings.table:
+        settings.note(f"{name}: reserved {count}")
+    else:
+        render.dump(view, settings)
+
+
+@function.command(
+    "logs", examples="templated function logs hello\ntemplated function logs hello -n 20 -f"
+)
+@click.argument("name", shell_complete=function_names)
+@click.option("-n", "--lines", type=click.IntRange(min=0), help="Only the last LINES lines.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with new output until Ctrl-C.")
+@click.pass_obj
+def logs(settings: Settings, name: str, lines: int | None, follow: bool) -> None:
+    """Print what a function's instances wrote to stdout and stderr.
+
+    On a terminal, control characters are left out: the function must not steer it.
+    """
+    from templated.cli.watch import print_text
+
+    print_text(settings, requests.function_logs(check_function_name(name), lines, follow))
+
+
+@function.command(
+    "events", examples="templated function events hello\ntemplated function events hello -o json"
+)
+@click.argument("name", shell_complete=function_names)
+@click.pass_obj
+def events(settings: Settings, name: str) -> None:
+    """List asynchronous events that are not done: queued, running, and those that failed.
+
+    One that failed was tried three times, or became too old; it is kept here.
+    """
+    views = settings.client().json(requests.function_events(check_function_name(name)))
+    if not settings.table:
+        render.dump(views, settings)
+    elif settings.quiet:
+        for view in views:
+            click.echo(view["id"])
+    else:
+        headers = ("ID", "STATE", "QUALIFIER", "TRIES", "AGE", "DUE", "REASON")
+        render.table(headers, map(_event, views))
+
+
+def _event(view: dict[str, Any]) -> tuple[object, ...]:
+    shown = view["id"], view["state"], view["qualifier"], view["attempts"]
+    due = view["due"] if view["state"] == "queued" else None
+    return *shown, render.age(view["created"]), due, view.get("reason")

@@ -1,0 +1,162 @@
+"""Functions without code, VMs or logs: the parts that the API needs, as small as can be."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from templated.drivers.code import CodeFile
+from templated.errors import InvalidRequest, NotFound
+from templated.journal import EventRow, FunctionRows, now
+from templated.model.function import CodeView, EventView, InvokeView
+from templated.services.daemon import Services
+from templated.services.functions.functions import Functions
+from templated.services.functions.registry import Registry
+from templated.services.functions.uploads import Uploads
+
+
+class FakeCode:
+    """Takes whatever is not empty for code. It waits while `pause` is there and not set."""
+
+    def __init__(self) -> None:
+        self.admitted: list[str] = []
+        self.pause: asyncio.Event | None = None
+
+    async def admit(self, archive: Path) -> CodeView:
+        """The digest of the archive itself."""
+        if self.pause is not None:
+            await self.pause.wait()
+        content = await asyncio.to_thread(archive.read_bytes)
+        if not content:
+            raise InvalidRequest("the archive is empty")
+        digest = hashlib.sha256(content).hexdigest()
+        self.admitted.append(digest)
+        return CodeView(digest=digest, bytes=len(content))
+
+    async def ensure(self, digest: str) -> CodeFile:
+        """There is none."""
+        raise NotFound(f"there is no code {digest}")
+
+
+@dataclass
+class Ran:
+    """What an invocation gave."""
+
+    view: InvokeView
+    log: bytes
+
+
+class FakeRouter:
+    """Answers with the payload; one that has `fail` in it is the failure of a function.
+
+    What is put into `error` is raised instead.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self.error: Exception | None = None
+
+    async def invoke(
+        self, name: str, qualifier: str | None, payload: bytes, *, trace: str = ""
+    ) -> Ran:
+        """An echo."""
+        version = self._registry.resolve(name, qualifier)
+        if self.error is not None:
+            raise self.error
+        failed = b"fail" in payload
+        answer = {"errorMessage": "no\nway", "errorType": "ValueError", "stackTrace": []}
+        view = InvokeView(
+            status=200,
+            error="Unhandled" if failed else None,
+            payload=msgspec.Raw(json.dumps(answer).encode() if failed else payload),
+            version=version.label,
+            instance="f-1",
+            start="warm",
+            phases_ms={"route": 0.1, "run": 1.5},
+            total_ms=1.6,
+        )
+        return Ran(view, b"START\nprinted\x1b[2J\n")
+
+    def counts(self, name: str) -> Mapping[str, int]:
+        """One that waits."""
+        return {"busy": 0, "paused": 1}
+
+
+class FakeQueue:
+    """Keeps events in the journal, and never runs them."""
+
+    def __init__(self, registry: Registry, rows: FunctionRows) -> None:
+        self._registry, self._rows = registry, rows
+
+    async def enqueue(self, name: str, qualifier: str | None, payload: bytes) -> str:
+        """Kept."""
+        self._registry.resolve(name, qualifier)
+        count = len(await self._rows.events())
+        row = EventRow(
+            id=f"e-{count}",
+            function=name,
+            qualifier=qualifier or "$LATEST",
+            payload=payload,
+            created=now(),
+            due=0.0,
+        )
+        await self._rows.add_event(row)
+        return row.id
+
+    async def views(self, name: str) -> list[EventView]:
+        """All that were ever accepted."""
+        return [
+            EventView(
+                id=row.id,
+                function=row.function,
+                qualifier=row.qualifier,
+                state=row.state,
+                attempts=row.attempts,
+                created=row.created,
+                due=row.created,
+                reason=row.reason,
+                payload=msgspec.json.decode(row.payload),
+            )
+            for row in await self._rows.events(name)
+        ]
+
+
+class FakeLogs:
+    """Three lines for every function."""
+
+    lines = (b"one\n", b"two\n", b"three\n")
+
+    async def tail(self, function: str, lines: int) -> bytes:
+        """The last lines."""
+        return b"".join(self.lines[-lines:] if lines else ())
+
+    async def follow(self, function: str, lines: int) -> AsyncIterator[bytes]:
+        """The last lines, and the end."""
+        yield await self.tail(function, lines)
+        yield b"four\n"
+
+
+async def with_functions(running: Services) -> Services:
+    """The services with functions."""
+    context = running.context
+    rows, code = FunctionRows(context.journal), FakeCode()
+    registry = Registry(rows, context.events, code, lambda: ["t"])
+    uploads = Uploads(context.layout.incoming)
+    await registry.open()
+    await uploads.open()
+    functions = Functions(
+        registry=registry,
+        router=FakeRouter(registry),
+        queue=FakeQueue(registry, rows),
+        logs=FakeLogs(),
+        code=code,
+        uploads=uploads,
+    )
+    return dataclasses.replace(running, functions=functions)
