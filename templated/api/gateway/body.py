@@ -64,7 +64,9 @@ class Bodies:
             async with within(bound, "the request's body"):
                 return await _all(request, limit, what)
         except Timeout as error:
-            raise Refused("RequestTimeoutException", error.message, status=408, close=True) from None
+            raise Refused(
+                "RequestTimeoutException", error.message, status=408, close=True
+            ) from None
 
 
 async def _all(request: web.BaseRequest, limit: int, what: str) -> bytes:

@@ -6,11 +6,12 @@ import asyncio
 import base64
 import re
 
-import msgspec
 from aiohttp import web
 
 from templated.api.gateway.call import LARGE, Call
 from templated.api.gateway.errors import Refused, wrong
+from templated.errors import InvalidRequest
+from templated.services.functions.payload import check_payload
 
 _TYPE, _LOG = "X-Amz-Invocation-Type", "X-Amz-Log-Type"
 # Headers that would mean something there, and have to be told instead of ignored.
@@ -58,28 +59,15 @@ async def _now(call: Call, payload: bytes, *, tail: bool) -> web.Response:
         headers["X-Amz-Function-Error"] = view.error
     if tail:
         headers["X-Amz-Log-Result"] = base64.b64encode(outcome.log[-_TAIL:]).decode()
-    return web.Response(
-        body=bytes(view.payload), content_type="application/json", headers=headers
-    )
+    return web.Response(body=bytes(view.payload), content_type="application/json", headers=headers)
 
 
 async def _payload(body: bytes) -> bytes:
     """The event of a request, `{}` for an empty one. Raises Refused when it is not JSON."""
-    check = asyncio.to_thread(_fault, body) if len(body) > LARGE else None
-    fault = _fault(body) if check is None else await check
-    if fault:
-        message = f"Could not parse request body into json: {fault}"
-        raise Refused("InvalidRequestContentException", message)
-    return body if body.strip() else b"{}"
-
-
-def _fault(body: bytes) -> str:
     try:
-        body.decode()
-        if body.strip():
-            msgspec.json.decode(body, type=msgspec.Raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        return str(error)
-    except RecursionError:
-        return "it is nested too deeply"
-    return ""
+        if len(body) > LARGE:
+            return await asyncio.to_thread(check_payload, body)
+        return check_payload(body)
+    except InvalidRequest as error:
+        message = f"Could not parse request body into json: {error.message}"
+        raise Refused("InvalidRequestContentException", message) from None

@@ -145,9 +145,7 @@ class Gateway:
     def _claimed(self, request: web.BaseRequest) -> Claim:
         from templated.api.gateway.signature import Head
 
-        return self._verifier.claim(
-            Head(request.method, request.raw_path, request.headers.items())
-        )
+        return self._verifier.claim(Head(request.method, request.raw_path, request.headers.items()))
 
     async def _done(self, operation: Operation, call: Call) -> web.Response:
         refused = None

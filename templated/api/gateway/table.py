@@ -24,9 +24,7 @@ _VIEWER, _OPERATOR, _ADMIN = Role.VIEWER, Role.OPERATOR, Role.ADMIN
 
 OPERATIONS = (
     Operation("CreateFunction", "POST", _ALL, f.create_function, _ADMIN, limit=_MAX_CODE),
-    Operation(
-        "UpdateFunctionCode", "PUT", f"{_ONE}/code", f.update_code, _ADMIN, limit=_MAX_CODE
-    ),
+    Operation("UpdateFunctionCode", "PUT", f"{_ONE}/code", f.update_code, _ADMIN, limit=_MAX_CODE),
     Operation(
         *("UpdateFunctionConfiguration", "PUT", f"{_ONE}/configuration"),
         f.update_configuration,
