@@ -28,10 +28,10 @@ from templated.services.functions.functions import Functions
 from tests.unit.fake_daemon import play
 from tests.unit.fake_functions import with_functions
 
-SECRET = "hunter2-hunter2"
+CONFIDENTIAL = "hunter2-hunter2"
 REGION = "us-east-1"
 ROLE = "arn:aws:iam::000000000000:role/mine"
-KEYS = tuple(GatewayKey(id=role.upper(), secret=SECRET, role=role) for role in Role)
+KEYS = tuple(GatewayKey(id=role.upper(), secret=CONFIDENTIAL, role=role) for role in Role)
 
 
 @dataclass
@@ -43,7 +43,11 @@ class Gate:
     services: Services
 
     def client(
-        self, key: str = "ADMIN", secret: str = SECRET, region: str = REGION, retries: int = 0
+        self,
+        key: str = "ADMIN",
+        signing: str = CONFIDENTIAL,
+        region: str = REGION,
+        retries: int = 0,
     ) -> Any:
         """boto3's client."""
         return boto3.client(
@@ -51,7 +55,7 @@ class Gate:
             endpoint_url=f"http://{self.address[0]}:{self.address[1]}",
             region_name=region,
             aws_access_key_id=key,
-            aws_secret_access_key=secret,
+            aws_secret_access_key=signing,
             config=ClientConfig(retries={"max_attempts": retries}, proxies={}, read_timeout=20),
         )
 
@@ -67,7 +71,7 @@ class Gate:
         """The headers of a request that botocore has signed."""
         url = f"http://{self.address[0]}:{self.address[1]}{path}"
         request = AWSRequest(method=method, url=url, data=body, headers=dict(headers))
-        SigV4Auth(Credentials(key, SECRET), "lambda", REGION).add_auth(request)
+        SigV4Auth(Credentials(key, CONFIDENTIAL), "lambda", REGION).add_auth(request)
         return {"Host": f"{self.address[0]}:{self.address[1]}", **dict(request.headers.items())}
 
     def audited(self) -> list[AuditEntry]:

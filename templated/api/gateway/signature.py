@@ -204,9 +204,20 @@ def _request(
     request = AWSRequest(method=head.method, url=f"http://gateway{head.path}")
     for name in signed:
         for value in headers[name]:
+            if not _is_text(value):
+                raise _mismatch()
             request.headers[name] = value  # one more of this name
     request.context["timestamp"] = stamp
     return request
+
+
+def _is_text(value: str) -> bool:
+    """Whether it came as UTF-8: what botocore keeps headers in takes others for encoded ones."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refused(kind: str, message: str) -> Refused:
