@@ -26,7 +26,7 @@ from templated.errors import ConfigError, HostError
 from templated.model.access import Role
 from templated.model.config import GatewayConfig, GatewayKey
 from tests.unit.fake_daemon import configured, run
-from tests.unit.lambda_client import KEYS, REGION, CONFIDENTIAL, Gate, create, refusal, talk
+from tests.unit.lambda_client import CONFIDENTIAL, KEYS, REGION, Gate, create, refusal, talk
 
 pytestmark = pytest.mark.usefixtures("no_blocking_calls")
 PATH = "/2015-03-31/functions/hello/invocations"
