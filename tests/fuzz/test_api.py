@@ -34,12 +34,14 @@ from templated.services.templates.catalog import Templates
 from tests.fuzz import SECONDS
 from tests.fuzz.cases import fuzz
 from tests.unit.fake_daemon import play
+from tests.unit.fake_functions import with_functions
 
 _TIMEOUT = 30.0
 _CHECKS = [content_type_conformance, response_schema_conformance, status_code_conformance]
 _STREAMS = {route.handler.__name__: route.answer for route in ROUTES if "ndjson" in route.stream}
 # The fake guest runs no commands, and has no files.
 _INSIDE = ("exec_in_clone", "get_file", "put_file")
+_SETTINGS = ['{"handler":"a.b"}', '{"handler":"a.b","env":{"A":"x"},"timeout":"1m"}', "{}"]
 
 
 @contextmanager
@@ -50,6 +52,7 @@ def _served(tmp_path: Path) -> Iterator[str]:
 
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
         await running.clones.create(CloneRequest(name="c"))
+        running = await with_functions(running)
         config = running.context.config
         async with server.listeners(config, running):
             place.append(config.socket)
@@ -132,6 +135,8 @@ def _cases(draw: st.DrawFn, schema: Any) -> schemathesis.Case[Any]:
     for name in case.path_parameters or {}:
         if not inside and draw(st.booleans()):
             case.path_parameters[name] = draw(st.sampled_from(["c", "t", "d"]))
+    if operation.definition.raw["operationId"] == "deploy_function" and draw(st.booleans()):
+        case.query = {"settings": draw(st.sampled_from(_SETTINGS))}
     return case
 
 

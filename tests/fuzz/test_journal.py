@@ -15,11 +15,15 @@ from hypothesis import strategies as st
 
 from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.errors import TemplatedError
+from templated.journal import FunctionRows
 from templated.model.api import CloneRequest
 from templated.model.config import Config
+from templated.services.daemon import Services
 from templated.services.places import Layout
 from tests.fuzz.cases import check_error, fuzz
 from tests.unit.fake_daemon import GENERATION, activate, configured, daemon, freeze
+from tests.unit.fake_functions import with_functions
+from tests.unit.test_function_rows import filled
 
 _COLUMNS = {
     "templates": ["name", "active"],
@@ -27,10 +31,18 @@ _COLUMNS = {
     "slots": ["id", "idx", "generation", "uuid", "mac", "ip", "machine_id", "boot_id"],
     "clones": [
         *("name", "slot", "template", "state", "path", "created"),
-        *("pid", "pid_start", "phases", "total_ms", "reason"),
+        *("pid", "pid_start", "phases", "total_ms", "reason", "function"),
     ],
     "counters": ["name", "value"],
     "pools": ["template", "standby", "warm"],
+    "functions": ["name", "reserved", "created"],
+    "versions": ["function", "number", "settings", "digest", "bytes", "created"],
+    "numbers": ["function", "last"],
+    "aliases": ["function", "name", "versions", "description"],
+    "events": [
+        *("id", "function", "qualifier", "payload", "state", "attempts", "created", "due"),
+        "reason",
+    ],
 }
 _PLACES = [(table, column) for table, columns in _COLUMNS.items() for column in columns]
 _VALUES = st.one_of(
@@ -54,6 +66,7 @@ _VALUES = st.one_of(
                 "building",
                 "ready",
             ),
+            *("queued", "f", "$LATEST", '{"1": 0.5}', '{"handler": "a.b", "template": "t"}'),
             *("{}", "[]", '{"spawn": "x"}', "[" * 5000, "x" * 5000, "direct", "dead", 0, -1, 1),
         ]
     ),
@@ -103,9 +116,25 @@ async def _prepare(config: Config, fake: FakeHypervisor) -> None:
     await activate(config)
     async with daemon(config, fake) as running:
         await running.clones.create(CloneRequest(name="c", count=2))
+        await filled(running.context.journal)
     with closing(sqlite3.connect(Layout(config).journal, isolation_level=None)) as db:
         db.execute("INSERT INTO pools VALUES ('u', 0, 0)")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+async def _use_functions(running: Services) -> None:
+    """All that is read of them; one that is known can be changed, or says why not."""
+    functions = (await with_functions(running)).functions
+    assert functions is not None
+    rows = FunctionRows(running.context.journal)
+    await rows.events()
+    await rows.due_events(1e9)
+    await rows.next_due()
+    await rows.event_counts()
+    for view in functions.views():
+        await functions.registry.publish(view.name)
+        await functions.registry.reserve(view.name, 1)
+        await functions.registry.remove(view.name)
 
 
 def _disk(layout: Layout) -> Path:
@@ -136,6 +165,7 @@ def test_spoiled_journals(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         (_spoil_rows if by_row else _spoil_bytes)(layout.journal, changes)
         try:
             async with asyncio.timeout(30), daemon(config, fake) as running:
+                await _use_functions(running)
                 assert not by_row or "c-1" in {view.name for view in running.clones.views()}
         except TemplatedError as error:
             check_error(error)

@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,20 @@ class Daemon:
         self._thread.join()
         self._loop.close()
 
-    def on(self, method: str, path: str, body: Any = None, status: int = 200) -> None:
+    def on(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         """Answer with `body`: bytes as they are, anything else as JSON."""
 
         async def reply(request: web.Request) -> web.StreamResponse:
             if isinstance(body, bytes):
-                return web.Response(body=body, status=status)
-            return web.json_response(body, status=status)
+                return web.Response(body=body, status=status, headers=headers)
+            return web.json_response(body, status=status, headers=headers)
 
         self._replies[method, path] = reply
 

@@ -313,6 +313,11 @@ def test_full_disk(daemon: Daemon) -> None:
 )
 def test_lean_imports(daemon: Daemon, arguments: list[str]) -> None:
     """Starting fast is a promise; heavy modules come in only where they are used."""
+    check_imports(arguments)
+
+
+def check_imports(arguments: list[str]) -> None:
+    """Nothing heavy is imported by a command that succeeds."""
     code = (
         "import sys; from templated.cli.main import main; assert main(sys.argv[1:]) == 0;"
         "heavy = {'rich', 'aiohttp', 'yaml', 'msgspec', 'asyncio', 'prometheus_client'};"

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,14 @@ from msgspec.structs import replace
 
 from templated.errors import Busy, Defect, HostError, NotFound
 from templated.journal import EventRow, FunctionRow, FunctionRows, Journal, now, schema
-from templated.model.function import Alias, CodeView, EventState, Settings, Version
+from templated.model.function import (
+    EVENT_TRANSITIONS,
+    Alias,
+    CodeView,
+    EventState,
+    Settings,
+    Version,
+)
 from tests.unit.test_journal import clone, make, opened
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +178,58 @@ def test_the_life_of_an_event(tmp_path: Path) -> None:
             await rows.event_state("e", EventState.RUNNING)  # it has gone
             assert await rows.events() == [] and await rows.next_due() is None
             assert await rows.events("other") == []
+
+    asyncio.run(main())
+
+
+def test_no_forbidden_move_is_written(tmp_path: Path) -> None:
+    """Each pair of states: written, or refused with the row as it was."""
+
+    async def main() -> None:
+        async with opened(tmp_path) as journal:
+            rows = await filled(journal)
+            for number, (old, new) in enumerate(product(EventState, repeat=2)):
+                name = f"e-{number}"
+                await rows.add_event(replace(event(name), state=old))
+                if new is old or new in EVENT_TRANSITIONS[old]:
+                    await rows.event_state(name, new, reason="why")
+                    expected = new, "why"
+                else:
+                    with pytest.raises(Defect, match=f"event {name} is {old.value}"):
+                        await rows.event_state(name, new, reason="why")
+                    expected = old, ""
+                found = {row.id: (row.state, row.reason) for row in await rows.events()}
+                assert found[name] == expected
+
+    asyncio.run(main())
+
+
+ACCEPTS = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from templated.journal import Journal
+from tests.unit.test_function_rows import filled
+
+async def main():
+    journal = Journal(Path(sys.argv[1]))
+    await journal.open()
+    await filled(journal)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+def test_an_accepted_event_is_not_lost(tmp_path: Path) -> None:
+    """Also when the daemon is killed right after it has answered."""
+    command = [sys.executable, "-c", ACCEPTS, str(tmp_path / "journal.sqlite")]
+    done = subprocess.run(command, cwd=ROOT, timeout=30, check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+    async def main() -> None:
+        async with opened(tmp_path) as journal:
+            (row,) = await FunctionRows(journal).events()
+            assert (row.id, row.payload) == ("e", event("e").payload)
 
     asyncio.run(main())
 

@@ -354,6 +354,26 @@ def test_remove_a_version(tmp_path: Path) -> None:
     play(tmp_path, first)
 
 
+def test_an_instance_that_does_not_end(tmp_path: Path) -> None:
+    """The version is gone, all are told, and the caller hears of it."""
+
+    async def first(rig: Rig) -> None:
+        await rig.published(1)
+        removed: list[str] = []
+
+        async def stuck(name: str, number: int | None) -> None:
+            raise HostError("it does not end", hint="")
+
+        async def told(name: str, number: int | None) -> None:
+            removed.append(name)
+
+        rig.registry.on_removed += [stuck, told]
+        await refused(HostError, rig.registry.remove("f"), "does not end")
+        assert removed == ["f"] and rig.registry.names() == []
+
+    play(tmp_path, first)
+
+
 def test_changes_at_once(tmp_path: Path) -> None:
     """Two deploys and a removal end in the order in which they came, and nothing is mixed."""
 

@@ -231,7 +231,7 @@ class Registry:
         """Remove a numbered version, or all of a function, and end the instances of it.
 
         Raises NotFound, InvalidRequest for `$LATEST`, Conflict for a version that an alias names;
-        leaves it then. What does not end in time is ended by whoever is told of it.
+        leaves it then. Raises what those raise who are told; leaves it removed then.
         """
         async with self._alone(name):
             function = self._function(name)
@@ -247,8 +247,13 @@ class Registry:
             await self._rows.drop_version(name, number)
             del self._functions[name].versions[number]
             self._events.emit("function.removed", name, version=str(number))
-        for told in self.on_removed:
-            await told(name, number)
+        # Each of them is told, whatever the others raise.
+        results = await asyncio.gather(
+            *(told(name, number) for told in self.on_removed), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
     async def reserve(self, name: str, count: int | None) -> None:
         """Set how many requests may run at once; None: no bound of its own. Raises NotFound or

@@ -37,7 +37,7 @@ class Uploads:
             size = await self._write(path, chunks)
             yield path if size else None
         finally:
-            await asyncio.to_thread(path.unlink, missing_ok=True)
+            await asyncio.to_thread(_remove, path)
 
     async def _write(self, path: Path, chunks: AsyncIterator[bytes]) -> int:
         size, file = 0, None
@@ -76,6 +76,12 @@ def _put(file: IO[bytes], chunk: bytes) -> None:
     with host_errors():
         while left:
             left = left[file.write(left) :]
+
+
+def _remove(path: Path) -> None:
+    # Where no file could be made there is none.
+    with host_errors(), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        path.unlink()
 
 
 def _close(file: IO[bytes]) -> None:
