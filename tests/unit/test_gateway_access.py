@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import socket
@@ -19,13 +18,11 @@ import pytest
 from templated.api.gateway import body as bodies
 from templated.api.gateway.errors import Refused
 from templated.api.gateway.keys import read_keys
-from templated.api.gateway.server import gateway
 from templated.api.gateway.signature import Head, Verifier
 from templated.api.gateway.table import OPERATIONS
-from templated.errors import ConfigError, HostError
+from templated.errors import ConfigError
 from templated.model.access import Role
-from templated.model.config import GatewayConfig, GatewayKey
-from tests.unit.fake_daemon import configured, run
+from templated.model.config import GatewayKey
 from tests.unit.lambda_client import CONFIDENTIAL, KEYS, REGION, Gate, create, refusal, talk
 
 pytestmark = pytest.mark.usefixtures("no_blocking_calls")
@@ -286,7 +283,7 @@ def test_changes_are_audited(tmp_path: Path) -> None:
     talk(tmp_path, work)
 
 
-# Keys and the listener
+# Keys
 
 
 def test_files_of_secrets(tmp_path: Path) -> None:
@@ -312,47 +309,6 @@ def test_files_of_secrets(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo", 0o600)
     with pytest.raises(ConfigError, match="no file"):
         read_keys([GatewayKey(id="ABC", secret_file=str(tmp_path / "fifo"))])
-
-
-def test_without_a_key_nothing_listens(tmp_path: Path) -> None:
-    """Nor without a section."""
-
-    async def work() -> None:
-        config = await asyncio.to_thread(configured, tmp_path)
-        nothing: Any = None
-        for settings in (None, GatewayConfig()):
-            changed = type(config)(**{**_fields(config), "gateway": settings})
-            async with gateway(changed, nothing, nothing) as address:
-                assert address is None
-
-    run(work())
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in config.__struct_fields__}
-
-
-@pytest.mark.parametrize(
-    "listen", ["127.0.0.1:{}", "192.0.2.1:0", "127.0.0.1:99999", "x.invalid:1"]
-)
-def test_an_address_that_cannot_be_had(tmp_path: Path, listen: str) -> None:
-    """One line that names it and the key to set."""
-
-    async def work() -> None:
-        nothing: Any = None
-        config = await asyncio.to_thread(configured, tmp_path)
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen()
-            address = listen.format(taken.getsockname()[1])
-            settings = GatewayConfig(listen=address, keys=KEYS)
-            changed = type(config)(**{**_fields(config), "gateway": settings})
-            with pytest.raises(HostError, match=re.escape(address)) as caught:
-                async with gateway(changed, nothing, nothing):
-                    pass
-            assert "gateway.listen" in caught.value.hint
-
-    run(work())
 
 
 # Hostile clients

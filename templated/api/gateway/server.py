@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import uuid
 from collections.abc import AsyncIterator
@@ -84,6 +85,10 @@ def _verifier(settings: GatewayConfig) -> Verifier:
 
 async def _listen(address: str, runner: web.ServerRunner) -> None:
     host, _, port = address.rpartition(":")
+    if not _loopback(host.strip("[]")):
+        log.warning(
+            "gateway.listen: other hosts can reach %s, and what they send is not encrypted", address
+        )
     try:
         site = web.TCPSite(runner, host.strip("[]") or None, int(port), backlog=_BACKLOG)
         await site.start()
@@ -92,6 +97,12 @@ async def _listen(address: str, runner: web.ServerRunner) -> None:
             f"the gateway cannot listen on {address}: {getattr(error, 'strerror', None) or error}",
             hint="set gateway.listen to a free address, or `gateway: null`",
         ) from error
+
+
+def _loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 class Gateway:
