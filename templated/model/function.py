@@ -163,6 +163,7 @@ class DeployRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     timeout: Duration | None = None
     description: Annotated[str, Meta(max_length=256)] | None = None
     told: Told | None = None
+    """What is empty in it stays as it is, too."""
 
 
 class PublishRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

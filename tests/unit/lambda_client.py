@@ -41,6 +41,7 @@ class Gate:
     address: tuple[str, int]
     functions: Functions
     services: Services
+    loop: asyncio.AbstractEventLoop
 
     def client(
         self,
@@ -97,7 +98,8 @@ def talk(
         assert services.functions is not None
         async with gateway(config, services.functions, running.audit, memory) as address:
             assert address is not None
-            await asyncio.to_thread(work, Gate(address, services.functions, services))
+            loop = asyncio.get_running_loop()
+            await asyncio.to_thread(work, Gate(address, services.functions, services, loop))
 
     play(tmp_path, scenario)
 

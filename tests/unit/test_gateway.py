@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from templated.errors import Busy, HostError, Throttled
-from templated.model.function import MAX_CODE
-from tests.unit.fake_functions import FakeRouter
+from templated.model.function import MAX_CODE, DeployRequest, Runtime
+from tests.unit.fake_functions import FakeCode, FakeRouter
 from tests.unit.lambda_client import ROLE, Gate, create, refusal, talk, zipped
 
 pytestmark = pytest.mark.usefixtures("no_blocking_calls")
@@ -212,6 +215,50 @@ def test_aliases(tmp_path: Path) -> None:
         assert busy[:2] == (409, "ResourceConflictException")
         client.delete_alias(FunctionName="hello", Name="live")
         assert client.list_aliases(FunctionName="hello")["Aliases"] == []
+
+    talk(tmp_path, work)
+
+
+def test_two_changes_of_one_revision(tmp_path: Path) -> None:
+    """One is made; the other is told, however late it comes."""
+
+    def work(gate: Gate) -> None:
+        client, code = gate.client(), gate.functions.code
+        made = create(client)
+        assert isinstance(code, FakeCode)
+        code.pause = asyncio.Event()
+
+        def update(number: int) -> str:
+            arguments = {"FunctionName": "hello", "ZipFile": zipped(str(number))}
+            try:
+                gate.client().update_function_code(RevisionId=made["RevisionId"], **arguments)
+            except ClientError as error:
+                return str(error.response["Error"]["Code"])
+            return "made"
+
+        with ThreadPoolExecutor(3) as pool:
+            changes = [pool.submit(update, number) for number in range(3)]
+            while gate.functions.registry._users["hello"] != 3:
+                time.sleep(0.005)
+            gate.loop.call_soon_threadsafe(code.pause.set)
+        refused = "PreconditionFailedException"
+        assert sorted(change.result() for change in changes) == [refused, refused, "made"]
+
+    talk(tmp_path, work)
+
+
+def test_a_runtime_that_is_changed_elsewhere(tmp_path: Path) -> None:
+    """What a client said once is not told when it is not so any more."""
+
+    def work(gate: Gate) -> None:
+        client = gate.client()
+        create(client)
+        change = gate.functions.registry.deploy(
+            "hello", DeployRequest(runtime=Runtime.PROVIDED), None
+        )
+        asyncio.run_coroutine_threadsafe(change, gate.loop).result(10)
+        shown = client.get_function_configuration(FunctionName="hello")
+        assert (shown["Runtime"], shown["Role"]) == ("provided.al2023", ROLE)
 
     talk(tmp_path, work)
 

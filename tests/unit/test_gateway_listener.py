@@ -73,7 +73,8 @@ def test_it_is_one_of_the_daemons_listeners(
         services = await with_functions(running)
         assert services.functions is not None
         async with server.listeners(config, services):
-            gate = Gate(("127.0.0.1", port), services.functions, services)
+            loop = asyncio.get_running_loop()
+            gate = Gate(("127.0.0.1", port), services.functions, services, loop)
             made = await asyncio.to_thread(lambda: create(gate.client()))
             assert made["MemorySize"] == 128
         with pytest.raises(ConnectionError):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 import zipfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -25,8 +25,10 @@ from templated.api.gateway.shapes import (
     refuse,
 )
 from templated.api.gateway.views import revision
-from templated.model.function import LATEST, DeployRequest, Told, Version
+from templated.errors import Changed
+from templated.model.function import LATEST, Alias, DeployRequest, Version
 
+Entity = TypeVar("Entity", Version, Alias)
 MAX_ZIP = 50 << 20
 _NO_ZIP = "ZipFile: it is no zip, or a broken one"
 
@@ -42,7 +44,7 @@ async def create_function(call: Call) -> web.Response:
         raise wrong("Code: ZipFile is missing")
     if not wanted.role:
         raise wrong("Role is missing; it means nothing here, and is told back")
-    request = wanted.deploy(Told(), wanted.template())
+    request = wanted.deploy(wanted.template())
     version = await _deploy(call, name, request, wanted.code.zip_file, new=True)
     return await _deployed(call, version, publish=wanted.publish, status=201)
 
@@ -53,14 +55,15 @@ async def update_code(call: Call) -> web.Response:
     wanted = await call.decode(UpdateCode)
     call.detail = "code publish" if wanted.publish else "code"
     refuse(wanted, NOT_OF_UPDATES)
-    check_revision(call.desk.functions.registry.latest(name), wanted.revision_id)
+    latest = expected(call.desk.functions.registry.latest(name), wanted.revision_id)
     if wanted.zip_file is None:
         raise wrong("ZipFile is missing")
     if wanted.dry_run:
         call.detail = "dry run"
         await _check_zip(wanted.zip_file)
         return json_answer(shown(call, call.desk.functions.registry.latest(name), None))
-    version = await _deploy(call, name, DeployRequest(), wanted.zip_file, new=False)
+    with revised(wanted.revision_id):
+        version = await _deploy(call, name, DeployRequest(), wanted.zip_file, latest, new=False)
     return await _deployed(call, version, publish=wanted.publish)
 
 
@@ -72,10 +75,10 @@ async def update_configuration(call: Call) -> web.Response:
     # Which settings, not what they are: values of the environment may be secrets.
     call.detail = " ".join(label for field, label in given if getattr(wanted, field) is not None)
     refuse(wanted, NOT_OF_FUNCTIONS)
-    latest = call.desk.functions.registry.latest(name)
-    check_revision(latest, wanted.revision_id)
-    request = wanted.deploy(latest.settings.told)
-    version = await call.desk.functions.registry.deploy(name, request, None, new=False)
+    registry = call.desk.functions.registry
+    latest = expected(registry.latest(name), wanted.revision_id)
+    with revised(wanted.revision_id):
+        version = await registry.deploy(name, wanted.deploy(), None, new=False, expected=latest)
     return json_answer(shown(call, version, None))
 
 
@@ -136,14 +139,33 @@ def shown(call: Call, version: Version, qualifier: str | None) -> dict[str, Any]
     return call.desk.views.configuration(version, qualifier, values=call.admin)
 
 
-def check_revision(latest: Version, wanted: str | None) -> None:
-    """Raise Refused when a change was meant for another `$LATEST`."""
-    if wanted is not None and wanted != revision(latest):
-        raise Refused(
-            "PreconditionFailedException",
-            "The RevisionId provided does not match the latest one: it was changed meanwhile.",
-            status=412,
-        )
+def expected(found: Entity, wanted: str | None) -> Entity | None:
+    """What a change is meant for, if it says so: its revision. Raises Refused when it is another
+    one already."""
+    if wanted is None:
+        return None
+    if wanted != revision(found):
+        raise _stale()
+    return found
+
+
+@contextmanager
+def revised(wanted: str | None) -> Iterator[None]:
+    """The error of a change that came too late as that of a revision, if it named one."""
+    try:
+        yield
+    except Changed:
+        if wanted is None:
+            raise
+        raise _stale() from None
+
+
+def _stale() -> Refused:
+    return Refused(
+        "PreconditionFailedException",
+        "The RevisionId provided does not match the latest one: it was changed meanwhile.",
+        status=412,
+    )
 
 
 async def _deployed(
@@ -156,14 +178,22 @@ async def _deployed(
 
 
 async def _deploy(
-    call: Call, name: str, request: DeployRequest, content: bytes, *, new: bool
+    call: Call,
+    name: str,
+    request: DeployRequest,
+    content: bytes,
+    latest: Version | None = None,
+    *,
+    new: bool,
 ) -> Version:
     if len(content) > MAX_ZIP:
         raise wrong(f"ZipFile: at most {MAX_ZIP} bytes")
     if not content:
         raise wrong(_NO_ZIP)
     async with _archive(call, content) as archive:
-        return await call.desk.functions.registry.deploy(name, request, archive, new=new)
+        return await call.desk.functions.registry.deploy(
+            name, request, archive, new=new, expected=latest
+        )
 
 
 @asynccontextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-import msgspec
 from msgspec import Meta, Struct, field
 
 from templated.api.gateway.errors import wrong
@@ -75,10 +74,8 @@ class Configuration(_Elsewhere, frozen=True, kw_only=True, rename="pascal"):
     memory_size: _Memory | None = None
     environment: Environment | None = None
 
-    def deploy(self, old: Told, template: str | None = None) -> DeployRequest:
+    def deploy(self, template: str | None = None) -> DeployRequest:
         """As what the registry takes. Raises Refused."""
-        given = {"role": self.role, "runtime": self.runtime}
-        told = {name: value for name, value in given.items() if value is not None}
         # Checked by the registry, with all that it checks of what comes by other ways.
         return DeployRequest(
             handler=self.handler,
@@ -87,7 +84,7 @@ class Configuration(_Elsewhere, frozen=True, kw_only=True, rename="pascal"):
             env=None if self.environment is None else self.environment.variables,
             timeout=None if self.timeout is None else f"{self.timeout}s",
             description=self.description,
-            told=msgspec.structs.replace(old, **told) if told else None,
+            told=Told(role=self.role or "", runtime=self.runtime or ""),
         )
 
 

@@ -11,8 +11,9 @@ from templated.api.gateway.call import Call, json_answer, page, paged
 from templated.api.gateway.errors import Refused, wrong
 from templated.api.gateway.functions import (
     all_versions,
-    check_revision,
+    expected,
     latest_or_number,
+    revised,
     shown,
 )
 from templated.api.gateway.shapes import (
@@ -23,7 +24,7 @@ from templated.api.gateway.shapes import (
     UpdateAlias,
     refuse,
 )
-from templated.api.gateway.views import code_sha256, revision
+from templated.api.gateway.views import code_sha256
 from templated.model.function import Alias
 
 
@@ -33,11 +34,14 @@ async def publish_version(call: Call) -> web.Response:
     wanted = await call.decode(PublishVersion)
     refuse(wanted, ("publish_to",))
     latest = registry.latest(name)
-    check_revision(latest, wanted.revision_id)
+    known = expected(latest, wanted.revision_id)
     digest = _digest(wanted.code_sha256) if wanted.code_sha256 else None
     if digest is not None and digest != latest.code.digest:
         raise wrong(f"CodeSha256: that of $LATEST is {code_sha256(latest.code.digest)}")
-    version = await registry.publish(name, description=wanted.description, digest=digest)
+    with revised(wanted.revision_id):
+        version = await registry.publish(
+            name, description=wanted.description, digest=digest, expected=known
+        )
     call.detail = f"version {version.label}"
     return json_answer(shown(call, version, version.label), 201)
 
@@ -65,12 +69,7 @@ async def update_alias(call: Call) -> web.Response:
     """Point an alias at other versions, or describe it in other words."""
     name, old = call.alone, _alias(call)
     wanted = await call.decode(UpdateAlias)
-    if wanted.revision_id is not None and wanted.revision_id != revision(old):
-        raise Refused(
-            "PreconditionFailedException",
-            "The RevisionId provided does not match the latest one of the alias.",
-            status=412,
-        )
+    expected(old, wanted.revision_id)
     first, *others = old.versions
     if wanted.function_version is not None:
         first = latest_or_number(wanted.function_version)
@@ -79,9 +78,11 @@ async def update_alias(call: Call) -> web.Response:
         routing = Routing({label: old.versions[label] for label in others})
     versions = _weights(first, routing)
     call.detail = _told(old.name, versions)
-    alias = await call.desk.functions.registry.set_alias(
-        name, old.name, versions, description=wanted.description, new=False
-    )
+    with revised(wanted.revision_id):
+        # What it leaves out was taken from `old`: that has to be what is there still.
+        alias = await call.desk.functions.registry.set_alias(
+            name, old.name, versions, description=wanted.description, new=False, expected=old
+        )
     return json_answer(call.desk.views.alias(alias))
 
 

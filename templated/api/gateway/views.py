@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 
 from templated.api.gateway.names import Place
-from templated.model.function import Alias, Runtime, Version
+from templated.api.gateway.shapes import runtime_of
+from templated.model.function import Alias, Runtime, Settings, Version
 from templated.model.units import seconds
 
 _RUNTIMES = {Runtime.PYTHON: "python3.11", Runtime.PROVIDED: "provided.al2023"}
@@ -40,7 +41,7 @@ class Views:
         shown: dict[str, Any] = {
             "FunctionName": version.function,
             "FunctionArn": self.place.arn(version.function, qualifier),
-            "Runtime": settings.told.runtime or _RUNTIMES[settings.runtime],
+            "Runtime": _runtime(settings),
             "Role": settings.told.role or self.place.role(),
             "Handler": settings.handler,
             "CodeSize": version.code.bytes,
@@ -78,6 +79,12 @@ class Views:
             weights = {label: alias.versions[label] for label in others}
             shown["RoutingConfig"] = {"AdditionalVersionWeights": weights}
         return shown
+
+
+def _runtime(settings: Settings) -> str:
+    """What a client said, unless it was made another one by another way."""
+    said = settings.told.runtime
+    return said if said and runtime_of(said) is settings.runtime else _RUNTIMES[settings.runtime]
 
 
 def code_sha256(digest: str) -> str:

@@ -94,8 +94,8 @@ class AuditLog:
     async def read(
         self, lines: int, *, since: float | None = None, user: str = ""
     ) -> list[AuditEntry]:
-        """The last entries, oldest first: of the last `since` seconds; of a user, by name or uid, or
-        of a key.
+        """The last entries, oldest first: of the last `since` seconds, of a user's name or uid, or
+        of a key's id.
 
         Raises Conflict when the log is switched off, HostError when it cannot be read.
         """
