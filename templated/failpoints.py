@@ -89,10 +89,14 @@ _INLINES = (
     "process.spawn",
     "process.watch",
 )
-_AGENT = ("connect", "ping", "identify", "clock", "quiesce", "exec", "put", "get")
+_AGENT = (
+    *("connect", "ping", "identify", "clock", "quiesce", "exec", "put", "get"),
+    *("rehearse", "load", "part", "invoke"),
+)
 _QMP = (
     *("greeting", "query-status", "migrate-set-capabilities", "migrate-incoming", "restore"),
     *("cont", "stop", "set_link", "netdev_del", "getfd", "add-fd", "migrate", "save", "quit"),
+    *("blockdev-add", "blockdev-reopen"),
 )
 _WRITES = (
     *("open", "new_slot", "drop_slot", "new_clone", "clone_state", "set_pool", "new_generation"),

@@ -53,6 +53,7 @@ ALLOWED: dict[str, tuple[Call, set[MachineState]]] = {
     "pause": (lambda m: m.pause(), {RUNNING}),
     "status": (lambda m: m.status(), LIVE | {SAVED}),
     "set_link": (lambda m: m.set_link(True), LIVE),
+    "exchange_code": (lambda m: m.exchange_code(_ELSEWHERE), {WAITING, EXPECTING, PAUSED}),
     "detach_network": (lambda m: m.detach_network(), {PAUSED}),
     "save": (lambda m: m.save(_ELSEWHERE, BOUND), {PAUSED}),
     "quit": (lambda m: m.quit(BOUND), LIVE | {SAVED}),

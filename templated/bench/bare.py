@@ -256,6 +256,7 @@ class Stage:
             network=network.attach(Port(_SLOT), _INDEX),
             control_fd=control.fileno(),
             agent_fd=agent.fileno(),
+            code=self.generation.code,
             confined=self.confined,
         )
 

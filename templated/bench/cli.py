@@ -39,6 +39,12 @@ _NEIGHBOURS_EXAMPLES = """
 templated bench neighbours 10
 templated bench neighbours 20 --rounds 50 --template limited -o json
 """
+_INVOKE_EXAMPLES = """
+templated bench invoke
+templated bench invoke --paused 200 --first 0 --attach 0 --shifted 0
+AWS_ACCESS_KEY_ID=me AWS_SECRET_ACCESS_KEY=... AWS_DEFAULT_REGION=us-east-1 \\
+    templated bench invoke --gateway http://127.0.0.1:9178
+"""
 _COMPARE_EXAMPLES = """
 templated bench compare
 templated bench compare -n 20 --only direct,virsh-restore --plot compare.svg
@@ -254,6 +260,59 @@ def neighbours(settings: Settings, n: int, rounds: int, template: str | None) ->
     from templated.bench.neighbours import measure_neighbours
 
     _run(settings, template, None, lambda session: measure_neighbours(session, n, rounds))
+
+
+@bench.command("invoke", examples=_INVOKE_EXAMPLES)
+@_count("--paused", default=200, most=10000, about="Requests on paused instances.")
+@_count("--claims", default=50, least=1, most=1000, about="Bare claims, in turn with them.")
+@_count("--first", default=30, most=1000, about="First requests, with and without a pool.")
+@_count("--attach", default=20, most=1000, about="First requests, of small and of large code.")
+@_count("--shifted", default=1000, most=100000, about="Requests by the weights of an alias.")
+@click.option(
+    "--sustained",
+    metavar="SECONDS",
+    type=click.FloatRange(0, 3600),
+    default=10.0,
+    show_default=True,
+    help="How long four callers go on without a pause.",
+)
+@click.option(
+    "--gateway",
+    metavar="URL",
+    default=None,
+    help="Also compare boto3 with the unix socket. Keys are found as boto3 finds them.",
+)
+@_template
+@click.pass_obj
+def invoke(
+    settings: Settings,
+    paused: int,
+    claims: int,
+    first: int,
+    attach: int,
+    shifted: int,
+    sustained: float,
+    gateway: str | None,
+    template: str | None,
+) -> None:
+    """Time requests of functions, each way in turn with what it is measured by.
+
+    Handlers return what they are given. A request on a paused instance is compared with a bare
+    claim of a warm clone, a first request without a pool with a direct clone. The functions are
+    removed at the end. The template must have `code: true`.
+    """
+    from templated.bench import invoke as module
+
+    plan = module.Plan(
+        paused=paused,
+        claims=claims,
+        first=first,
+        attach=attach,
+        sustained=sustained,
+        shifted=shifted,
+        gateway=gateway,
+    )
+    _run(settings, template, None, lambda session: module.measure_invoke(session, plan))
 
 
 @bench.command("compare", examples=_COMPARE_EXAMPLES)

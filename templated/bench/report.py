@@ -113,6 +113,45 @@ def _neighbours(report: dict[str, Any]) -> None:
     click.echo(f"the daemon's memory: {memory['before']} KiB, at most {memory['most']} KiB")
 
 
+def _invoke(report: dict[str, Any]) -> None:
+    click.echo(f"functions on template {report['template']}, milliseconds")
+    _header("phases (p50)")
+    first, attach = report.get("first", {}), report.get("attach", {})
+    rows = {
+        "paused": report.get("paused"),
+        "bare claim": report.get("claim"),
+        "first, pool": first.get("pool"),
+        "first, direct": first.get("direct"),
+        "direct clone": first.get("clone"),
+        "attach 100 KB": attach.get("100 KB"),
+        "attach 200 MB": attach.get("200 MB"),
+        **{way: report.get("gateway", {}).get(way) for way in ("boto3", "socket")},
+    }
+    for name, row in rows.items():
+        if row is not None:
+            phases = row.get("phases_p50", {})
+            _row(name, row, "  ".join(f"{k} {v:g}" for k, v in phases.items()))
+    for title, group, key in (
+        ("paused to bare claim", report, "paused_to_claim"),
+        ("first, direct to direct clone", first, "direct_to_clone"),
+        ("attach, 200 MB to 100 KB", attach, "large_to_small"),
+        ("boto3 adds (p50)", report.get("gateway", {}), "adds_p50"),
+    ):
+        if key in group:
+            click.echo(f"{title}: {group[key]:g}")
+    if found := report.get("sustained"):
+        click.echo(
+            f"sustained, {found['instances']} instances: {found['per_second']:g} per second; "
+            f"alone a request runs {found['run_alone']['p50']:g} (p50)"
+        )
+    if found := report.get("shifted"):
+        click.echo(
+            f"weights 0.9 and 0.1: {found['second']} of {found['n']} by the second, "
+            f"{found['deviation_sigma']:g} standard deviations off; while the alias moved "
+            f"{found['while_moving']} requests, {found['errors_while_moving']} errors"
+        )
+
+
 def _paused(report: dict[str, Any]) -> None:
     click.echo(f"direct beside {report['paused']} paused VMs, milliseconds")
     _row("without", report["direct_without"], "")
@@ -157,5 +196,6 @@ _SHOWN = {
     "burst": _burst,
     "density": _density,
     "neighbours": _neighbours,
+    "invoke": _invoke,
     "soak": _soak,
 }

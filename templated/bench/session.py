@@ -101,6 +101,7 @@ class Session:
             frozen=Path(info.shm_dir) / self.template / active,
             image=image_disk(Path(info.state_dir), manifest.image),
             read_only_memory=False,
+            placeholder=Path(info.state_dir) / "code/placeholder.img",
         )
         for path in (*found.files().values(), found.layer.empty):
             if not os.access(path, os.R_OK):
@@ -170,6 +171,13 @@ class Pools:
         except TemplatedError:
             self._set({tier: sizes[tier]})
             raise
+
+    def empty(self) -> None:
+        """Have no members. Raises as `settled` does."""
+        if self._before is None:
+            self._before = self.targets()
+        self._set(dict.fromkeys(POOLED, 0))
+        self.settled()
 
     def targets(self) -> dict[str, int]:
         """The sizes as they are now."""

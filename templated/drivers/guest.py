@@ -18,16 +18,23 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 
 from templated import failpoints
+from templated.drivers.guest_functions import (
+    Answer,
+    InvokeOrder,
+    Loaded,
+    LoadOrder,
+    converted,
+    keep_part,
+)
 from templated.drivers.pace import MAX_LINE, READ, TURN, Lines, Pace
 from templated.errors import Busy, GuestError, InvalidRequest, TemplatedError, Timeout
 from templated.guest.agent.wire import CLAIM, IDENTIFY, PACKED, REHEARSAL, SEEN
 
-T = TypeVar("T")
 CHUNK = 32768
 MAX_FILE = 64 << 20
 ENTROPY_BYTES = 64
@@ -87,7 +94,7 @@ class Confirmation:
     def of(cls, raw: msgspec.Raw) -> Confirmation:
         """Read the agent's reply; GuestError when it is none."""
         try:
-            seen = bytes.fromhex(_convert(raw, _Seen).seen)
+            seen = bytes.fromhex(converted(raw, _Seen).seen)
             mac, ip, netmask, clock = SEEN.unpack_from(seen)
             hostname, machine_id, boot_id, uid = seen[SEEN.size :].decode().splitlines()
             if not math.isfinite(clock):
@@ -178,18 +185,19 @@ class _Reply(msgspec.Struct, frozen=True):
     ok: bool | None = None
     result: msgspec.Raw = msgspec.Raw(b"{}")
     error: dict[str, Any] | None = None
-    stream: Literal["stdout", "stderr"] | None = None
+    stream: Literal["stdout", "stderr", "payload"] | None = None
     data: str = ""
 
 
 class _Pending:
-    """A request under way: its reply, and where its output goes."""
+    """A request under way: its reply, and where its output goes, and the parts of a payload."""
 
-    def __init__(self, sink: _Sink | None) -> None:
+    def __init__(self, sink: _Sink | None, parts: bytearray | None) -> None:
         self.reply: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
         # It may come when nobody waits for it any more, and is no news then.
         self.reply.add_done_callback(lambda reply: reply.cancelled() or reply.exception())
         self.sink = sink
+        self.parts = parts
 
 
 _decoder = msgspec.json.Decoder(_Reply)
@@ -258,9 +266,11 @@ class Agent:
         timeout: float,
         arguments: dict[str, Any] | None = None,
         sink: _Sink | None = None,
+        parts: bytearray | None = None,
     ) -> msgspec.Raw:
         """Send one request and wait for its reply, at most `timeout` seconds.
 
+        `sink` gets its output, `parts` what belongs to its reply and comes before it.
         Raises Timeout, or GuestError when the agent reports an error, when the guest does not take
         what it was sent before, or when the connection ends.
         """
@@ -275,7 +285,7 @@ class Agent:
             )
         if self._writer.transport.get_write_buffer_size() >= MAX_LINE:
             raise GuestError("the guest does not take what it was sent before")
-        pending = self._pending[number] = _Pending(sink)
+        pending = self._pending[number] = _Pending(sink, parts)
         try:
             async with asyncio.timeout(timeout):
                 if failpoints.armed:
@@ -300,7 +310,7 @@ class Agent:
     async def adjust_clock(self, seconds: float, timeout: float) -> float:
         """Shift the guest's wall clock; returns its time after that."""
         raw = await self.request("clock", timeout, {"adjust": seconds})
-        return _convert(raw, _Clock).time
+        return converted(raw, _Clock).time
 
     async def quiesce(self, timeout: float) -> None:
         """Prepare the guest to be frozen: address dropped, file systems synced."""
@@ -339,7 +349,7 @@ class Agent:
             while (output := await unread.get()) is not None:
                 waiting -= len(output.data) + _PIECE
                 yield output
-            yield _convert(await request, ExecResult)
+            yield converted(await request, ExecResult)
         finally:
             request.cancel()
             await asyncio.gather(request, return_exceptions=True)
@@ -378,7 +388,7 @@ class Agent:
     async def _get_part(self, path: str, timeout: float, content: bytearray) -> bool:
         """Add the next part of a file; whether it was the last."""
         part = {"path": path, "offset": len(content), "length": CHUNK}
-        chunk = _convert(await self.request("get", timeout, part), FileChunk)
+        chunk = converted(await self.request("get", timeout, part), FileChunk)
         try:
             data = base64.b64decode(chunk.data, validate=True)
         except ValueError as error:
@@ -387,6 +397,34 @@ class Agent:
             raise GuestError("the agent answered nonsense: a part of a file that is empty")
         content += data
         return chunk.eof
+
+    async def load(self, order: LoadOrder, timeout: float, sink: _Sink | None = None) -> Loaded:
+        """Attach a function's code and start it; `sink` gets what it prints meanwhile.
+
+        Raises InitFailed when the function did not come up, and what `request` raises, also when
+        the code cannot be attached or is not the right one.
+        """
+        parts = bytearray()
+        return Loaded.of(await self.request("load", timeout, order.fields(), sink, parts), parts)
+
+    async def invoke(self, order: InvokeOrder, timeout: float, sink: _Sink | None = None) -> Answer:
+        """Give the function one request, and wait for its answer, at most `timeout` seconds.
+
+        `sink` gets what was printed since the last one. Raises InvalidRequest for a payload that
+        cannot be sent, and what `request` raises. A part of a large payload has `timeout`, too.
+        """
+        for part in order.parts():
+            await self.request("part", timeout, part)
+        parts = bytearray()
+        raw = await self.request("invoke", timeout, order.fields(), sink, parts)
+        return Answer.of(raw, parts)
+
+    async def rehearse_code(self, timeout: float) -> None:
+        """Do once what a function's start and a request do, with the code that is there.
+
+        That is the placeholder; nothing of it is left. Raises what `request` raises.
+        """
+        await self.request("rehearse", timeout)
 
     async def _receive(
         self, reader: asyncio.StreamReader, transport: asyncio.ReadTransport
@@ -434,8 +472,7 @@ class Agent:
             return False
         if reply.stream is not None:
             try:
-                if pending.sink is not None:
-                    pending.sink(Output(reply.stream, base64.b64decode(reply.data)))
+                self._stream(pending, reply.stream, base64.b64decode(reply.data))
             except TemplatedError as error:  # the receiver refuses more output
                 pending.reply.set_exception(error)
         elif reply.ok:
@@ -445,9 +482,10 @@ class Agent:
             pending.reply.set_exception(GuestError(f"the guest's agent refused: {message}"))
         return True
 
-
-def _convert(raw: msgspec.Raw, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(raw, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise GuestError(f"the agent answered nonsense: {error}") from error
+    def _stream(self, pending: _Pending, stream: str, data: bytes) -> None:
+        if stream == "payload":
+            if pending.parts is None:
+                raise GuestError("the agent answered nonsense: a payload that nobody asked for")
+            keep_part(pending.parts, data)
+        elif pending.sink is not None:
+            pending.sink(Output("stdout" if stream == "stdout" else "stderr", data))

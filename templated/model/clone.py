@@ -50,6 +50,8 @@ class Phase(enum.StrEnum):
     """A timed step of a start, in order."""
 
     ALLOCATE = "allocate"
+    ATTACH = "attach"
+    """Only of an instance of a function from a pool: its code is put behind the second disk."""
     SPAWN = "spawn"
     BOOT = "boot"
     """Only on the path `cold`, in place of `restore` and `resume`."""

@@ -159,6 +159,8 @@ class TemplateSpec(_Spec, frozen=True, kw_only=True):
     identity: IdentitySpec = IdentitySpec()
     network: NetworkSpec = NetworkSpec()
     limits: LimitSpec = LimitSpec()
+    code: bool = False
+    """VMs have a second, read-only disk for the code of a function."""
     pool: PoolSpec = PoolSpec()
 
     def __post_init__(self) -> None:

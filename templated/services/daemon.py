@@ -17,9 +17,10 @@ from templated.drivers.hypervisor.base import Hypervisor
 from templated.drivers.hypervisor.qemu.driver import Qemu
 from templated.drivers.image.store import ImageStore
 from templated.drivers.network import Network, make_network
+from templated.drivers.objectstore import connect
 from templated.errors import Conflict
-from templated.journal import Journal
-from templated.model.config import Config
+from templated.journal import FunctionRows, Journal
+from templated.model.config import Config, GatewayConfig
 from templated.model.network import AddressPlan
 from templated.model.uids import UidRange, block_of
 from templated.model.units import optional_bytes, seconds, size_bytes
@@ -27,7 +28,17 @@ from templated.services.clones.guest import Guests
 from templated.services.clones.recovery import recover
 from templated.services.clones.registry import Clones
 from templated.services.context import Context
+from templated.services.functions.bounds import Bounds
+from templated.services.functions.cache import CodeCache
 from templated.services.functions.functions import Functions
+from templated.services.functions.instance import Timing
+from templated.services.functions.instances import Instances
+from templated.services.functions.logs import FunctionLogs
+from templated.services.functions.queue import EventQueue
+from templated.services.functions.registry import Registry
+from templated.services.functions.router import Router
+from templated.services.functions.uploads import Uploads
+from templated.services.functions.zone import Zone
 from templated.services.host import Host
 from templated.services.machines.admission import Admission
 from templated.services.machines.slots import Slots
@@ -37,6 +48,7 @@ from templated.services.pools.members import Pools
 from templated.services.pools.refill import Refill
 from templated.services.reports.audit import AuditLog
 from templated.services.reports.events import EventBus
+from templated.services.reports.function_metrics import FunctionMetrics
 from templated.services.reports.metrics import Metrics
 from templated.services.reports.operations import Operations
 from templated.services.tasks import Tasks
@@ -61,8 +73,7 @@ class Services:
     operations: Operations
     refill: Refill
     audit: AuditLog
-    functions: Functions | None = None
-    """None as long as no part of the daemon makes them."""
+    functions: Functions
 
 
 class Installation:
@@ -125,6 +136,7 @@ async def _services(installation: Installation, journal: Journal) -> AsyncIterat
     pools = Pools(context, tasks, templates)
     clones = Clones(context, tasks, templates, pools)
     refill = Refill(context, tasks, pools, templates)
+    made = _Functions(context, tasks, templates, clones)
     _subscribe(context.slots, templates, pools)
     try:
         await templates.open()
@@ -138,17 +150,98 @@ async def _services(installation: Installation, journal: Journal) -> AsyncIterat
         tasks.spawn(watch(context, templates, pools, clones), "measuring the host")
         tasks.spawn(LimitWatch(context, clones).run(), "watching the limits of clones")
         tasks.spawn(audit.run(), "writing the audit log")
+        await made.open()
         guests, operations = Guests(clones), Operations(tasks)
-        yield Services(context, templates, pools, clones, guests, operations, refill, audit)
+        yield Services(
+            context, templates, pools, clones, guests, operations, refill, audit, made.functions
+        )
     finally:
         context.events.close()
+        await made.end()
         await tasks.end()
+        await made.close()
         await audit.flush()
         await pools.close()
         await context.slots.close()
         await clones.release()
         await context.network.close(remove=False)
         await journal.close()
+
+
+class _Functions:
+    """The parts of functions, made in order."""
+
+    def __init__(
+        self, context: Context, tasks: Tasks, templates: Templates, clones: Clones
+    ) -> None:
+        config, layout = context.config, context.layout
+        rows, metrics = FunctionRows(context.journal), FunctionMetrics(context.metrics.registry)
+        store = config.code.store
+        self._zone = None if store is None else Zone(connect(store), store.parallel)
+        self._tasks = tasks
+        size = size_bytes(config.code.cache_size)
+        self._cache = CodeCache(layout.code, size, self._zone, metrics)
+        self._registry = Registry(rows, context.events, self._cache, templates.takers)
+        self._cache.needed = self._registry.needed
+        self._logs = FunctionLogs(layout.function_logs, size_bytes(config.functions.log_size))
+        self._router = self._make_router(context, clones, metrics)
+        self._queue = EventQueue(rows, self._registry, self._router, context.events)
+        self._uploads = Uploads(layout.incoming)
+        self._registry.on_changed.append(self._router.changed)
+        self._registry.on_removed += [self._router.removed, self._removed]
+        self.functions = Functions(
+            registry=self._registry,
+            router=self._router,
+            queue=self._queue,
+            logs=self._logs,
+            code=self._cache,
+            uploads=self._uploads,
+        )
+
+    def _make_router(self, context: Context, clones: Clones, metrics: FunctionMetrics) -> Router:
+        limits, gateway = context.config.functions, context.config.gateway or GatewayConfig()
+        timing = Timing(
+            init=seconds(limits.init_timeout),
+            freeze_after=seconds(limits.freeze_after),
+            keep_alive=seconds(limits.keep_alive),
+        )
+        instances = Instances(
+            clones,
+            self._cache,
+            self._tasks,
+            context.events,
+            metrics,
+            self._logs,
+            timing,
+            gateway.region,
+        )
+        bounds = Bounds(self._registry, limits.concurrency, limits.queue)
+        arns = f"arn:aws:lambda:{gateway.region}:{gateway.account}:function"
+        return Router(self._registry, instances, bounds, metrics, self._logs, arns=arns)
+
+    async def open(self) -> None:
+        """Know what an earlier daemon knew. Raises HostError when the journal cannot be read."""
+        await self._uploads.open()
+        await self._cache.open()
+        await self._registry.open()
+        await self._queue.open()
+        self._tasks.spawn(self._logs.run(), "writing the logs of functions")
+        self._tasks.spawn(self._queue.run(), "running events")
+
+    async def _removed(self, function: str, number: int | None) -> None:
+        if number is None:
+            await self._logs.remove(function)
+
+    async def end(self) -> None:
+        """End all instances. Raises nothing."""
+        await self._router.close()
+
+    async def close(self) -> None:
+        """Write what is left of the logs. Raises nothing."""
+        await self._logs.close()
+        await self._cache.close()
+        if self._zone is not None:
+            self._zone.close()
 
 
 def _audit_log(installation: Installation) -> AuditLog:

@@ -176,6 +176,7 @@ def _tools(config: Config) -> Iterator[Check]:
         "qemu-img": "qemu-utils",
         "mmdebstrap": "mmdebstrap",
         "mkfs.ext4": "e2fsprogs",
+        "mkfs.erofs": "erofs-utils",
     }
     for tool, package in packages.items():
         found = shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")

@@ -28,6 +28,7 @@ class Layout:
         self.sockets = self.runtime / "vm"
         self.audit = self.state / "audit.jsonl"
         self.code = self.state / "code"
+        self.function_logs = self.state / "functions"
         self.incoming = self.code / "incoming"
         self.lock = self.state / "lock"
         self.kvm_proof = self.state / "kvm-proof.json"
@@ -56,7 +57,7 @@ class Layout:
                 )
 
     def _inner(self) -> tuple[Path, ...]:
-        return self.slots, self.generations, self.sockets
+        return self.slots, self.generations, self.sockets, self.code, self.function_logs
 
     def vm(self, slot_id: str) -> Places:
         """Where one VM's logs, disk layer 3 and sockets are."""
@@ -65,6 +66,11 @@ class Layout:
     def overlay(self, slot_id: str) -> Path:
         """Disk layer 3."""
         return self.slots / slot_id / "disk.qcow2"
+
+    @property
+    def placeholder(self) -> Path:
+        """The code image of a VM that has no function's code."""
+        return self.code / "placeholder.img"
 
     def image_disk(self, digest: str) -> Path:
         """Disk layer 1."""

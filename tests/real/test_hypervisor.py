@@ -25,7 +25,7 @@ from templated.drivers.hypervisor.qemu.command import CODE_SERIAL
 from templated.drivers.hypervisor.qemu.driver import Qemu
 from templated.drivers.hypervisor.qemu.machine import QemuMachine
 from templated.drivers.image.store import Image
-from templated.errors import GuestError, HypervisorError, Timeout
+from templated.errors import GuestError, HostError, HypervisorError, Timeout
 from templated.model.spec import TemplateSpec
 from templated.services.machines.boot import boot_kernel
 from tests.hypervisor_contract import BOUND, Frozen, HypervisorContract, Rig
@@ -172,6 +172,38 @@ def test_a_code_drive(rig: Rig) -> None:
             await machine.connect(BOUND)
             with pytest.raises(HypervisorError):
                 await machine.restore(SavedState(frozen.state), BOUND)
+
+    rig.play(scenario())
+
+
+@pytest.mark.parametrize("when", ["waiting", "expecting", "paused"])
+def test_a_code_drive_is_exchanged(rig: Rig, when: str) -> None:
+    """A VM that stands gets other code, whatever it stands at; its guest reads nothing else."""
+
+    async def scenario() -> None:
+        codes = [rig.directory / name for name in ("placeholder", "code")]
+        for code in codes:
+            await asyncio.to_thread(code.write_bytes, code.name.encode().ljust(4096, b"."))
+        async with rig.launch(None) as launch:
+            frozen = await _frozen_with_agent(rig, replace(launch, code=codes[0]))
+        async with (
+            rig.launch(frozen) as launch,
+            rig.spawned(launch) as machine,
+            _agent(launch) as agent,
+        ):
+            await machine.connect(BOUND)
+            if when == "expecting":
+                await machine.expect_state()
+            if when != "paused":
+                await machine.exchange_code(codes[1])
+            await machine.restore(SavedState(frozen.state), BOUND)
+            if when == "paused":
+                with pytest.raises(HostError, match="no-such"):
+                    await machine.exchange_code(rig.directory / "no-such")
+                await machine.exchange_code(codes[1])
+            await machine.resume()
+            await _answers(agent)
+            assert await agent.get("/dev/vdb", BOUND) == codes[1].name.encode().ljust(4096, b".")
 
     rig.play(scenario())
 

@@ -16,6 +16,7 @@ from templated.errors import HostError
 
 PACKAGES = {
     "dpkg-deb": "dpkg",
+    "mkfs.erofs": "erofs-utils",
     "mkfs.ext4": "e2fsprogs",
     "mmdebstrap": "mmdebstrap",
     "newuidmap": "uidmap",

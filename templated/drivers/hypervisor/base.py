@@ -196,6 +196,13 @@ class Machine(Protocol):
     async def set_link(self, up: bool) -> None:
         """Plug or unplug the guest's network cable. Allowed while waiting, paused and running."""
 
+    async def exchange_code(self, file: Path) -> None:
+        """Put another image behind the second disk, read-only. While waiting, expecting, paused.
+
+        Once at most, and only while the guest has nothing of it mounted, which nobody checks.
+        Raises HostError when the file cannot be opened, Defect for a VM that has no such disk.
+        """
+
     async def detach_network(self) -> None:
         """Remove the host's end of the NIC of a `paused` VM, so that it is not saved."""
 

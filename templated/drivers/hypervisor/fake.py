@@ -16,7 +16,15 @@ from typing import Any
 
 from templated.drivers.hypervisor.base import Launch, Machine, Places, Proof, SavedState, Support
 from templated.drivers.hypervisor.fake_guest import FakeGuest
-from templated.drivers.hypervisor.states import ANSWERS, HELD, LIVE, WAITS, Life, MachineState
+from templated.drivers.hypervisor.states import (
+    ANSWERS,
+    HELD,
+    LIVE,
+    STANDS,
+    WAITS,
+    Life,
+    MachineState,
+)
 from templated.errors import HostError, HypervisorError, Timeout
 from templated.model.generation import QemuVersion
 
@@ -24,7 +32,7 @@ REPLY_TIMEOUT = 10.0
 """Seconds that a machine may be held at a step."""
 STEPS = (
     *("connect", "expect_state", "restore", "resume", "pause", "status", "link"),
-    *("detach_network", "save", "quit"),
+    *("exchange_code", "detach_network", "save", "quit"),
 )
 """The steps at which a machine answers."""
 
@@ -161,6 +169,7 @@ class FakeMachine(Life):
         self._holds = holds
         self.exited: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.link_up = False
+        self.code = launch.code
         self.says = MachineState.WAITING if launch.boot is None else MachineState.RUNNING
         """The state that it reports of its VM."""
         # The parent closes its own copy, as it does with a real QEMU.
@@ -215,6 +224,11 @@ class FakeMachine(Life):
         self._require(*LIVE)
         await self._step("link")
         self.link_up = up
+
+    async def exchange_code(self, file: Path) -> None:
+        self._require(*STANDS)
+        await self._step("exchange_code")
+        self.code = file
 
     async def detach_network(self) -> None:
         self._require(MachineState.PAUSED)

@@ -51,6 +51,8 @@ TRANSITIONS: Table[MachineState] = {
 WAITS = frozenset({_S.WAITING, _S.EXPECTING})
 LIVE = WAITS | {_S.PAUSED, _S.RUNNING}
 """Its control channel is connected, and its VM can still be used."""
+STANDS = WAITS | {_S.PAUSED}
+"""Its guest does not run, and can still be used."""
 ANSWERS = LIVE | {_S.SAVED}
 HELD = frozenset(_S) - {_S.RELEASED}
 

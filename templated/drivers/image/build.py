@@ -23,6 +23,7 @@ from templated.model.spec import ImageSpec
 from templated.model.units import size_bytes
 
 GUEST_FILES = Path(__file__).parents[2] / "guest"
+PROGRAMS = ("agent", "runtime")
 PACKAGES = ("busybox-static", "python3")
 # Commands that people use and a small Debian root lacks: links to busybox, unless a package has
 # the name.
@@ -84,7 +85,7 @@ class ImageBuild:
             self._progress("kernel")
             await self._unpack_kernel(log)
             await asyncio.to_thread(self._customize)
-            await self._compile_agent(log)
+            await self._compile_programs(log)
             self._progress("initrd")
             await asyncio.to_thread(self._write_initrd)
             self._progress("root disk")
@@ -139,15 +140,17 @@ class ImageBuild:
         (self.out / "initrd").write_bytes(content)
 
     def _customize(self) -> None:
-        """Put init, the agent and neutral files into the root; nothing unique stays in it."""
+        """Put init, our programs and neutral files into the root; nothing unique stays in it."""
         root = self._root
         folder = root / "usr/lib/templated"
         etc = root / "etc/templated"
-        for path in (folder, folder / "agent", etc, etc / "identity.d"):
+        programs = [folder / name for name in PROGRAMS]
+        for path in (folder, *programs, etc, etc / "identity.d", root / "var/task"):
             path.mkdir()
             path.chmod(0o755)
-        for path in (GUEST_FILES / "agent").glob("*.py"):
-            _install(folder / "agent" / path.name, path.read_bytes(), 0o644)
+        for program in programs:
+            for path in (GUEST_FILES / program.name).glob("*.py"):
+                _install(program / path.name, path.read_bytes(), 0o644)
         _install(folder / "rcS", (GUEST_FILES / "rcS").read_bytes(), 0o755)
         _install(root / "etc/inittab", (GUEST_FILES / "inittab").read_bytes(), 0o644)
         _install(root / "etc/hosts", b"127.0.0.1 localhost\n", 0o644)
@@ -166,9 +169,10 @@ class ImageBuild:
                 path.unlink()
         self._link_applets()
 
-    async def _compile_agent(self, log: IO[bytes]) -> None:
-        """Compile it by the guest's own Python, which would otherwise do so at each slow boot."""
-        compile_all = ["python3", "-ISm", "compileall", "-q", "/usr/lib/templated/agent"]
+    async def _compile_programs(self, log: IO[bytes]) -> None:
+        """Compile our programs by the guest's Python, which would else do so at each slow boot."""
+        folders = [f"/usr/lib/templated/{name}" for name in PROGRAMS]
+        compile_all = ["python3", "-ISm", "compileall", "-q", *folders]
         await self._do(["chroot", str(self._root), *compile_all], log, namespace=True)
 
     def _link_applets(self) -> None:

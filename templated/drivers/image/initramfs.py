@@ -21,6 +21,7 @@ DRIVERS = (
     "virtio_net",
     "virtio_console",
     "virtio_rng",
+    "erofs",  # of the code of functions
 )
 APPLETS = ("sh", "mount", "insmod", "sleep", "reboot", "switch_root")
 _FOLDERS = ("bin", "dev", "proc", "sys", "mnt", "modules")

@@ -30,7 +30,7 @@ from templated.drivers.image.namespaces import remove_tree
 from templated.errors import BuildError, HostError
 from templated.model.spec import ImageSpec
 
-BUILDER_VERSION = 3
+BUILDER_VERSION = 4
 _LOCK_INTERVAL = 0.2
 
 _IMAGES, _DISK = "images", "disk.qcow2"

@@ -10,7 +10,7 @@ if not __package__:
 
 from .commands import Agent
 from .execution import ENVIRONMENT
-from .kernel import System, open_port
+from .kernel import System, has_code, open_port
 
 
 def main() -> None:
@@ -21,6 +21,12 @@ def main() -> None:
     system.prepare()
     port = open_port()
     agent = Agent(port, port, system)
+    if has_code():
+        # Not imported where it is not needed: modules are memory of each clone.
+        from .code import Drive
+        from .rehearsal import Rehearsed
+
+        Rehearsed(agent, Drive())
     print("templated: agent ready", flush=True)
     agent.serve()
 

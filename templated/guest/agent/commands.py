@@ -51,6 +51,8 @@ class Agent(Port):
         self._marked_at = 0.0
         self._hooks: list[str] | None = None
         self._parked = False
+        self.extra: dict[Any, Callable[[dict[str, Any]], dict[str, Any] | None]] = {}
+        """What else this agent can do: of one with a function's code, see functions."""
 
     def serve(self) -> None:
         """Answer requests until `stop`."""
@@ -92,14 +94,18 @@ class Agent(Port):
             if not isinstance(request, dict):
                 raise Refused("invalid", "a request must be an object")
             number = self._number(request)
-            command = COMMANDS.get(request.get("cmd"))  # type: ignore[arg-type]
-            if command is None:
-                raise Refused("unknown_command", f"no command {request.get('cmd')!r}")
-            result = command(self, request)
+            name = request.get("cmd")
+            command = COMMANDS.get(name)  # type: ignore[arg-type]
+            if command is not None:
+                result = command(self, request)
+            elif (extra := self.extra.get(name)) is not None:
+                result = extra(request)
+            else:
+                raise Refused("unknown_command", f"no command {name!r}")
             if result is not None:
                 self.reply(number, result, self.connection)
                 if command in (Agent.quiesce, Agent.identify):
-                    self._marked_at = time.monotonic()
+                    self.mark()
         except Refused as error:
             self.refuse(number, error.code, str(error))
         except OSError as error:
@@ -107,6 +113,16 @@ class Agent(Port):
             self.refuse(number, code, str(error))
         except BAD as error:
             self.refuse(number, "invalid", f"{type(error).__name__}: {error}")
+
+    def mark(self) -> None:
+        """Remember this moment: the host's next clock tells what time it was then."""
+        self._marked_at = time.monotonic()
+
+    def set_clock(self, seconds: float) -> None:
+        """Set the wall clock to what it is, when it was `seconds` at the last mark."""
+        if self._marked_at:
+            seconds += time.monotonic() - self._marked_at
+        self._system.set_clock(seconds)
 
     def _number(self, request: dict[str, Any]) -> int | str:
         """The id of a request; another kind of one might not go into its reply."""

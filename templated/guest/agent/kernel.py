@@ -34,6 +34,7 @@ FILES = {
     "identity.json": "",
 }
 """The files of an identity: names in /run/templated, and what they are mounted over."""
+CODE_SERIAL = "templated-code"
 NO_GATEWAY = bytes(4)
 TAKE_POOL, TAKE_MAC = struct.Struct("72s").pack_into, struct.Struct("6s").pack_into
 
@@ -218,6 +219,14 @@ def read_text(path: str) -> str:
         return os.read(descriptor, CHUNK).decode().strip()
     finally:
         os.close(descriptor)
+
+
+def has_code() -> bool:
+    """Whether this machine has the second disk, for the code of a function."""
+    try:
+        return read_text("/sys/block/vdb/serial") == CODE_SERIAL
+    except (OSError, ValueError):
+        return False
 
 
 def open_port() -> int:

@@ -55,6 +55,8 @@ class Port:
         self.connection = 0
         """Counts connections: the end of a command must not reach a later one."""
         self.sources: set[Source] = set()
+        self.ready = 0
+        """How much was there to be handled when the last turn began."""
         # Edge-triggered, as a port without a host reports EPOLLHUP for ever.
         edges = select.EPOLLIN | select.EPOLLET
         if fd_in == fd_out:
@@ -88,7 +90,9 @@ class Port:
 
     def turn(self, limit: float | None) -> None:
         """Wait for something, at most `limit` seconds, and handle it."""
-        for descriptor, events in self._epoll.poll(self._wait(limit)):
+        found = self._epoll.poll(self._wait(limit))
+        self.ready = len(found)
+        for descriptor, events in found:
             handler = self._handlers.get(descriptor)
             if handler is not None:
                 handler(descriptor, events)

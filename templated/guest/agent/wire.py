@@ -26,6 +26,10 @@ IDENTIFY, CLAIM, REHEARSAL = b"i", b"c", b"r"
 STEPS = {IDENTIFY: "identify", CLAIM: "claim"}
 """All of an identity; its name, the time and entropy only, for a guest that has the rest; the same
 without hooks, after which the guest may be paused."""
+MAX_PAYLOAD = 6 << 20
+WHOLE, PART = 1 << 16, 3 << 16
+"""Bytes: what a payload of a function may have to go into its message; and a part of a larger one,
+of which all come before it."""
 QUICK = b',"cmd":"identify","packed":"'
 QUICK_DATA = -2 * PACKED.size - len(b'"}')
 QUICK_HEAD = QUICK_DATA - len(QUICK)

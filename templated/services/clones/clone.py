@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from templated.drivers.code import CodeFile
 from templated.journal import CloneRow
 from templated.model.clone import TRANSITIONS, CloneState, CloneView, Identity, Slot, StartPath
 from templated.model.lifecycle import move
@@ -25,6 +26,8 @@ class Clone:
     lease: Lease
     limits: Limits = UNLIMITED
     """What its VM may take of the host."""
+    function: str = ""
+    """Of which function and version it is an instance, as in hello:3; empty for all others."""
     state: CloneState = CloneState.STARTING
     reason: str = ""
 
@@ -79,6 +82,8 @@ class Starting(Clone):
     """A name that is taken, on its way up."""
 
     generation: Generation
+    code: CodeFile | None = None
+    """What is behind its second disk, as an instance of a function."""
     slot: Slot | None = None
     """Set once a slot is allotted."""
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import msgspec
 
 from templated.drivers.guest import Agent, ExecResult, Output
-from templated.errors import TemplatedError
+from templated.drivers.hypervisor.states import MachineState
+from templated.errors import Conflict, TemplatedError
 from templated.model.api import ExecFrame
 from templated.services.clones.registry import LOG_BYTES, Clones
 from templated.services.machines.vm import tail
@@ -62,7 +63,13 @@ class Guests:
         return _follow(self._clones.running(name).places.serial_log, lines)
 
     def _agent(self, name: str) -> Agent:
-        return self._clones.running(name).agent
+        vm = self._clones.running(name)
+        if vm.machine.state is MachineState.PAUSED:
+            raise Conflict(
+                f"clone {name} is paused: it is an instance of a function, without a request",
+                hint="invoke the function, and try again before functions.freeze_after is over",
+            )
+        return vm.agent
 
 
 async def _frames(

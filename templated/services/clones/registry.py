@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from templated import failpoints
 from templated.drivers.cgroups import Group
+from templated.drivers.code import CodeFile
 from templated.errors import Busy, Conflict, HostError, NotFound, StartError, TemplatedError
 from templated.journal import CloneRow, now
 from templated.model.api import CloneRequest
@@ -74,6 +75,27 @@ class Clones:
             # The caller may go away; the starts still go on, or are undone.
             clones = await self._tasks.run(self._all_or_none(starting, demanded, clock.started))
         return [clone.view() for clone in clones]
+
+    async def start_instance(
+        self, name: str, template: str, code: CodeFile, function: str
+    ) -> Running:
+        """Start a clone with a function's code behind its second disk; `function` is as in hello:3.
+
+        The daemon's next start ends it, whatever becomes of this one. Raises and leaves as
+        `create` does, and Conflict for a template whose VMs take no code.
+        """
+        clock = PhaseClock()
+        (clone,) = self._reserve([check_clone_name(name)], template, None)
+        if clone.generation.code is None:
+            del self._clones[name]
+            await clone.lease.end()
+            raise Conflict(
+                f"VMs of {template} have no disk for code",
+                hint=f"set `code: true` in its file, then: templated template build {template}",
+            )
+        clone.code, clone.function = code, function
+        with self._context.metrics.starting(1):
+            return await self._tasks.run(self._start(clone, None, clock.started))
 
     def _reserve(
         self, names: list[str], template: str | None, demanded: StartPath | None
@@ -298,10 +320,12 @@ class Clones:
     async def adopt(self, rows: list[CloneRow], limits: Mapping[str, Limits]) -> list[str]:
         """Take over the clones that an earlier daemon left running, with limits by slot.
 
-        Returns the ids of slots whose VM must not be kept: removals under way. The caller
-        destroys those. Raises HostError when the journal cannot be written.
+        Returns the ids of slots whose VM must not be kept: removals under way, and instances of
+        functions, whose requests ended with that daemon. The caller destroys those. Raises
+        HostError when the journal cannot be written.
         """
-        kept = [row for row in rows if row.state in (CloneState.RUNNING, CloneState.DEAD)]
+        lasting = (CloneState.RUNNING, CloneState.DEAD)
+        kept = [row for row in rows if row.state in lasting and not row.function]
         at_once = asyncio.Semaphore(_ADOPTIONS)
         for row in kept:
             lease = self._templates.lease(row.slot.generation, Holder.CLONE)

@@ -18,6 +18,7 @@ import functools
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 
 from templated import failpoints
@@ -32,7 +33,7 @@ from templated.errors import (
     host_errors,
 )
 from templated.journal import CloneRow
-from templated.model.clone import CloneState, StartPath
+from templated.model.clone import CloneState, Phase, StartPath
 from templated.model.limits import Limits
 from templated.services.clones.clone import Running, Starting, started
 from templated.services.context import Context
@@ -132,6 +133,7 @@ class Start:
         async with self.turns.claims, _bound(generation.terms.identify_s):
             await self.templates.check(generation, loads_state=False)
             self.clock.allotted()
+            await self._attach(member.vm)
             await starter.claim(
                 member.vm, generation.terms, self.clone.name, member.lag, self.clock
             )
@@ -144,6 +146,7 @@ class Start:
         async with self.turns.claims, _bound(generation.terms.restored_s):
             await self.templates.check(generation, loads_state=True)
             self.clock.allotted()
+            await self._attach(member.vm)
             await starter.finish(member.vm, generation, self.clone.name, self.clock)
         return member.vm
 
@@ -154,7 +157,9 @@ class Start:
             await self.templates.check(generation, loads_state=True)
             prepared = await self._slot(generation.layer, undo)
             self.clock.allotted()
-            return await starter.direct(prepared, generation, self.clone.name, self.clock)
+            return await starter.direct(
+                prepared, generation, self.clone.name, self.clock, code=self._code
+            )
 
     async def cold(self, undo: Undo) -> Vm:
         """Boot from the image."""
@@ -176,10 +181,21 @@ class Start:
                 backing=(image.disk,),
             )
             prepared = await self._slot(layer, undo)
-            launch = starter.launch(prepared, generation.hardware)
+            code = self._code or generation.code
+            launch = starter.launch(prepared, generation.hardware, code=code)
             kernel = boot_kernel(self.context.hypervisor, image, manifest.spec, manifest.accel)
             self.clock.allotted()
             return await starter.boot(prepared, launch, kernel, terms, self.clone.name, self.clock)
+
+    @property
+    def _code(self) -> Path | None:
+        return self.clone.code.path if self.clone.code else None
+
+    async def _attach(self, vm: Vm) -> None:
+        """Put a function's code behind the second disk of a VM that stands."""
+        if self._code is not None:
+            with self.clock(Phase.ATTACH):
+                await vm.machine.exchange_code(self._code)
 
     # --- what they take -----------------------------------------------------------------------
 
@@ -234,6 +250,7 @@ class Start:
             pid_start=vm.machine.start_time,
             phases=dict(self.clock.phases_ms),
             total_ms=self.clock.total_ms(),
+            function=clone.function,
         )
 
 

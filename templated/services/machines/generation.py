@@ -25,6 +25,7 @@ from pathlib import Path
 import msgspec
 
 from templated import failpoints
+from templated.drivers.code.image import placeholder
 from templated.drivers.host.files import Stamp, fsync, remove_directory, stamp
 from templated.drivers.host.procfs import read_memory
 from templated.drivers.hypervisor.base import Hardware, Hypervisor, SavedState
@@ -153,6 +154,8 @@ class Generation:
     read_only_memory: bool
     """The hypervisor maps a file that it has opened for reading only. Otherwise clones get a
     sealed copy of the memory, which nobody can write: see `sealed_copy`."""
+    placeholder: Path
+    """The image behind the second disk, of VMs that have one, until they get a function's code."""
     leases: Leases = field(default_factory=Leases)
     stamps: dict[Path, Stamp] = field(default_factory=dict)
     _memory_fd: int | None = None
@@ -174,6 +177,11 @@ class Generation:
     @property
     def template(self) -> str:
         return self.manifest.template
+
+    @functools.cached_property
+    def code(self) -> Path | None:
+        """What is behind the second disk at first; None: VMs have no such disk."""
+        return self.placeholder if self.manifest.spec.code else None
 
     @property
     def lag(self) -> float:
@@ -492,6 +500,8 @@ async def load(
     await asyncio.to_thread(loaded.bring_back)
     await loaded.verify()
     await asyncio.to_thread(loaded.mend)
+    if loaded.code is not None:
+        await placeholder(layout.code)
     return loaded
 
 
@@ -505,6 +515,7 @@ def describe(
         frozen=layout.frozen(manifest.template, manifest.id),
         image=layout.image_disk(manifest.image),
         read_only_memory=hypervisor.support(manifest.qemu.version).read_only_memory,
+        placeholder=layout.placeholder,
         leases=leases,
     )
 

@@ -59,6 +59,7 @@ class Starter:
         hardware: Hardware,
         *,
         forwards: tuple[Forward, ...] = (),
+        code: Path | None = None,
     ) -> Launch:
         """The launch of a VM on a slot, with memory of its own and nothing to boot."""
         slot = prepared.slot
@@ -74,6 +75,7 @@ class Starter:
             network=self.network.attach(prepared.port, slot.index, forwards),
             control_fd=prepared.files.control.fileno(),
             agent_fd=prepared.files.agent.fileno(),
+            code=code,
             confined=self.confine,
             opened=dict(prepared.files.opened),
             backing=prepared.backing,
@@ -91,14 +93,17 @@ class Starter:
         *,
         forwards: tuple[Forward, ...] = (),
         background: bool = False,
+        code: Path | None = None,
     ) -> Vm:
         """A hypervisor that waits for the generation's state.
 
         `background` is for one that nobody waits for yet: it runs at the lowest priority, and
-        prepares now what `restore` would otherwise do first. Raises HostError, HypervisorError or
+        prepares now what `restore` would otherwise do first. `code` is in place of the image that
+        holds none, for a generation with a disk for it. Raises HostError, HypervisorError or
         Timeout.
         """
-        launch = self.launch(prepared, generation.hardware, forwards=forwards)
+        code = code or generation.code
+        launch = self.launch(prepared, generation.hardware, forwards=forwards, code=code)
         opened = {**launch.opened, generation.memory: generation.memory_fd}
         launch = replace(launch, memory=generation.memory, opened=opened)
         state = generation.state(self.transport)
@@ -110,6 +115,8 @@ class Starter:
                 launch = replace(launch, state_fd=fd)
             else:
                 opened[state.path] = fd
+            if code is not None:
+                opened[code] = _opened(code, files)
             vm = self._spawn(prepared, launch)
         if background:
             vm.machine.background(True)
@@ -127,13 +134,14 @@ class Starter:
         clock: PhaseClock,
         *,
         forwards: tuple[Forward, ...] = (),
+        code: Path | None = None,
     ) -> Vm:
         """The path `direct`: a hypervisor is started now, and restored into.
 
         Raises as `spawn` and `finish` do.
         """
         with clock(Phase.SPAWN):
-            vm = await self.spawn(prepared, generation, forwards=forwards)
+            vm = await self.spawn(prepared, generation, forwards=forwards, code=code)
         await self.finish(vm, generation, hostname, clock)
         return vm
 
@@ -169,6 +177,8 @@ class Starter:
         clock, terms = PhaseClock(), generation.terms
         await self._restore(vm, generation, clock)
         await self._wake(vm, terms, hostname, generation.lag, clock)
+        if generation.code is not None:
+            await vm.agent.rehearse_code(terms.start_s)
         for name in REHEARSED * REHEARSALS:
             await identify(vm, self.plan, terms, name, time.time(), Step.REHEARSAL)
         marked = time.monotonic()
@@ -202,7 +212,8 @@ class Starter:
         """
         with clock(Phase.SPAWN):
             with contextlib.ExitStack() as files:
-                parts = {path: _opened(path, files) for path in (kernel.kernel, kernel.initrd)}
+                paths = [kernel.kernel, kernel.initrd, *([launch.code] if launch.code else [])]
+                parts = {path: _opened(path, files) for path in paths}
                 launch = replace(launch, boot=kernel, opened={**launch.opened, **parts})
                 vm = self._spawn(prepared, launch)
             await self._connect(vm, prepared, terms.start_s)

@@ -22,6 +22,7 @@ import msgspec
 
 from templated import failpoints
 from templated.drivers import disk
+from templated.drivers.code.image import placeholder
 from templated.drivers.host.files import fsync
 from templated.drivers.hypervisor.base import Hardware, Kernel, Launch
 from templated.drivers.image.store import Image, image_digest, lacks_rights
@@ -51,6 +52,7 @@ from templated.timing import within
 
 _SAVE_TIMEOUT = 120.0
 _QUIT_TIMEOUT = 30.0
+_REHEARSAL_TIMEOUT = 60.0
 _QUIESCE_TIMEOUT = 30.0
 _SETTLE = 0.5
 _HINT = "the console lines show how far the guest got; see boot_timeout and the hooks of the image"
@@ -104,6 +106,8 @@ class Build:
         with self._phase("accelerator"):
             hardware = await self._hardware(image, qemu)
         self.progress.log(f"accelerator: {hardware.accel}")
+        if self.spec.code:
+            await placeholder(self.context.layout.code)
         groups = self.context.groups
         for name in groups.missing(Limits.of(self.spec)):
             why = groups.problem or "the host does not offer it"
@@ -164,7 +168,8 @@ class Build:
         layer = Layer(self.id, empty, (image.disk,))
         async with self._slot(layer) as prepared, _memory_file(memory) as descriptor:
             forwards, ports = self._forwards()
-            launch = self.context.starter.launch(prepared, hardware, forwards=forwards)
+            code = self.context.layout.placeholder if self.spec.code else None
+            launch = self.context.starter.launch(prepared, hardware, forwards=forwards, code=code)
             opened = {**launch.opened, memory: descriptor}
             launch = replace(launch, memory=memory, memory_shared=True, opened=opened)
             async with self._tail_on_failure(prepared):
@@ -205,6 +210,9 @@ class Build:
         """Save the device state and quit; returns the lag of the agent's clock mark, seconds."""
         machine = vm.machine
         await machine.set_link(False)
+        if self.spec.code:
+            # What clones do first is slow the first time; some of that stays in the frozen memory.
+            await vm.agent.rehearse_code(_REHEARSAL_TIMEOUT)
         await vm.agent.quiesce(_QUIESCE_TIMEOUT)
         marked = time.monotonic()
         # The agent goes back to waiting, and the kernel finishes work that it put off.

@@ -129,6 +129,10 @@ class Templates:
             if template.generation is not None and template.state is not TemplateState.REMOVING
         ]
 
+    def takers(self) -> list[str]:
+        """Those of them whose VMs have a disk for the code of a function."""
+        return [name for name in self.built() if self.active(name).code is not None]
+
     def lease(self, generation_id: str, holder: Holder) -> Lease:
         """A lease for a VM of an earlier daemon, also of a generation that is no longer known."""
         for template in self._templates.values():

@@ -23,9 +23,11 @@ CODE_SERIAL = "templated-code"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,resourcecontrol=deny"
 """`-sandbox`, but for `spawn`, which depends on the launch."""
 
-STATE_SET = 1
+STATE_SET, CODE_SET = 1, 2
 STATE_FILE = f"/dev/fdset/{STATE_SET}"
 """The saved state's descriptor, as a QEMU that takes `file:` names it."""
+CODE_FILE = f"/dev/fdset/{CODE_SET}"
+"""That of an image that is put behind the second disk later."""
 
 # No PCI and no option ROMs: the state file is 64 KB and the boot short. Without option ROMs only
 # qboot can start a kernel. It has to be named: by default microvm with ACPI has the SeaBIOS of
@@ -269,8 +271,8 @@ def _in_sets(launch: Launch) -> tuple[Path, ...]:
 
 
 def _set(fd: int) -> int:
-    """A set's number: QEMU asks for one that is not 0, and 1 is the state's."""
-    return fd + STATE_SET + 1
+    """A set's number: QEMU asks for one that is not 0, and the first ones are taken."""
+    return fd + CODE_SET + 1
 
 
 def _escaped(value: object) -> str:

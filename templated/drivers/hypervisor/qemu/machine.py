@@ -21,10 +21,24 @@ from templated.drivers.host import procfs
 from templated.drivers.hypervisor import process
 from templated.drivers.hypervisor.base import Places, SavedState
 from templated.drivers.hypervisor.process import Process
-from templated.drivers.hypervisor.qemu.command import STATE_FILE, STATE_SET, UPLINK
+from templated.drivers.hypervisor.qemu.command import (
+    CODE_FILE,
+    CODE_SET,
+    STATE_FILE,
+    STATE_SET,
+    UPLINK,
+)
 from templated.drivers.hypervisor.qemu.features import Features
-from templated.drivers.hypervisor.states import ANSWERS, HELD, LIVE, WAITS, Life, MachineState
-from templated.errors import HypervisorError, Timeout
+from templated.drivers.hypervisor.states import (
+    ANSWERS,
+    HELD,
+    LIVE,
+    STANDS,
+    WAITS,
+    Life,
+    MachineState,
+)
+from templated.errors import HostError, HypervisorError, Timeout
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -164,6 +178,22 @@ class QemuMachine(Life):
     async def set_link(self, up: bool) -> None:
         self._require(*LIVE)
         await self._execute("set_link", {"name": "nic0", "up": up})
+
+    async def exchange_code(self, file: Path) -> None:
+        self._require(*STANDS)
+        try:
+            with open(file, "rb", buffering=0) as image:
+                self._qmp.send_fd(image.fileno())
+        except OSError as error:
+            raise HostError(f"cannot hand {file} to QEMU: {error.strerror}") from error
+        name = {"driver": "file", "node-name": "code-given", "filename": CODE_FILE}
+        drive = {"driver": "raw", "node-name": "code", "read-only": True, "file": "code-given"}
+        # One after the other in QEMU, so none waits here for the answer to the one before.
+        await asyncio.gather(
+            self._execute("add-fd", {"fdset-id": CODE_SET}),
+            self._execute("blockdev-add", {**name, "read-only": True, "locking": "off"}),
+            self._execute("blockdev-reopen", {"options": [drive]}),
+        )
 
     async def detach_network(self) -> None:
         self._require(MachineState.PAUSED)

@@ -1,0 +1,318 @@
+"""`bench invoke`: what a function's request costs, each way in turn with what it is measured by."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import math
+import os
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+from templated.bench.paths import in_threads
+from templated.bench.session import Session
+from templated.bench.stats import medians, summarize
+from templated.client import Client
+from templated.errors import GuestError, HostError, NotFound, TemplatedError, Timeout
+from templated.model.function import InvokeView
+
+# What is measured is how a request comes to a handler: this one returns what it was given.
+_APP = b"def handler(event, context):\n    return event\n"
+_PAYLOAD = b'{"a":1}'
+_SMALL, _LARGE = 100 << 10, 200 << 20
+_PAUSED_WITHIN = 30.0
+_POLL = 0.01
+# Functions of which one is invoked while the others come to rest.
+_RESTING = 12
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings of one run."""
+
+    paused: int = 200
+    claims: int = 50
+    first: int = 30
+    """First requests of a function, from a warm pool and without one."""
+    attach: int = 20
+    """First requests of each of two sizes of code."""
+    sustained: float = 10.0
+    """Seconds of each way."""
+    shifted: int = 1000
+    """Requests by weight."""
+    gateway: str | None = None
+    """The URL of Lambda's API, for boto3 with the keys that it finds by itself."""
+
+
+def measure_invoke(session: Session, plan: Plan) -> dict[str, Any]:
+    """All figures of one run, in milliseconds. Functions that it makes are removed again."""
+    report: dict[str, Any] = {"kind": "invoke", "template": session.template, "unit": "ms"}
+    with _Bench(session) as bench:
+        report["rows"], report["skipped"] = {}, {}
+        if plan.paused:
+            report |= _paused(bench, plan)
+        if plan.first:
+            report["first"] = _first(bench, plan.first)
+        if plan.attach:
+            report["attach"] = _attach(bench, plan.attach)
+        if plan.sustained:
+            report["sustained"] = _sustained(bench, plan.sustained)
+        if plan.shifted:
+            report["shifted"] = _shifted(bench, plan.shifted)
+        if plan.gateway:
+            report["gateway"] = _gateway(bench, plan.gateway, plan.paused or 100)
+    return report
+
+
+class _Bench:
+    """The functions of one run, which are removed at its end."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.client = Client(session.client.path, keep_alive=True)
+        self._names = (f"{session.tag}-{number}" for number in itertools.count())
+        self._made: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in self._made:
+            with contextlib.suppress(TemplatedError):
+                self.session.client.remove_function(name)
+        self.client.close()
+
+    def deploy(self, size: int = 0) -> str:
+        """A new function whose code has about so many bytes beside its handler."""
+        name = next(self._names)
+        self._made.append(name)
+        self.client.deploy_function(
+            name,
+            _archive(size),
+            handler="app.handler",
+            template=self.session.template,
+            timeout="60s",
+        )
+        return name
+
+    def invoke(self, name: str, client: Client | None = None, **how: Any) -> InvokeView:
+        """One request, which must succeed."""
+        view = (client or self.client).invoke_function(name, _PAYLOAD, **how)
+        if view.error is not None or bytes(view.payload) != _PAYLOAD:
+            raise GuestError(f"{name} answered {bytes(view.payload)[:200]!r}")
+        return view
+
+    def paused(self, name: str) -> None:
+        """Wait until a function's instance rests. Raises Timeout."""
+        deadline = time.monotonic() + _PAUSED_WITHIN
+        while not self.client.show_function(name).instances.get("paused"):
+            if time.monotonic() > deadline:
+                raise Timeout(f"no instance of {name} was paused within {_PAUSED_WITHIN:g} s")
+            time.sleep(_POLL)
+
+    def end(self, view: InvokeView) -> None:
+        """End the instance that has served a request."""
+        with contextlib.suppress(NotFound):
+            self.session.client.remove_clone(view.instance)
+
+
+def _archive(size: int) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("app.py", _APP)
+        if size:
+            archive.writestr("data", os.urandom(size))
+    return content.getvalue()
+
+
+def _paused(bench: _Bench, plan: Plan) -> dict[str, Any]:
+    """Requests on paused instances, in turn with bare claims of warm clones."""
+    session = bench.session
+    names = [bench.deploy() for _ in range(_RESTING)]
+    for name in names:
+        for _ in range(_WARM_UP):
+            bench.invoke(name)
+            bench.paused(name)
+    requests: list[InvokeView] = []
+    claims: list[float] = []
+    session.pools.fill("warm", 1)
+    for number in range(plan.paused):
+        session.progress(f"paused instance {number + 1} of {plan.paused}")
+        if number * plan.claims // plan.paused >= len(claims):
+            session.pools.settled()
+            claims.append(session.start("warm")["total"])
+            session.pools.settled()
+        name = names[number % len(names)]
+        bench.paused(name)
+        view = bench.invoke(name)
+        if view.start != "warm":
+            raise HostError(f"{name} was served by a new instance ({view.start})")
+        requests.append(view)
+    totals = summarize([view.total_ms for view in requests])
+    bare = summarize(claims)
+    return {
+        "paused": {**totals.as_dict(), "phases_p50": medians([v.phases_ms for v in requests])},
+        "claim": bare.as_dict(),
+        "paused_to_claim": round(totals.p50 / bare.p50, 3),
+    }
+
+
+def _first(bench: _Bench, count: int) -> dict[str, Any]:
+    """First requests of a function: from a warm pool; and without one, in turn with clones."""
+    session, name = bench.session, bench.deploy()
+    views: dict[str, list[InvokeView]] = {"pool": [], "direct": []}
+    clones: list[float] = []
+    session.pools.fill("warm", 1)
+    for number in range(count):
+        session.progress(f"first request {number + 1} of {count}, warm pool")
+        session.pools.settled()
+        views["pool"].append(_new(bench, name, "pool"))
+    session.pools.empty()
+    for number in range(count):
+        session.progress(f"first request {number + 1} of {count}, no pool")
+        views["direct"].append(_new(bench, name, "direct"))
+        clones.append(session.start("direct")["total"])
+    rows = {
+        way: {
+            **summarize([view.total_ms for view in served]).as_dict(),
+            "phases_p50": medians([view.phases_ms for view in served]),
+        }
+        for way, served in views.items()
+    }
+    clone = summarize(clones)
+    ratio = round(rows["direct"]["p50"] / clone.p50, 3)
+    return {**rows, "clone": clone.as_dict(), "direct_to_clone": ratio}
+
+
+def _new(bench: _Bench, name: str, start: str) -> InvokeView:
+    """A request that needs a new instance, which is then ended."""
+    view = bench.invoke(name)
+    if view.start != start:
+        raise HostError(f"a request of {name} was served by {view.start}, not by {start}")
+    bench.end(view)
+    _gone(bench, name)
+    return view
+
+
+def _gone(bench: _Bench, name: str) -> None:
+    deadline = time.monotonic() + _PAUSED_WITHIN
+    while any(bench.client.show_function(name).instances.values()):
+        if time.monotonic() > deadline:
+            raise Timeout(f"an instance of {name} does not end")
+        time.sleep(_POLL)
+
+
+def _attach(bench: _Bench, count: int) -> dict[str, Any]:
+    """The phase `attach` on members of a warm pool, small and large code in turn."""
+    session = bench.session
+    session.progress("deploying 200 MB of code")
+    names = {"100 KB": bench.deploy(_SMALL), "200 MB": bench.deploy(_LARGE)}
+    samples: dict[str, list[float]] = {size: [] for size in names}
+    session.pools.fill("warm", 1)
+    for number in range(count):
+        session.progress(f"attach {number + 1} of {count}")
+        for size, name in names.items():
+            session.pools.settled()
+            samples[size].append(_new(bench, name, "pool").phases_ms["attach"])
+    rows = {size: summarize(values).as_dict() for size, values in samples.items()}
+    return {**rows, "large_to_small": round(rows["200 MB"]["p50"] / rows["100 KB"]["p50"], 3)}
+
+
+def _sustained(bench: _Bench, seconds: float, instances: int = 4) -> dict[str, Any]:
+    """Requests per second of one function, as many callers as instances, each on a connection."""
+    session, name = bench.session, bench.deploy()
+    session.pools.empty()
+    with contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(contextlib.closing(Client(session.client.path, keep_alive=True)))
+            for _ in range(instances)
+        ]
+        workers: list[Callable[[], object]] = [_caller(bench, name, client) for client in clients]
+        session.progress(f"sustained: {instances} callers")
+        in_threads(workers, 3.0)  # all instances are there after that
+        count, wall = in_threads(workers, seconds)
+        runs = [bench.invoke(name).phases_ms["run"] for _ in range(50)]
+    alone = summarize(runs)
+    return {
+        "instances": sum(bench.client.show_function(name).instances.values()),
+        "requests": count,
+        "per_second": round(count / wall, 1),
+        "run_alone": alone.as_dict(),
+    }
+
+
+def _caller(bench: _Bench, name: str, client: Client) -> Callable[[], object]:
+    return lambda: bench.invoke(name, client)
+
+
+def _shifted(bench: _Bench, count: int) -> dict[str, Any]:
+    """Requests by an alias of two versions, 0.9 and 0.1; then it moves to one under load."""
+    session, name = bench.session, bench.deploy()
+    bench.client.publish_function(name)
+    bench.client.deploy_function(name, _archive(1))
+    bench.client.publish_function(name)
+    bench.client.set_alias(name, "prod", {"1": 0.9, "2": 0.1})
+    seen: Counter[str] = Counter()
+    for number in range(count):
+        session.progress(f"request {number + 1} of {count} by weight")
+        seen[bench.invoke(name, qualifier="prod").version] += 1
+    sigma = math.sqrt(count * 0.9 * 0.1)
+    moved: list[str] = []
+    failed: list[str] = []
+
+    def call() -> None:
+        try:
+            moved.append(bench.invoke(name, Client(session.client.path), qualifier="prod").version)
+        except TemplatedError as error:
+            failed.append(error.message)
+
+    def shift() -> None:
+        time.sleep(0.5)
+        bench.client.set_alias(name, "prod", {"2": 1.0})
+        time.sleep(5.0)
+
+    in_threads([call, shift], 3.0)
+    return {
+        "n": count,
+        "second": seen["2"],
+        "deviation_sigma": round((seen["2"] - count * 0.1) / sigma, 2),
+        "while_moving": len(moved),
+        "errors_while_moving": len(failed),
+        "last": moved[-1] if moved else "",
+    }
+
+
+def _gateway(bench: _Bench, url: str, count: int) -> dict[str, Any]:
+    """The same request by boto3 and by the unix socket in turn, each on one connection."""
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError as error:
+        raise HostError("boto3 is not installed", hint="pip install boto3") from error
+    lambdas = boto3.client(
+        "lambda",
+        endpoint_url=url,
+        config=Config(retries={"max_attempts": 0}, max_pool_connections=1),
+    )
+    session, name = bench.session, bench.deploy()
+    samples: dict[str, list[float]] = {"boto3": [], "socket": []}
+    for number in range(-_WARM_UP, count):
+        session.progress(f"boto3 {number + 1} of {count}")
+        for way in samples:
+            begin = time.perf_counter()
+            if way == "socket":
+                bench.invoke(name)
+            else:
+                answer = lambdas.invoke(FunctionName=name, Payload=_PAYLOAD)
+                if answer["Payload"].read() != _PAYLOAD:
+                    raise GuestError(f"{name} answered something else by boto3")
+            if number >= 0:
+                samples[way].append((time.perf_counter() - begin) * 1000)
+    rows = {way: summarize(values).as_dict() for way, values in samples.items()}
+    return {**rows, "adds_p50": round(rows["boto3"]["p50"] - rows["socket"]["p50"], 2)}
