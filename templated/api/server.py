@@ -61,11 +61,8 @@ async def listeners(config: Config, services: Services) -> AsyncIterator[None]:
         await web.SockSite(api, listener, backlog=_BACKLOG).start()
         if config.metrics is not None:
             await _serve_metrics(config.metrics, services, stack)
-        if services.functions is not None:
-            memory = functools.partial(_memory, services)
-            await stack.enter_async_context(
-                gateway(config, services.functions, services.audit, memory)
-            )
+        memory = functools.partial(_memory, services)
+        await stack.enter_async_context(gateway(config, services.functions, services.audit, memory))
         yield
 
 

@@ -95,7 +95,6 @@ def talk(
             running.context.config, gateway=msgspec.structs.replace(settings, **changes)
         )
         services = await with_functions(running)
-        assert services.functions is not None
         async with gateway(config, services.functions, running.audit, memory) as address:
             assert address is not None
             loop = asyncio.get_running_loop()

@@ -435,6 +435,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], int, str, str]] = {
         *("invoke", {"FunctionName": "hello", "Payload": b"1" * ((6 << 20) + 1)}),
         *(413, "RequestTooLargeException", "6291456"),
     ),
+    "too large for later": (
+        "invoke",
+        {"FunctionName": "hello", "InvocationType": "Event", "Payload": b"1" * (1 << 20) + b"1"},
+        *(413, "RequestTooLargeException", "1048576"),
+    ),
     "a context of the client": (
         *("invoke", {"FunctionName": "hello", "ClientContext": "e30="}),
         *(400, "InvalidParameterValueException", "X-Amz-Client-Context"),

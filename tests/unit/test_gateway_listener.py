@@ -71,7 +71,6 @@ def test_it_is_one_of_the_daemons_listeners(
         settings = GatewayConfig(listen=f"0.0.0.0:{port}", keys=KEYS)
         config = msgspec.structs.replace(running.context.config, gateway=settings)
         services = await with_functions(running)
-        assert services.functions is not None
         async with server.listeners(config, services):
             loop = asyncio.get_running_loop()
             gate = Gate(("127.0.0.1", port), services.functions, services, loop)

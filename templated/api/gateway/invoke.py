@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import re
 
 from aiohttp import web
 
-from templated.api.gateway.call import LARGE, Call
+from templated.api.gateway.body import too_large
+from templated.api.gateway.call import Call
 from templated.api.gateway.errors import Refused, wrong
 from templated.errors import InvalidRequest
-from templated.services.functions.payload import check_payload
+from templated.services.functions.payloads import checked
+from templated.services.functions.queue import MAX_EVENT
 
 _TYPE, _LOG = "X-Amz-Invocation-Type", "X-Amz-Log-Type"
 # Headers that would mean something there, and have to be told instead of ignored.
@@ -41,6 +42,8 @@ async def invoke(call: Call) -> web.Response:
 
 async def _later(call: Call, payload: bytes) -> web.Response:
     target = call.target
+    if len(payload) > MAX_EVENT:
+        raise too_large(MAX_EVENT, "Invoke")
     call.id = await call.desk.functions.queue.enqueue(target.name, target.qualifier, payload)
     return web.Response(status=202)
 
@@ -65,9 +68,7 @@ async def _now(call: Call, payload: bytes, *, tail: bool) -> web.Response:
 async def _payload(body: bytes) -> bytes:
     """The event of a request, `{}` for an empty one. Raises Refused when it is not JSON."""
     try:
-        if len(body) > LARGE:
-            return await asyncio.to_thread(check_payload, body)
-        return check_payload(body)
+        return await checked(body)
     except InvalidRequest as error:
         message = f"Could not parse request body into json: {error.message}"
         raise Refused("InvalidRequestContentException", message) from None
