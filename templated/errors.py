@@ -6,6 +6,7 @@
     ├── Forbidden               the caller lacks the role or the right that this needs
     ├── NotFound                no such clone, template, generation or operation
     ├── Conflict                the name is taken, or the state does not allow the request
+    │   └── Changed             what a change was meant for is something else by now
     ├── HostError               the host lacks something: QEMU, space in shm_dir, a permission
     ├── Busy                    a bound on concurrent work is reached
     │   └── Throttled           a function's bound is: which one, and when to try again
@@ -80,6 +81,10 @@ class Conflict(TemplatedError):
     """The name is taken, or the state does not allow the request."""
 
     code = "conflict"
+
+
+class Changed(Conflict):
+    """What a change was meant for is something else by now: nothing was changed."""
 
 
 class HostError(TemplatedError):

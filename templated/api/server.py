@@ -1,8 +1,9 @@
-"""The two listeners: the API on its unix socket, the metrics on TCP."""
+"""The listeners: the API on its unix socket, the metrics and the gateway on TCP."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import grp
 import os
 import socket
@@ -17,9 +18,11 @@ from templated.api.answers import SERVICES
 from templated.api.callers import Callers
 from templated.api.errors import errors_as_json
 from templated.api.gate import Gate, guarded
+from templated.api.gateway.server import gateway
 from templated.api.routes import ROUTES
 from templated.errors import ConfigError, HostError
 from templated.model.config import Config, MetricsConfig, SocketConfig
+from templated.model.units import size_bytes
 from templated.services.daemon import Services
 
 _MAX_BODY = 64 << 20
@@ -58,7 +61,17 @@ async def listeners(config: Config, services: Services) -> AsyncIterator[None]:
         await web.SockSite(api, listener, backlog=_BACKLOG).start()
         if config.metrics is not None:
             await _serve_metrics(config.metrics, services, stack)
+        memory = functools.partial(_memory, services)
+        await stack.enter_async_context(gateway(config, services.functions, services.audit, memory))
         yield
+
+
+def _memory(services: Services, template: str) -> int | None:
+    """MiB of a template's guests."""
+    generation = services.templates.generation(template)
+    if generation is None:
+        return None
+    return size_bytes(generation.manifest.spec.machine.memory) >> 20
 
 
 def _unix_listener(config: Config) -> socket.socket:

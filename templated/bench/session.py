@@ -101,7 +101,7 @@ class Session:
             frozen=Path(info.shm_dir) / self.template / active,
             image=image_disk(Path(info.state_dir), manifest.image),
             read_only_memory=False,
-            placeholder=Path(info.state_dir) / "code/placeholder",
+            placeholder=Path(info.state_dir) / "code/placeholder.img",
         )
         for path in (*found.files().values(), found.layer.empty):
             if not os.access(path, os.R_OK):

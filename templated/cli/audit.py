@@ -31,7 +31,7 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str | No
 @click.option(
     "--since", metavar="AGE", callback=_seconds, help="Only of the last 90s, 30m, 1h or 7d."
 )
-@click.option("--user", metavar="USER", help="Only of this user, by name or uid.")
+@click.option("--user", metavar="USER", help="Only of this user, by name or uid, or of a key.")
 @click.option(
     "-n", "--lines", type=click.IntRange(0, 100_000), help="Only the last LINES. Default: 1000."
 )
@@ -41,7 +41,8 @@ def audit(settings: Settings, since: int | None, user: str | None, lines: int | 
 
     Each request that changed something or reached into a guest, also a refused one: when,
     the caller's user and process, what it was about, and how it came out. Of a command in a
-    clone only the program's name is kept. Needs the role admin.
+    clone only the program's name is kept. Requests to the gateway have a key in place of a user.
+    Needs the role admin.
 
     With -o json each entry is one line.
     """
@@ -58,6 +59,6 @@ def _row(entry: dict[str, Any]) -> list[object]:
     outcome = entry["outcome"]
     if entry["left_out"]:
         outcome += f" ({entry['left_out']} more before)"
-    user = entry["user"] or entry["uid"]
+    user = entry["user"] or entry["key"] or entry["uid"]
     names = ("action", "target", "detail")
     return [entry["time"], user, entry["pid"], *(entry[name] for name in names), outcome]

@@ -188,9 +188,11 @@ class AuditEntry(Struct, frozen=True, kw_only=True):
     pid: int | None
     user: str = ""
     """The name of the uid, empty when it has none."""
+    key: str = ""
+    """The id of the key by which a request to the gateway was signed; it has no uid."""
     role: str = ""
     action: str
-    """The operation's name in the OpenAPI document."""
+    """The operation's name in the OpenAPI document, or in Lambda's API."""
     target: str = ""
     """The clone, template or operation."""
     detail: str = ""

@@ -41,6 +41,13 @@ class Runtime(enum.StrEnum):
     """The code's own executable `bootstrap`, which speaks the Lambda Runtime API."""
 
 
+class Told(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a client of Lambda's API said that means nothing here: it is only told back."""
+
+    role: Annotated[str, Meta(max_length=512)] = ""
+    runtime: Annotated[str, Meta(max_length=64)] = ""
+
+
 class Settings(Struct, frozen=True, kw_only=True):
     """What a version fixes beside its code."""
 
@@ -50,6 +57,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     env: dict[EnvName, str] = {}
     timeout: Duration = "30s"
     description: Annotated[str, Meta(max_length=256)] = ""
+    told: Told = Told()
 
     def __post_init__(self) -> None:
         size = sum(len(name.encode()) + len(value.encode()) for name, value in self.env.items())
@@ -154,6 +162,8 @@ class DeployRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     env: dict[EnvName, str] | None = None
     timeout: Duration | None = None
     description: Annotated[str, Meta(max_length=256)] | None = None
+    told: Told | None = None
+    """What is empty in it stays as it is, too."""
 
 
 class PublishRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -70,7 +70,7 @@ class Layout:
     @property
     def placeholder(self) -> Path:
         """The code image of a VM that has no function's code."""
-        return self.code / "placeholder"
+        return self.code / "placeholder.img"
 
     def image_disk(self, digest: str) -> Path:
         """Disk layer 1."""

@@ -15,6 +15,7 @@ import msgspec
 from templated.drivers.code import CodeFile
 from templated.errors import InvalidRequest, NotFound
 from templated.journal import EventRow, FunctionRows, now
+from templated.model.code import CodeCheck, CodeFreed, CodeRow
 from templated.model.function import CodeView, EventView, InvokeView
 from templated.services.daemon import Services
 from templated.services.functions.functions import Functions
@@ -44,6 +45,22 @@ class FakeCode:
     async def ensure(self, digest: str) -> CodeFile:
         """There is none."""
         raise NotFound(f"there is no code {digest}")
+
+    async def views(self) -> list[CodeRow]:
+        """There is none."""
+        return []
+
+    async def prefetch(self, digest: str) -> CodeRow:
+        """There is none."""
+        raise NotFound(f"there is no code {digest}")
+
+    async def verify(self) -> list[CodeCheck]:
+        """There is none."""
+        return []
+
+    async def gc(self) -> CodeFreed:
+        """There is none."""
+        return CodeFreed(removed=(), size=0)
 
 
 @dataclass

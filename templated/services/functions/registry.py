@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from msgspec.structs import replace
 
-from templated.errors import Conflict, HostError, InvalidRequest, NotFound
+from templated.errors import Changed, Conflict, HostError, InvalidRequest, NotFound
 from templated.journal import FunctionRow, FunctionRows, now
 from templated.model.function import (
     LATEST,
@@ -116,11 +116,13 @@ class Registry:
         archive: Path | None,
         *,
         new: bool | None = None,
+        expected: Version | None = None,
     ) -> Version:
         """Change `$LATEST`, or make the function. Without an archive its code stays.
 
-        `new`: True for one that must not exist, False for one that must. Raises InvalidRequest,
-        Conflict, NotFound, HostError; leaves the function as it was.
+        `new`: True for one that must not exist, False for one that must; `expected`: what
+        `$LATEST` must be still. Raises InvalidRequest, Conflict, NotFound, HostError; leaves the
+        function as it was.
         """
         check_function_name(name)
         async with self._alone(name):
@@ -130,6 +132,7 @@ class Registry:
             if old is None and new is False:
                 raise self._unknown(name)
             latest = old.latest if old else None
+            _still(latest, expected)
             settings = merged(wanted, latest.settings if latest else None, self._takers())
             if latest is None and archive is None:
                 raise InvalidRequest("a new function needs code", hint="send its files as a zip")
@@ -153,16 +156,22 @@ class Registry:
         return await _whole(write())
 
     async def publish(
-        self, name: str, *, description: str | None = None, digest: str | None = None
+        self,
+        name: str,
+        *,
+        description: str | None = None,
+        digest: str | None = None,
+        expected: Version | None = None,
     ) -> Version:
         """Make a numbered copy of `$LATEST`; without a change since the newest number, that one.
 
-        `digest`: the code that it must have. Raises NotFound, Conflict for other code,
-        InvalidRequest; leaves no number then.
+        `digest`: the code that it must have; `expected`: what it must be still. Raises NotFound,
+        Conflict for other code, InvalidRequest; leaves no number then.
         """
         async with self._alone(name):
             function = self._function(name)
             latest = function.latest
+            _still(latest, expected)
             if digest is not None and digest != latest.code.digest:
                 raise Conflict(
                     f"the code of {name} is {latest.code.digest[:12]}, not {digest[:12]}",
@@ -191,10 +200,12 @@ class Registry:
         *,
         description: str | None = None,
         new: bool | None = None,
+        expected: Alias | None = None,
     ) -> Alias:
         """Point an alias at one version, or at two by weight; the first is the one it names.
 
-        `new` as for a deploy. Raises InvalidRequest, NotFound, Conflict; leaves it as it was.
+        `new` and `expected` as for a deploy. Raises InvalidRequest, NotFound, Conflict; leaves it
+        as it was.
         """
         async with self._alone(name):
             function = self._function(name)
@@ -203,6 +214,7 @@ class Registry:
                 raise Conflict(f"function {name} has an alias {alias} already")
             if old is None and new is False:
                 raise self._no_alias(function, alias)
+            _still(old, expected)
             if description is None:
                 description = old.description if old else ""
             wanted = pointed(name, alias, versions, description, function.labels())
@@ -412,6 +424,11 @@ async def _whole(work: Coroutine[Any, Any, T]) -> T:
         if not task.cancelled():
             task.exception()  # nobody is left to be told
         raise
+
+
+def _still(found: object, expected: object) -> None:
+    if expected is not None and found != expected:
+        raise Changed("it was changed meanwhile", hint="look at it again, and try again")
 
 
 def _latest(name: str, settings: Settings, code: CodeView) -> Version:

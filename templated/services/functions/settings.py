@@ -9,7 +9,7 @@ from typing import TypeVar
 import msgspec
 
 from templated.errors import InvalidRequest, NotFound
-from templated.model.function import LATEST, Alias, DeployRequest, Runtime, Settings
+from templated.model.function import LATEST, Alias, DeployRequest, Runtime, Settings, Told
 
 T = TypeVar("T")
 _BOOTSTRAP = "bootstrap"
@@ -31,6 +31,7 @@ def merged(wanted: DeployRequest, old: Settings | None, takers: Sequence[str]) -
         "env": wanted.env,
         "timeout": wanted.timeout,
         "description": wanted.description,
+        "told": _told(wanted.told, old.told if old else Told()),
     }
     before = msgspec.structs.asdict(old) if old else {}
     settings = strict({**before, **_given(given)}, Settings)
@@ -39,6 +40,12 @@ def merged(wanted: DeployRequest, old: Settings | None, takers: Sequence[str]) -
             f"the handler {settings.handler!r} is not MODULE.FUNCTION", hint="as in app.handler"
         )
     return settings
+
+
+def _told(wanted: Told | None, old: Told) -> Told:
+    """What is empty stays."""
+    said = msgspec.structs.asdict(wanted or Told())
+    return msgspec.structs.replace(old, **{name: text for name, text in said.items() if text})
 
 
 def _given(values: Mapping[str, object]) -> dict[str, object]:

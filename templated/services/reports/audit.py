@@ -48,7 +48,7 @@ class AuditLog:
         self._limit = limit
         self._added = asyncio.Event()
         self._waiting: deque[AuditEntry] = deque(maxlen=_WAITING)
-        self._refusals: dict[tuple[int | None, str], tuple[float, int]] = {}
+        self._refusals: dict[tuple[int | None, str, str], tuple[float, int]] = {}
         # What follows belongs to who has the lock.
         self._files = threading.Lock()
         self._lines: deque[bytes] = deque(maxlen=_WAITING)
@@ -68,7 +68,7 @@ class AuditLog:
 
     def _left_out(self, entry: AuditEntry) -> int | None:
         """How many such refusals were left out before; None when this one is left out as well."""
-        kind, present = (entry.uid, entry.action), monotonic()
+        kind, present = (entry.uid, entry.key, entry.action), monotonic()
         until, left_out = self._refusals.get(kind, (present, 0))
         if present < until:
             self._refusals[kind] = until, left_out + 1
@@ -94,7 +94,8 @@ class AuditLog:
     async def read(
         self, lines: int, *, since: float | None = None, user: str = ""
     ) -> list[AuditEntry]:
-        """The last entries, oldest first: of the last `since` seconds, of a user's name or uid.
+        """The last entries, oldest first: of the last `since` seconds, of a user's name or uid, or
+        of a key's id.
 
         Raises Conflict when the log is switched off, HostError when it cannot be read.
         """
@@ -118,7 +119,7 @@ class AuditLog:
         begin = "" if since is None else now(ago=since)
         entries = (e for e in _entries(content) if e.time >= begin)
         if user:
-            entries = (e for e in entries if user in (e.user, str(e.uid)))
+            entries = (e for e in entries if user in (e.user, str(e.uid), e.key))
         return list(deque(entries, maxlen=lines))
 
     def _write(self, limit: int) -> None:
