@@ -22,7 +22,6 @@ from templated.model.function import (
 )
 from templated.model.socket import LOG_HEADER
 from templated.services.functions.functions import Functions, version_view
-from templated.services.functions.payload import check_payload
 
 _CHUNK = 1 << 18
 
@@ -98,7 +97,7 @@ async def invoke_function(request: web.Request) -> web.Response:
         check_qualifier(qualifier)
     later = flag(request, "event")
     note(target=f"{name}:{qualifier}" if qualifier else name, detail="event" if later else "")
-    payload = check_payload(await _payload(request))
+    payload = await _payload(request)
     if later:
         return json_answer(
             Accepted(id=await functions.queue.enqueue(name, qualifier, payload)), 202

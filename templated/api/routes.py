@@ -8,6 +8,7 @@ from aiohttp import web
 
 from templated.api import handlers as h
 from templated.api.answers import NDJSON, json_answer
+from templated.api.code_routes import CODE_ROUTES
 from templated.api.function_routes import FUNCTION_ROUTES
 from templated.api.openapi import document
 from templated.api.route import Route, delete, get, post, put
@@ -159,5 +160,6 @@ ROUTES: tuple[Route, ...] = (
         needs=Role.VIEWER,
     ),
     *FUNCTION_ROUTES,
+    *CODE_ROUTES,
     get("/metrics", h.metrics, "Prometheus metrics", str, stream=_TEXT, needs=Role.VIEWER),
 )

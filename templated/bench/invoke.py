@@ -23,7 +23,7 @@ from templated.model.function import InvokeView
 
 # What is measured is how a request comes to a handler: this one returns what it was given.
 _APP = b"def handler(event, context):\n    return event\n"
-_PAYLOAD = b'{"a":1}'
+_PAYLOAD = b'{"a": 1}'  # as Python writes it
 _SMALL, _LARGE = 100 << 10, 200 << 20
 _PAUSED_WITHIN = 30.0
 _POLL = 0.01

@@ -33,11 +33,18 @@ def function_names(
     return _names(context, requests.list_functions(), incomplete)
 
 
-def _names(context: click.Context, request: Request[Any], incomplete: str) -> list[str]:
+def code_digests(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Digests of code on this node that begin so; none when the daemon does not say."""
+    return _names(context, requests.list_code(), incomplete, "digest")
+
+
+def _names(
+    context: click.Context, request: Request[Any], incomplete: str, key: str = "name"
+) -> list[str]:
     try:
         found = context.ensure_object(Settings).client(timeout=_SECONDS).json(request)
         given = set(_flat(context.params.values()))
-        names = [item["name"] for item in found]
+        names = [item[key] for item in found]
         return [name for name in names if name.startswith(incomplete) and name not in given]
     except Exception:
         # Errors stay silent: a message in the middle of a command line would only disturb.

@@ -28,6 +28,7 @@ COMMANDS = {
     "top": "templated.cli.top:top",
     "function": "templated.cli.functions:function",
     "invoke": "templated.cli.invoke:invoke",
+    "code": "templated.cli.code:code",
     "template": "templated.cli.templates:template",
     "pool": "templated.cli.pools:pool",
     "image": "templated.cli.images:image",

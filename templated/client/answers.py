@@ -24,6 +24,7 @@ from templated.model.api import (
     PoolView,
 )
 from templated.model.clone import CloneView
+from templated.model.code import CodeCheck, CodeFreed, CodeRow
 from templated.model.function import (
     Accepted,
     AliasView,
@@ -42,6 +43,9 @@ _MODEL = {
         AliasView,
         AuditEntry,
         CloneView,
+        CodeCheck,
+        CodeFreed,
+        CodeRow,
         Event,
         EventView,
         ExecFrame,

@@ -112,6 +112,10 @@ class Client:
     queue_event = _one(requests.queue_event)
     function_logs = _many(requests.function_logs)
     function_events = _one(requests.function_events)
+    list_code = _one(requests.list_code)
+    prefetch_code = _one(requests.prefetch_code)
+    verify_code = _one(requests.verify_code)
+    collect_code = _one(requests.collect_code)
     show_operation = _one(requests.show_operation)
     operation_events = _many(requests.operation_events)
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         PoolView,
     )
     from templated.model.clone import CloneView
+    from templated.model.code import CodeCheck, CodeFreed, CodeRow
     from templated.model.function import (
         Accepted,
         AliasView,
@@ -404,6 +405,29 @@ def function_logs(name: str, lines: int | None = None, follow: bool = False) -> 
 def function_events(name: str) -> Request[list[EventView]]:
     """Asynchronous events of a function that are not done, oldest first."""
     return Request("GET", "functions", name, "events")
+
+
+# Code
+
+
+def list_code() -> Request[list[CodeRow]]:
+    """The code on this node, used last first."""
+    return Request("GET", "code")
+
+
+def prefetch_code(digest: str) -> Request[CodeRow]:
+    """Have code on this node, verified, ahead of a request."""
+    return Request("POST", "code", digest, "prefetch", timeout=LONG)
+
+
+def verify_code() -> Request[list[CodeCheck]]:
+    """Read all code on this node again; what is damaged is fetched again, or is gone."""
+    return Request("POST", "code", "verify", timeout=LONG)
+
+
+def collect_code() -> Request[CodeFreed]:
+    """Remove the code on this node that no version of a function needs."""
+    return Request("POST", "code", "gc", timeout=LONG)
 
 
 # Operations

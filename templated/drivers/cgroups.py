@@ -34,6 +34,8 @@ _BACKGROUND = 5
 """The weight of a VM that nobody waits for: nice does not count between groups. With the least, 1,
 a member of a pool came to the bound of its start on a host without idle CPUs."""
 _USUAL = 100
+_GONE = (errno.ENOENT, errno.ENODEV)
+"""What the kernel says of a group, or of a file of it, that another thread has just removed."""
 _LEAVING, _PAUSE = 0.2, 0.01
 """Seconds until a process that has ended has left its group."""
 _DELEGATED = ("trusted.delegate", "user.delegate")
@@ -430,11 +432,13 @@ def _kill(path: Path) -> None:
     """End all processes of a group, by cgroup.kill of Linux 5.14 where it is."""
     try:
         pids = [int(pid) for pid in (path / "cgroup.procs").read_text().split()]
-    except FileNotFoundError:
-        return
-    if pids and (path / "cgroup.kill").exists():
-        _put(path / "cgroup.kill", "1")
-        return
+        if pids and (path / "cgroup.kill").exists():
+            _put(path / "cgroup.kill", "1")
+            return
+    except OSError as error:
+        if error.errno in _GONE:
+            return
+        raise
     for pid in filter(None, pids):  # 0: of another PID namespace
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -447,6 +451,8 @@ def _remove(path: Path) -> None:
         try:
             path.rmdir()
         except OSError as error:
+            if error.errno in _GONE:
+                return
             if error.errno != errno.EBUSY or time.monotonic() > deadline:
                 raise
             time.sleep(_PAUSE)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import stat
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 _RETRIES = 2
 _CONNECT_SECONDS = 5.0
 _LONGEST = 200
+_SYSTEM = re.compile(r'message: "([^"]{1,100})"')
 _LOST = "see that it runs, and code.store in the configuration"
 
 
@@ -149,5 +151,12 @@ def _secret(config: StoreConfig) -> str:
 
 def _cause(error: BaseException) -> str:
     """What obstore says at length, as one short line."""
-    text = " ".join(str(error).split("\n\n", 1)[0].split())
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    text = str(error)
+    said, _, details = text.partition("\n\n")
+    # Behind the request, its retries and their bounds.
+    said = " ".join(said.split()).rpartition(" - ")[2].removeprefix("Generic S3 error: ")
+    if (system := _SYSTEM.search(details)) is not None:
+        said = system[1]
+    elif "kind: Timeout" in details:
+        said = "it did not answer in time"
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."

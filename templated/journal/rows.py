@@ -17,6 +17,10 @@ from templated.model.lifecycle import S, Table, move
 T = TypeVar("T")
 InstanceOf = Annotated[str, Meta(pattern=r"^([A-Za-z0-9_-]{1,64}:[$A-Za-z0-9_-]{1,128})?$(?!\n)")]
 """`NAME:VERSION` of the function that a clone is an instance of; empty for ordinary clones."""
+Time = Annotated[
+    str, Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z$(?!\n)")
+]
+"""As `now` writes it."""
 # Seconds since the epoch of what a datetime can still say.
 _LAST = 2e11
 
@@ -57,11 +61,14 @@ class EventRow(Struct, frozen=True, kw_only=True):
     state: EventState = EventState.QUEUED
     attempts: Annotated[int, Meta(ge=0)] = 0
     """How often it was tried."""
-    created: str
+    created: Time
     due: Annotated[float, Meta(ge=0, le=_LAST)]
     """When it is tried next, in seconds since the epoch."""
     reason: str = ""
     """Why its last try failed."""
+
+    def __post_init__(self) -> None:
+        datetime.fromisoformat(self.created)  # its age is asked for: there is no 30 February
 
 
 def now(ago: float = 0.0) -> str:

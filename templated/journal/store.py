@@ -207,6 +207,8 @@ class Journal:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             await asyncio.wait({future})
+            if not future.cancelled():
+                future.exception()  # nobody is left to be told
             raise
 
     def _transaction(self, name: str, work: Callable[[sqlite3.Connection], T]) -> T:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import enum
+import re
 
 from msgspec import Struct
 
+from templated.errors import InvalidRequest
 from templated.model.function import Digest
+
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class CodeRow(Struct, frozen=True, kw_only=True):
@@ -50,3 +54,13 @@ class CodeFreed(Struct, frozen=True, kw_only=True):
     removed: tuple[Digest, ...]
     size: int
     """Bytes that it took."""
+
+
+def check_digest(digest: str) -> str:
+    """Return `digest`, or raise InvalidRequest: it is that of a code image."""
+    if _DIGEST.fullmatch(digest):
+        return digest
+    raise InvalidRequest(
+        f"{digest[:70]!r} is not the digest of code",
+        hint="it has 64 digits of 0-9 and a-f; see: templated function show NAME -o json",
+    )

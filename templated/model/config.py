@@ -155,9 +155,10 @@ class FunctionConfig(_Section, frozen=True, kw_only=True):
     """Bounds on functions, and how long their instances stay."""
 
     concurrency: Annotated[int, Meta(ge=1, le=10000)] = 100
-    """Requests that run at once, of all functions; each takes an instance."""
+    """Requests that run at once, of all functions; each takes an instance. What is reserved for
+    single functions is taken from it, and these are refused what goes beyond."""
     queue: Annotated[int, Meta(ge=0, le=100000)] = 1000
-    """Requests of one function that wait for an instance."""
+    """Requests of one function that wait for their turn while that many run."""
     init_timeout: Duration = "10s"
     freeze_after: Duration = "1s"
     """How long an instance without a request runs on before it is paused."""

@@ -188,7 +188,7 @@ class _Functions:
         self._queue = EventQueue(rows, self._registry, self._router, context.events)
         self._uploads = Uploads(layout.incoming)
         self._registry.on_changed.append(self._router.changed)
-        self._registry.on_removed += [self._router.removed, self._removed]
+        self._registry.on_removed += [self._router.removed, self._queue.removed, self._removed]
         self.functions = Functions(
             registry=self._registry,
             router=self._router,
@@ -224,6 +224,10 @@ class _Functions:
         await self._uploads.open()
         await self._cache.open()
         await self._registry.open()
+        for name in self._registry.names():
+            for version in (self._registry.latest(name), *self._registry.versions(name)):
+                self._router.changed(version)
+        await self._logs.prune(self._registry.names())
         await self._queue.open()
         self._tasks.spawn(self._logs.run(), "writing the logs of functions")
         self._tasks.spawn(self._queue.run(), "running events")
@@ -233,7 +237,8 @@ class _Functions:
             await self._logs.remove(function)
 
     async def end(self) -> None:
-        """End all instances. Raises nothing."""
+        """End all instances; events that run are left to the next daemon. Raises nothing."""
+        await self._queue.close()
         await self._router.close()
 
     async def close(self) -> None:

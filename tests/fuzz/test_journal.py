@@ -22,7 +22,6 @@ from templated.services.daemon import Services
 from templated.services.places import Layout
 from tests.fuzz.cases import check_error, fuzz
 from tests.unit.fake_daemon import GENERATION, activate, configured, daemon, freeze
-from tests.unit.fake_functions import with_functions
 from tests.unit.test_function_rows import filled
 
 _COLUMNS = {
@@ -124,8 +123,7 @@ async def _prepare(config: Config, fake: FakeHypervisor) -> None:
 
 async def _use_functions(running: Services) -> None:
     """All that is read of them; one that is known can be changed, or says why not."""
-    functions = (await with_functions(running)).functions
-    assert functions is not None
+    functions = running.functions
     rows = FunctionRows(running.context.journal)
     await rows.events()
     await rows.due_events(1e9)

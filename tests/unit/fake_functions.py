@@ -15,9 +15,11 @@ import msgspec
 from templated.drivers.code import CodeFile
 from templated.errors import InvalidRequest, NotFound
 from templated.journal import EventRow, FunctionRows, now
+from templated.model.code import CodeCheck, CodeFreed, CodeRow
 from templated.model.function import CodeView, EventView, InvokeView
 from templated.services.daemon import Services
 from templated.services.functions.functions import Functions
+from templated.services.functions.payloads import checked
 from templated.services.functions.registry import Registry
 from templated.services.functions.uploads import Uploads
 
@@ -44,6 +46,22 @@ class FakeCode:
         """There is none."""
         raise NotFound(f"there is no code {digest}")
 
+    async def views(self) -> list[CodeRow]:
+        """There is none."""
+        return []
+
+    async def prefetch(self, digest: str) -> CodeRow:
+        """There is none."""
+        raise NotFound(f"there is no code {digest}")
+
+    async def verify(self) -> list[CodeCheck]:
+        """There is none."""
+        return []
+
+    async def gc(self) -> CodeFreed:
+        """There is none."""
+        return CodeFreed(removed=(), size=0)
+
 
 @dataclass
 class Ran:
@@ -67,6 +85,7 @@ class FakeRouter:
         self, name: str, qualifier: str | None, payload: bytes, *, trace: str = ""
     ) -> Ran:
         """An echo."""
+        payload = await checked(payload)
         version = self._registry.resolve(name, qualifier)
         if self.error is not None:
             raise self.error
@@ -97,6 +116,7 @@ class FakeQueue:
 
     async def enqueue(self, name: str, qualifier: str | None, payload: bytes) -> str:
         """Kept."""
+        payload = await checked(payload)
         self._registry.resolve(name, qualifier)
         count = len(await self._rows.events())
         row = EventRow(

@@ -44,15 +44,16 @@ from tests.unit.fake_daemon import play
 VIEWER = {
     *("info", "openapi", "metrics", "events", "list_clones", "show_clone", "list_templates"),
     *("show_template", "list_images", "list_pools", "show_pool", "show_operation"),
-    *("operation_events", "list_functions", "show_function"),
+    *("operation_events", "list_functions", "show_function", "list_code"),
 }
 OPERATOR = VIEWER | {
     *("create_clones", "remove_clone", "logs", "set_pool"),
-    *("invoke_function", "function_logs", "function_events"),
+    *("invoke_function", "function_logs", "function_events", "prefetch_code", "verify_code"),
 }
 ADMIN = OPERATOR | {
     *("build_template", "remove_template", "rollback", "audit", "deploy_function"),
     *("remove_function", "publish_function", "set_alias", "remove_alias", "set_concurrency"),
+    "collect_code",
 }
 EXEC = {"exec_in_clone"}
 COPY = {"get_file", "put_file"}

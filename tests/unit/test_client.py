@@ -136,6 +136,8 @@ def example(make: Callable[..., Request[Any]]) -> Request[Any]:
     values = {**EXAMPLES, "path": path}
     if make is requests.deploy_function:
         values |= {"template": "t", "timeout": "5s"}
+    if make is requests.prefetch_code:
+        values |= {"digest": "{digest}"}
     return make(**{name: values[name] for name in inspect.signature(make).parameters})
 
 

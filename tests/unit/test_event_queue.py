@@ -343,6 +343,28 @@ def test_a_daemon_that_is_killed_loses_none(tmp_path: Path) -> None:
     play(tmp_path, first, second)
 
 
+def test_a_queue_that_is_closed(tmp_path: Path) -> None:
+    """What runs is no failed try, and nothing begins; accepted events are for the next daemon."""
+
+    async def first(it: Setting) -> None:
+        it.router.gate.clear()
+        it.router.results = [GuestError("the daemon ends")] * 5
+        for n in range(5):
+            await it.add(n)
+        await until(lambda: it.router.at_once == 4)
+        await it.queue.close()
+        it.router.gate.set()
+        await it.add(5)
+        await asyncio.sleep(0.01)
+        assert it.router.runs == {} and await it.states() == {"running": 4, "queued": 2}
+
+    async def second(it: Setting) -> None:
+        await it.done()
+        assert it.router.runs == {str(n): 1 for n in range(6)}
+
+    play(tmp_path, first, second)
+
+
 def test_later_tries_are_later(tmp_path: Path) -> None:
     async def scenario(it: Setting) -> None:
         it.router.results = ["failed"]

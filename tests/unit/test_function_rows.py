@@ -256,6 +256,8 @@ SPOILED = [
     ("events SET due = 9e999", "`$.due`"),
     ("events SET attempts = -1", "`$.attempts`"),
     ("events SET id = '..'", "'..'"),
+    ("events SET created = '22'", "`$.created`"),
+    ("events SET created = '2026-02-30T00:00:00.000Z'", "day is out of range"),
     ("clones SET function = 'a b'", "`$.function`"),
 ]
 

@@ -245,7 +245,7 @@ def test_the_guide_lists_every_event() -> None:
     }
     text = (ROOT / "docs/operators-guide.md").read_text()
     text = text[text.index("`templated events` prints") : text.index("### All metrics")]
-    listed = set(re.findall(r"\b(?:clone|template|generation|pool)\.[a-z_]+", text))
+    listed = set(re.findall(r"\b(?:clone|template|generation|pool|function)\.[a-z_]+", text))
     assert emitted == listed
 
 

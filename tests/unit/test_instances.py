@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -230,6 +231,21 @@ def test_a_removal_that_never_works_is_given_up() -> None:
         world.clones.clear()
 
     play(scenario, freeze_after=1.0, keep_alive=SOON)
+
+
+def test_a_daemon_that_ends_does_not_wait_to_try_again() -> None:
+    async def scenario(world: World) -> None:
+        world.instances._timing = replace(world.instances._timing, removal_pauses=(1000.0,))
+        world.remove_fails = [HostError("busy")]
+        await world.ask(1)
+        machine(world).end()
+        await until(lambda: not world.remove_fails)
+        await settle()
+        assert world.states() == {"ending": 1}
+        await world.router.close()
+        assert world.clones == {}
+
+    play(scenario)
 
 
 def test_a_daemon_that_ends_while_all_rest() -> None:

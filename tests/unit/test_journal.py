@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sqlite3
 import uuid
 from collections.abc import AsyncIterator
@@ -184,6 +185,27 @@ def test_cancelled_request_waits_for_its_transaction(tmp_path: Path) -> None:
             assert len(await journal.clones()) == 1
 
     asyncio.run(main())
+
+
+def test_cancelled_request_whose_transaction_fails(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is cancelled, and its error is no surprise to anybody. Found by the fuzzer."""
+
+    async def main() -> None:
+        async with opened(tmp_path) as journal:
+            slot = journal.new_slot("g", make, 9)
+            await journal.new_clone(clone("a", slot))
+            task = asyncio.create_task(journal.new_clone(clone("a", slot)))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            del task
+            gc.collect()
+
+    asyncio.run(main())
+    assert not caplog.records
 
 
 def test_damaged_file(tmp_path: Path) -> None:

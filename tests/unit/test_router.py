@@ -169,6 +169,40 @@ def test_a_new_instance_that_nobody_waits_for_rests() -> None:
     play(scenario)
 
 
+def test_no_more_starts_than_are_needed() -> None:
+    """Who waits for a start that has not begun may be served before."""
+
+    async def scenario(world: World) -> None:
+        gate = asyncio.Event()
+
+        async def slow(_: str) -> None:
+            await gate.wait()
+
+        world.start = slow
+        tasks = [world.asking(n) for n in range(50)]
+        await settle()
+        assert world.states() == {"starting": 8}
+        gate.set()
+        await asyncio.gather(*tasks)
+        assert 8 <= len(world.made) < 30 and set(world.served.values()) == {1}
+
+    play(scenario)
+
+
+def test_all_who_wait_get_an_instance_when_none_comes_free() -> None:
+    async def scenario(world: World) -> None:
+        held = Held()
+        world.handler = held
+        tasks = [world.asking(n) for n in range(30)]
+        await until(lambda: len(held.waiting) == 30)
+        for n in range(30):
+            held.answer(n)
+        await asyncio.gather(*tasks)
+        assert len(world.made) == 30
+
+    play(scenario)
+
+
 def test_two_hundred_requests_for_five_instances() -> None:
     async def scenario(world: World) -> None:
         outcomes = await asyncio.gather(*(world.ask(n) for n in range(200)))

@@ -11,10 +11,13 @@ import pytest
 from templated.drivers.guest_functions import Answer, InitFailed, InvokeOrder, LoadOrder
 from templated.errors import (
     Busy,
+    Conflict,
     GuestError,
     HostError,
     HypervisorError,
+    NotFound,
     StartError,
+    TemplatedError,
 )
 from tests.unit.fake_daemon import until
 from tests.unit.fake_instances import FakeGuest, Held, World, echo, play, settle, version
@@ -216,6 +219,23 @@ def test_an_init_that_never_ends() -> None:
         await until(lambda: not world.clones)
 
     play(scenario, init=0.01)
+
+
+@pytest.mark.parametrize("error", [NotFound("there is no template t"), Conflict("no disk")])
+def test_a_template_that_is_not_there(error: TemplatedError) -> None:
+    """It is no function that is not found."""
+
+    async def scenario(world: World) -> None:
+        async def fails(_: str) -> None:
+            raise error
+
+        world.start = fails
+        with pytest.raises(StartError) as caught:
+            await world.ask()
+        assert (caught.value.phase, caught.value.reason) == ("start", error.code)
+        assert error.message in caught.value.message
+
+    play(scenario)
 
 
 @pytest.mark.parametrize("how", ["mount", "dies"])

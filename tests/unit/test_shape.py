@@ -23,6 +23,7 @@ EXPLAINED = {
     "templated/errors.py",  # the tree in the module's docstring
     "templated/api/handlers.py",  # the table in routes.py, which the OpenAPI document is made of
     "templated/api/function_handlers.py",  # as above
+    "templated/api/code_handlers.py",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -21,6 +21,7 @@ import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import uuid
@@ -44,7 +45,15 @@ _CPU_SECONDS = 120
 _MKFS = "mkfs.erofs"
 _FORM = b"templated code 1\n"
 """The first that the files' digest is made of; another form of images is another digest."""
-_BROKEN = (BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, RuntimeError)
+_BROKEN = (
+    BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    ValueError,
+    RuntimeError,
+)
 """What zipfile raises for archives that are none; it says so in words for programmers."""
 
 
@@ -117,10 +126,18 @@ def _unpack(archive: Path, tree: Path) -> tuple[dict[str, Entry], dict[str, str]
             "the archive takes too much memory to be read", hint="leave some files out"
         ) from None
     except _BROKEN as error:
-        raise InvalidRequest(
-            f"the archive is broken: {error or type(error).__name__}",
-            hint="it has to be a zip archive; make it again",
-        ) from error
+        raise _broken(error) from error
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # it names a place before its beginning
+            raise _broken(error) from error
+        raise
+
+
+def _broken(error: Exception) -> InvalidRequest:
+    return InvalidRequest(
+        f"the archive is broken: {error or type(error).__name__}",
+        hint="it has to be a zip archive; make it again",
+    )
 
 
 class _Unpacking:
@@ -130,7 +147,7 @@ class _Unpacking:
         self._opened = opened
         self._tree = tree
         self._size = size
-        self._total = 0
+        self._total = self._in_files = 0
         self._folders: set[str] = set()
 
     def run(self, entries: dict[str, Entry]) -> tuple[dict[str, str], int]:
@@ -150,7 +167,7 @@ class _Unpacking:
             if wrong := fault(path, links):
                 raise refused(path, wrong)
             os.symlink(target, self._tree / path)
-        return contents | links, self._total
+        return contents | links, self._in_files
 
     def _folder(self, path: str) -> None:
         if path and path not in self._folders:
@@ -163,7 +180,7 @@ class _Unpacking:
         with open(self._tree / entry.path, "xb") as out:
             for piece in self._content(entry):
                 digest.update(piece)
-                out.write(piece)
+                self._in_files += out.write(piece)
             os.fchmod(out.fileno(), 0o755 if entry.executable else 0o644)
         return digest.hexdigest()
 

@@ -14,15 +14,25 @@ from templated.services.functions.instances import Instances
 from templated.services.reports.function_metrics import FunctionMetrics
 
 log = logging.getLogger(__name__)
+# Starts of one version's instances at once. More would not be faster: starts take turns. But who
+# waits for one that has not begun may be served by another before.
+_AT_ONCE = 8
 
 
 class Crews:
     """Hands out instances. There are never more than `most`, as far as some of them rest."""
 
-    def __init__(self, instances: Instances, metrics: FunctionMetrics, most: int) -> None:
+    def __init__(
+        self,
+        instances: Instances,
+        metrics: FunctionMetrics,
+        most: int,
+        at_once: int = _AT_ONCE,
+    ) -> None:
         self._instances = instances
         self._metrics = metrics
         self._most = most
+        self._at_once = at_once
         self._crews: dict[tuple[str, int], Crew] = {}
         self._retired: set[Crew] = set()
         self._starts: set[asyncio.Task[None]] = set()
@@ -47,7 +57,8 @@ class Crews:
         """An instance for a request, which must `offer` it again: the one that was used last,
         or the first that comes free, or that is new.
 
-        Raises what a start of an instance raises; leaves no start that nobody waits for.
+        Raises what a start of an instance raises, NotFound when its version is removed, Busy
+        when the daemon ends; leaves no instance taken.
         """
         return self._taken(crew) or await self._awaited(crew)
 
@@ -65,9 +76,8 @@ class Crews:
             raise closing()
         waiter: Waiter = asyncio.get_running_loop().create_future()
         crew.waiting.append(waiter)
-        if crew.starting < len(crew.waiting):
-            self._begin(crew)
-        return await waiter
+        self._begin_needed(crew)
+        return await waiter  # bounded: as long as it waits, an instance of its crew starts
 
     def offer(self, crew: Crew, instance: Instance) -> None:
         """An instance is free: for who waits longest, or to rest."""
@@ -81,8 +91,12 @@ class Crews:
             self._instances.rest(instance)
             crew.resting.append(instance)
 
+    def _begin_needed(self, crew: Crew) -> None:
+        """Start instances for those that wait: one for each, some at once."""
+        while not self._closing and crew.starting < min(len(crew.waiting), self._at_once):
+            self._begin(crew)
+
     def _begin(self, crew: Crew) -> None:
-        """Start an instance, for the request that waits last."""
         if self._instances.up() + len(self._starts) >= self._most:
             self._evict()
         crew.starting += 1
@@ -95,7 +109,7 @@ class Crews:
         try:
             outcome = await self._started(crew)
             if _crowded(outcome) and (victim := self._evict()):
-                await victim.removed.wait()
+                await self._instances.ended(victim)
                 outcome = await self._started(crew)
         finally:
             crew.starting -= 1
@@ -106,6 +120,7 @@ class Crews:
             waiter.set_exception(outcome)
         else:  # who waited was served by another one
             log.warning("no new instance of %s: %s", named(crew.version), outcome)
+        self._begin_needed(crew)
 
     async def _started(self, crew: Crew) -> Instance | BaseException:
         def left(instance: Instance) -> None:

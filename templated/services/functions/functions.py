@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from templated.drivers.code import CodeFile
+from templated.model.code import CodeCheck, CodeFreed, CodeRow
 from templated.model.function import (
     AliasView,
     CodeView,
@@ -84,6 +85,22 @@ class Codes(Protocol):
 
     async def ensure(self, digest: str) -> CodeFile:
         """Code that is on this node, verified. Raises NotFound when no store has it either."""
+        ...
+
+    async def views(self) -> list[CodeRow]:
+        """What is on this node, used last first."""
+        ...
+
+    async def prefetch(self, digest: str) -> CodeRow:
+        """As `ensure`, ahead of a request."""
+        ...
+
+    async def verify(self) -> list[CodeCheck]:
+        """Read all of it again; what is damaged is fetched again, or is gone."""
+        ...
+
+    async def gc(self) -> CodeFreed:
+        """Remove what nothing needs."""
         ...
 
 

@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator
 from templated.drivers.code import CodeFile
 from templated.drivers.guest_functions import Answer, InitFailed, InvokeOrder, Loaded, LoadOrder
 from templated.errors import (
+    Conflict,
     GuestError,
     HypervisorError,
+    InvalidRequest,
     NotFound,
     StartError,
     TemplatedError,
@@ -47,6 +49,8 @@ _LATE = 0.5
 _CLOCK_TIMEOUT = 5.0
 # How long the end of a VM whose connection broke may take to be known.
 _EXIT_TIMEOUT = 1.0
+# How long who needs the room of an instance waits for its end.
+_REMOVAL_TIMEOUT = 10.0
 _UP = (InstanceState.BUSY, InstanceState.IDLE, InstanceState.PAUSED)
 _POOLED = (StartPath.WARM, StartPath.STANDBY)
 
@@ -74,7 +78,7 @@ class Instances:
         self._timing = timing
         self._region = region
         self._all: dict[str, Instance] = {}
-        self._closing = False
+        self._closing = asyncio.Event()
 
     def __iter__(self) -> Iterator[Instance]:
         """All instances, also those that are ending."""
@@ -112,14 +116,16 @@ class Instances:
     async def _launch(self, instance: Instance) -> CodeFile:
         """Bring up its clone, with the code attached."""
         version, begin = instance.version, time.perf_counter()
-        code = await self._code.ensure(version.code.digest)
-        fetched = time.perf_counter()
-        running = await self._launches.start_instance(
-            instance.name,
-            version.settings.template,
-            code,
-            f"{version.function}:{version.label}",
-        )
+        label = f"{version.function}:{version.label}"
+        try:
+            code = await self._code.ensure(version.code.digest)
+            fetched = time.perf_counter()
+            running = await self._launches.start_instance(
+                instance.name, version.settings.template, code, label
+            )
+        except (NotFound, Conflict, InvalidRequest) as error:
+            # What the caller named is there: the template or the code is not.
+            raise _start_error(instance, error, "start") from error
         swap = running.phases_ms.get("attach", 0.0)
         instance.phases_ms = {
             "start": max(_ms(time.perf_counter() - fetched) - swap, 0.0),
@@ -358,16 +364,24 @@ class Instances:
                     return
                 except TemplatedError as error:
                     log.warning("cannot end instance %s: %s", instance.name, error.message)
-                    if pause is None or self._closing:
+                    if pause is None or self._closing.is_set():
                         return
-                await asyncio.sleep(pause)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await self._closing.wait()
         finally:
             self._all.pop(instance.name, None)
             instance.removed.set()
 
+    async def ended(self, instance: Instance) -> None:
+        """Wait until what an instance had was given back, or for some time. Raises nothing."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_REMOVAL_TIMEOUT):
+                await instance.removed.wait()
+
     async def close(self) -> None:
         """End all instances, and wait until what they had was given back. Raises nothing."""
-        self._closing = True
+        self._closing.set()
         ending = list(self._all.values())
         for instance in ending:
             self.end(instance, "the daemon ends")
@@ -414,10 +428,10 @@ def _ended(instance: Instance, why: str) -> GuestError:
     )
 
 
-def _start_error(instance: Instance, error: TemplatedError) -> StartError:
+def _start_error(instance: Instance, error: TemplatedError, phase: str = "attach") -> StartError:
     return StartError(
         f"instance {instance.name}: {error.message}",
-        phase="attach",
+        phase=phase,
         reason=error.code,
         hint=error.hint or f"see: templated function logs {instance.version.function}",
     )

@@ -54,6 +54,7 @@ class FunctionLogs:
         self._added = asyncio.Event()
         self._written = asyncio.Event()
         self._writes: dict[str, int] = {}
+        self._flushing = asyncio.Lock()
         self._closed = False
         # The files belong to who has the lock.
         self._files = threading.Lock()
@@ -85,16 +86,17 @@ class FunctionLogs:
 
     async def flush(self) -> None:
         """Write what waits. What the disk does not take is lost; that is logged once."""
-        self._added.clear()
-        if not self._waiting:
-            return
-        waiting, self._waiting = self._waiting, {}
-        self._sizes.clear()
-        self._total = 0
-        await asyncio.to_thread(self._write, waiting)
-        for function in waiting:
-            self._writes[function] = self._writes.get(function, 0) + 1
-        self._wake()
+        async with self._flushing:  # one after the other, or lines would change places
+            self._added.clear()
+            if not self._waiting:
+                return
+            waiting, self._waiting = self._waiting, {}
+            self._sizes.clear()
+            self._total = 0
+            await asyncio.to_thread(self._write, waiting)
+            for function in waiting:
+                self._writes[function] = self._writes.get(function, 0) + 1
+            self._wake()
 
     async def close(self) -> None:
         """Write what waits, take nothing more, and end all followers. Idempotent."""

@@ -147,6 +147,7 @@ class EventQueue:
         self._changed = asyncio.Event()
         self._waiting: Counter[str] = Counter()
         self._pauses: dict[str, float] = {}
+        self._closing = False
         self._tries: set[asyncio.Task[None]] = set()
         self._unwritten: set[str] = set()
         """Events whose try has ended, which the journal did not take: they are tried again."""
@@ -195,9 +196,9 @@ class EventQueue:
         return row.id
 
     async def run(self) -> None:
-        """Run what is due, until cancelled; what runs then is run again by the next daemon."""
+        """Run what is due, until closed or cancelled."""
         try:
-            while True:
+            while not self._closed():
                 self._changed.clear()
                 try:
                     due = await self._begin()
@@ -208,9 +209,21 @@ class EventQueue:
                     async with asyncio.timeout(min(due - self._clock(), _LONGEST_WAIT)):
                         await self._changed.wait()
         finally:
-            for task in self._tries:
-                task.cancel()
-            await asyncio.gather(*self._tries, return_exceptions=True)
+            await self.close()
+
+    async def close(self) -> None:
+        """Begin nothing more, and leave what runs to the next daemon, which runs it again.
+
+        To be called before the router is closed: else its failures would be the events'. Raises
+        nothing.
+        """
+        self._closing = True
+        self._changed.set()
+        tries = set(self._tries)
+        for task in tries:
+            task.cancel()
+        if tries:
+            await asyncio.wait(tries)
 
     async def _begin(self) -> float:
         """Begin what is due, as much as may run at once; returns when to look again."""
@@ -220,10 +233,12 @@ class EventQueue:
             await self._rows.event_state(event, EventState.QUEUED, due=due)
             self._unwritten.discard(event)
         free = self._limits.parallel - len(self._tries)
-        if free <= 0:
+        if free <= 0 or self._closed():
             return later
         for row in await self._rows.due_events(self._clock(), free):
             await self._rows.event_state(row.id, EventState.RUNNING)
+            if self._closed():
+                return later
             task = asyncio.create_task(self._tried(row), name=f"event {row.id}")
             self._tries.add(task)
             task.add_done_callback(self._tries.discard)
@@ -231,6 +246,9 @@ class EventQueue:
             return later
         next_due = await self._rows.next_due()
         return later if next_due is None else next_due
+
+    def _closed(self) -> bool:
+        return self._closing
 
     async def _tried(self, row: EventRow) -> None:
         try:

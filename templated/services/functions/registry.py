@@ -149,7 +149,8 @@ class Registry:
             row = FunctionRow(name=latest.function, reserved=None, created=latest.created)
             function = self._functions.setdefault(latest.function, _Function(row))
             function.versions[0] = latest
-            self._tell(latest, "function.deployed")
+            self._events.emit("function.deployed", latest.function, **_details(latest))
+            self._tell(latest)
             return latest
 
         return await _whole(write())
@@ -187,7 +188,8 @@ class Registry:
     async def _number(self, copy: Version) -> Version:
         made = await self._rows.publish(copy)
         self._functions[made.function].versions[made.number] = made
-        self._tell(made, "function.published")
+        self._events.emit("function.published", made.function, **_details(made))
+        self._tell(made)
         return made
 
     async def set_alias(
@@ -382,10 +384,7 @@ class Registry:
             hint=f"aliases: {listed(function.aliases)}",
         )
 
-    def _tell(self, version: Version, kind: str) -> None:
-        code = version.code
-        details = {"version": version.label, "digest": code.digest, "bytes": code.bytes}
-        self._events.emit(kind, version.function, **details)
+    def _tell(self, version: Version) -> None:
         for told in self.on_changed:
             told(version)
 
@@ -434,6 +433,12 @@ def _still(found: object, expected: object) -> None:
 
 def _latest(name: str, settings: Settings, code: CodeView) -> Version:
     return Version(function=name, number=0, settings=settings, code=code, created=now())
+
+
+def _details(version: Version) -> dict[str, object]:
+    """What an event says of a version."""
+    code = version.code
+    return {"version": version.label, "digest": code.digest, "bytes": code.bytes}
 
 
 def _same(one: Version, other: Version) -> bool:

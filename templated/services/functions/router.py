@@ -174,7 +174,7 @@ class Router:
         ending = self._crews.removed(function, number)
         self._metrics.forget(function, None if number is None else str(number or LATEST))
         for instance in ending:
-            await instance.removed.wait()
+            await self._instances.ended(instance)
 
     async def close(self) -> None:
         """End all instances, and let no request in; those under way fail. Raises nothing."""
