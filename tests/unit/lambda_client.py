@@ -85,6 +85,7 @@ def talk(
     work: Callable[[Gate], None],
     *,
     memory: Callable[[str], int | None] = lambda template: 256,
+    within: float = 60,
     **changes: Any,
 ) -> None:
     """Serve functions through a gateway, and work with it from a thread."""
@@ -100,7 +101,7 @@ def talk(
             loop = asyncio.get_running_loop()
             await asyncio.to_thread(work, Gate(address, services.functions, services, loop))
 
-    play(tmp_path, scenario)
+    play(tmp_path, scenario, within=within)
 
 
 def zipped(text: str = "def handler(event, context): return event") -> bytes:

@@ -279,6 +279,9 @@ def test_changes_are_audited(tmp_path: Path) -> None:
             ("", "", "DeleteFunction", "", "", "forbidden", 403),
         ]
         assert all(entry.uid is None for entry in entries) and CONFIDENTIAL not in str(entries)
+        reading = gate.services.audit.read(100, user="VIEWER")
+        found = asyncio.run_coroutine_threadsafe(reading, gate.loop).result(10)
+        assert [entry.action for entry in found] == ["DeleteFunction"]
 
     talk(tmp_path, work)
 
@@ -314,8 +317,9 @@ def test_files_of_secrets(tmp_path: Path) -> None:
 # Hostile clients
 
 
-def test_hostile_http(tmp_path: Path) -> None:
-    """What is no HTTP, or no end of it, is refused or ended; others are served."""
+def test_hostile_http(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is no HTTP, or no end of it, is refused or ended; others are served, and the log is
+    not filled."""
 
     def work(gate: Gate) -> None:
         create(gate.client())
@@ -341,6 +345,7 @@ def test_hostile_http(tmp_path: Path) -> None:
         assert gate.client().invoke(FunctionName="hello")["StatusCode"] == 200
 
     talk(tmp_path, work)
+    assert "Traceback" not in caplog.text
 
 
 def test_bodies_without_end(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import ipaddress
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -58,10 +58,13 @@ async def gateway(
     verifier = await asyncio.to_thread(_verifier, settings)
     place = Place(settings.region, settings.account)
     desk = Desk(config, functions, place, Views(place, memory))
+    # What is no HTTP is answered, and is no news: aiohttp would log a traceback for each.
+    silent = logging.Logger("templated.api.gateway.http", logging.CRITICAL + 1)
     # The body is what was signed: it is not unpacked.
     server = web.Server(
         Gateway(desk, verifier, Recorder(audit)).serve,
         access_log=None,
+        logger=silent,
         auto_decompress=False,
         keepalive_timeout=_IDLE,
     )
@@ -133,25 +136,25 @@ class Gateway:
     async def _answered(self, request: web.BaseRequest) -> web.Response:
         path = request.raw_path.partition("?")[0]
         operation, names = find(request.method, path)
+        with self._strangers(request, operation):
+            claim = self._claimed(request)
         with self._bodies.room(request, operation.limit, operation.name):
-            call = await self._checked(request, operation, names)
+            body = await self._bodies.read(request, operation.limit, operation.name)
+            digest = await digest_of(body)
+            with self._strangers(request, operation):
+                self._verifier.check(claim, digest)
+            call = Call(self._desk, claim.key, names, request.query, request.headers, body)
             return await self._done(operation, call)
 
-    async def _checked(
-        self, request: web.BaseRequest, operation: Operation, names: tuple[str, ...]
-    ) -> Call:
-        """The call, once its signature is known to be right."""
+    @contextlib.contextmanager
+    def _strangers(self, request: web.BaseRequest, operation: Operation) -> Iterator[None]:
+        """Record who has not signed; the rest of such a request is not waited for."""
         try:
-            claim = self._claimed(request)
-            body = await self._bodies.read(request, operation.limit, operation.name)
-            self._verifier.check(claim, await digest_of(body))
+            yield
         except Refused as refused:
-            if refused.status == 403:
-                # The rest of it is not waited for.
-                refused.close = not request.content.at_eof()
-                self._recorder.stranger(operation)
+            refused.close = not request.content.at_eof()
+            self._recorder.stranger(operation)
             raise
-        return Call(self._desk, claim.key, names, request.query, request.headers, body)
 
     def _claimed(self, request: web.BaseRequest) -> Claim:
         from templated.api.gateway.signature import Head
