@@ -22,12 +22,12 @@ def test_guide(product: Product) -> None:
 
 
 def test_the_image_unit_refuses(product: Product) -> None:
-    """The unit comes to the packages in its sandbox, and says what is wrong with them."""
-    spec = {"name": "odd", "image": {"packages": ["no-such-package"]}}
+    """The unit asks the archive in its sandbox, and says what is wrong."""
+    spec = {"name": "odd", "image": {"suite": "nosuchsuite"}}
     product.lab.put(f"{TEMPLATES}/odd.yaml", json.dumps(spec))
     done = product.lab.run("systemctl start templated-image@odd")
     said = product.lab.do("journalctl -b -u templated-image@odd --no-pager -o cat")
-    assert done.returncode != 0 and "no-such-package" in said, said
+    assert done.returncode != 0 and "image.suite" in said, said
     product.lab.do(f"systemctl reset-failed; rm {TEMPLATES}/odd.yaml")
 
 
