@@ -1,8 +1,8 @@
-"""The tests of the lab and in Debian 13 beside all others, in a process of their own, in one run.
+"""The tests of the lab beside all others, in a process of their own, in one run.
 
-Both take long, on one CPU: the lab keeps it busy for a quarter of an hour, and Debian 13 repeats
-what is tested here. The other tests want the rest of a machine with two. What the other process
-reports is reported here, in the place of each test.
+The lab keeps a CPU busy for a quarter of an hour; the other tests want the rest of a machine with
+two. What the other process reports is reported here, in the place of each test. The tests in Debian
+13 come last here and there, and each is run by the process that gets to it first.
 pytest-xdist was tried: its workers are killed at an interrupt before all fixtures have cleaned up,
 and with pytest 9 it does not keep tests of a group together.
 """
@@ -10,6 +10,7 @@ and with pytest 9 it does not keep tests of a group together.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -26,8 +27,9 @@ import pytest
 from tests.again import Again, Summary
 
 _REPORTS = "TEMPLATED_TEST_REPORTS"
-_MARKS = ("lab", "debian13")
-"""In this order: Debian 13 makes use of both CPUs, when the tests here have ended."""
+_IMAGES = "TEMPLATED_TEST_IMAGES"
+_OWN, _SHARED = "lab", "debian13"
+"""The marks of what the other process alone runs, and of what either does."""
 _PAUSE = 0.2
 _ENDS_WITHIN = 60.0
 
@@ -41,6 +43,8 @@ class Beside:
         self._reported: dict[str, list[Any]] = defaultdict(list)
         self._folder = tempfile.TemporaryDirectory(prefix="tplab-tests.")
         self._log = Path(self._folder.name, "log")
+        # One of each image for both: the lab's tests make the first.
+        os.environ.setdefault(_IMAGES, self._folder.name)
         reports = Path(self._folder.name, "reports")
         with self._log.open("wb") as log:
             self._child = subprocess.Popen(
@@ -63,6 +67,8 @@ class Beside:
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
         """In place of running it, wait for its reports; the test's own bound holds here, too."""
         if item.nodeid not in self._items:
+            return None
+        if item.get_closest_marker(_SHARED) and _claimed(Path(self._folder.name), item):
             return None
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         try:
@@ -116,7 +122,14 @@ class Reporter:
 
     def __init__(self, config: pytest.Config, path: str) -> None:
         self._config = config
+        self._folder = Path(path).parent
         self._file = open(path, "a")  # noqa: SIM115 - until the end of the process
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        """Leave out what the run that started this one has begun."""
+        shared = item.get_closest_marker(_SHARED) is not None
+        return True if shared and not _claimed(self._folder, item) else None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Written at once, as somebody waits for it."""
@@ -135,11 +148,21 @@ def divide(config: pytest.Config, items: list[pytest.Item]) -> None:
         config.pluginmanager.register(Again())
         return
     config.pluginmanager.register(Summary())
-    marked = [item for mark in _MARKS for item in items if item.get_closest_marker(mark)]
+    marked = [item for mark in (_OWN, _SHARED) for item in items if item.get_closest_marker(mark)]
     if marked and len(marked) < len(items) and os.geteuid() == 0 and not config.option.collectonly:
         config.pluginmanager.register(Beside(config, marked))
     else:
         config.pluginmanager.register(Again())
+
+
+def _claimed(folder: Path, item: pytest.Item) -> bool:
+    """Whether this process is the first that asks for a test."""
+    name = hashlib.sha256(item.nodeid.encode()).hexdigest()
+    try:
+        (folder / f"claim-{name}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _failed(item: pytest.Item, words: str) -> pytest.TestReport:

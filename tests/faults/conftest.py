@@ -18,7 +18,7 @@ from tests.real.harness import Daemon
 
 __all__ = ["built", "image_store"]
 ALL, SEED = "TEMPLATED_FAULTS_ALL", "TEMPLATED_FAULTS_SEED"
-SAMPLE = 0.12
+SAMPLE = 0.09
 """The part of the cases that restart the daemon which a run takes by default, of each kind."""
 counts: dict[str, int] = {}
 

@@ -4,41 +4,66 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.lab.guestimage import GuestImage, guest_image
 from tests.lab.image import obtain
 from tests.lab.machine import Lab
 from tests.lab.product import Product
+from tests.real.conftest import image_store  # a fixture
+
+__all__ = ["image_store"]
+ALL = "TEMPLATED_LAB_ALL"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes many minutes, unless all is wanted or it was chosen."""
+    chosen = config.option.keyword or any("::" in argument for argument in config.args)
+    if chosen or os.environ.get(ALL):
+        return
+    long = [i for i in items if i.get_closest_marker("lab") and i.get_closest_marker("sampled")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
 
 
 @pytest.fixture(scope="session")
-def lab() -> Iterator[Lab]:
-    """The lab, booted, with this checkout in it."""
+def image(image_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuestImage]:
+    """The image of python-fn, being made on this host while the lab boots."""
     if os.geteuid() != 0:
         pytest.skip("only root makes the lab's image")
-    with Lab(obtain()) as lab:
-        lab.put_checkout()
+    with guest_image(image_store, tmp_path_factory.mktemp("image")) as image:
+        yield image
+
+
+@pytest.fixture(scope="session")
+def lab(image: GuestImage, image_store: Path) -> Iterator[Lab]:
+    """The lab, booted, with this checkout and an image in it."""
+    with Lab(obtain(), share=image_store) as lab:
+        _furnish(lab, image)
         yield lab
 
 
+def _furnish(lab: Lab, image: GuestImage) -> None:
+    lab.put_checkout()
+    image.put(lab)
+
+
 @pytest.fixture(scope="session")
-def product(lab: Lab) -> Product:
+def product(lab: Lab, image: GuestImage) -> Product:
     """The product, installed by the commands of the operator's guide; see test_install.py.
 
-    Once more in a fresh lab when it fails: beside much other work a lab can be so slow that systemd
-    takes the daemon for hung. What is wrong for good fails twice.
+    When that fails the lab is booted afresh, for the second try of the test that asked for it.
     """
     product = Product(lab)
     try:
         product.install()
-    except AssertionError as error:
-        print(f"the install is tried once more, since: {error}")
-        lab.close()
-        lab.folder.mkdir(mode=0o700)
-        lab.start()
-        lab.put_checkout()
-        product.install()
+    except AssertionError:
+        lab.renew()
+        _furnish(lab, image)
+        raise
     return product
 
 

@@ -46,8 +46,10 @@ class LabError(Exception):
 class Lab:
     """One lab. `start` boots it; as a context it ends with the block."""
 
-    def __init__(self, image: Image) -> None:
+    def __init__(self, image: Image, share: Path | None = None) -> None:
+        """`share`: a directory that can be mounted in the lab, read-only; see `share_at`."""
         self._image = image
+        self._share = share
         self.folder = Path(tempfile.mkdtemp(prefix="tplab.", dir="/tmp"))
         self.console = self.folder / "console.log"
         self._qemu: subprocess.Popen[bytes] | None = None
@@ -75,6 +77,12 @@ class Lab:
         except BaseException:
             self.close()
             raise
+
+    def renew(self) -> None:
+        """Boot once more, from the image as it is. Raises as `start` does."""
+        self.close()
+        self.folder.mkdir(mode=0o700)
+        self.start()
 
     def close(self) -> None:
         """End the lab and remove what it left. Its disk is lost."""
@@ -120,6 +128,11 @@ class Lab:
                     tar.add(ROOT / part, part, filter=_as_checked_out)
             file.seek(0)
             self.do(f"mkdir -p {CHECKOUT} && tar -xC {CHECKOUT}", stdin=file.read())
+
+    def share_at(self, path: str) -> None:
+        """Mount the shared directory, until the next boot."""
+        options = "trans=virtio,ro,version=9p2000.L,msize=262144"
+        self.do(f"mkdir -p {path} && mount -t 9p -o {options} share {path}")
 
     def reboot(self) -> None:
         """Reboot, and wait until commands can be run again."""
@@ -199,9 +212,16 @@ class Lab:
             *("-netdev", "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:0-:22"),
             *("-device", "virtio-net-pci,netdev=net,romfile="),
             *("-device", "virtio-rng-pci"),
+            *self._virtfs(),
             *("-serial", f"file:{self.console}"),
             *("-qmp", f"unix:{self.folder}/qmp,server=on,wait=off"),
         ]
+
+    def _virtfs(self) -> list[str]:
+        if self._share is None:
+            return []
+        options = "mount_tag=share,security_model=none,readonly=on"
+        return ["-virtfs", f"local,path={self._share},{options}"]
 
     def _forwarded_port(self) -> int:
         """The port that the kernel chose for the way in."""

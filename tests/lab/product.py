@@ -36,7 +36,8 @@ class Product:
     def cli(self, *arguments: str, timeout: float = 600) -> str:
         """Run `templated`, which must succeed, and return its stdout."""
         done = self.lab.run(shlex.join(["templated", *arguments]), timeout=timeout)
-        assert done.returncode == 0, f"{arguments}: {done.stderr}\n{self.log()[-3000:]}"
+        said = f"{done.stdout[-3000:]}\n{done.stderr}"
+        assert done.returncode == 0, f"{arguments}: {said}\n{self.log()[-3000:]}"
         return done.stdout
 
     def json(self, *arguments: str) -> Any:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.lab.product import Product
+from tests.lab.product import TEMPLATES, Product
 
 pytestmark = pytest.mark.lab
 
@@ -19,6 +19,26 @@ def test_guide(product: Product) -> None:
     assert product.unit("NRestarts") == "0"
     assert product.lab.do("systemctl --failed --plain --no-legend") == ""
     assert product.lab.do("man -w templated 2>&1 || ls /usr/local/share/man/man1/templated.1")
+
+
+def test_the_image_unit_refuses(product: Product) -> None:
+    """The unit asks the archive in its sandbox, and says what is wrong."""
+    spec = {"name": "odd", "image": {"suite": "nosuchsuite"}}
+    product.lab.put(f"{TEMPLATES}/odd.yaml", json.dumps(spec))
+    done = product.lab.run("systemctl start templated-image@odd")
+    said = product.lab.do("journalctl -b -u templated-image@odd --no-pager -o cat")
+    assert done.returncode != 0 and "image.suite" in said, said
+    product.lab.do(f"systemctl reset-failed; rm {TEMPLATES}/odd.yaml")
+
+
+@pytest.mark.sampled
+def test_the_image_unit(product: Product) -> None:
+    """An image is made by the unit in its sandbox; it takes five minutes and more."""
+    spec = {"name": "other", "image": {"size": "2GiB"}}
+    product.lab.put(f"{TEMPLATES}/other.yaml", json.dumps(spec))
+    product.lab.do("systemctl start templated-image@other", timeout=1700)
+    assert len(product.json("image", "ls")) == 2
+    product.lab.do(f"rm {TEMPLATES}/other.yaml")
 
 
 def test_doctor(host: Product) -> None:
