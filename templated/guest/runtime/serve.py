@@ -104,6 +104,8 @@ class Runtime:
 
     def _load(self, order: dict[str, Any]) -> Handler | None:
         root = order["root"]
+        # It was seeded before the freeze, and all clones would go on alike.
+        random.seed()
         os.environ.update(order["env"])
         os.environ["LAMBDA_TASK_ROOT"] = root
         os.environ["_HANDLER"] = order["handler"]
