@@ -59,7 +59,8 @@ async def gateway(
     place = Place(settings.region, settings.account)
     desk = Desk(config, functions, place, Views(place, memory))
     # What is no HTTP is answered, and is no news: aiohttp would log a traceback for each.
-    silent = logging.Logger("templated.api.gateway.http", logging.CRITICAL + 1)
+    silent = logging.getLogger("templated.api.gateway.http")
+    silent.setLevel(logging.CRITICAL + 1)
     # The body is what was signed: it is not unpacked.
     server = web.Server(
         Gateway(desk, verifier, Recorder(audit)).serve,
