@@ -127,6 +127,7 @@ ENTRY: dict[str, Any] = {
     "uid": 1000,
     "pid": 5,
     "user": "alice",
+    "key": "",
     "role": "operator",
     "action": "exec_in_clone",
     "target": "fn-123",
