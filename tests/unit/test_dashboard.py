@@ -13,6 +13,7 @@ import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
 from templated.cli.main import root
+from templated.services.reports.function_metrics import FunctionMetrics
 from templated.services.reports.metrics import Metrics
 from templated.services.upkeep.host_metrics import HostMetrics
 from tests.unit.observability import (
@@ -34,6 +35,7 @@ def served() -> set[str]:
     """Names of all series that the daemon can have, and those of Prometheus itself."""
     metrics = Metrics()
     HostMetrics(metrics.registry)
+    FunctionMetrics(metrics.registry)
     names = {"up"}
     for collector in metrics.registry._collector_to_names:
         if isinstance(collector, MetricWrapperBase):
