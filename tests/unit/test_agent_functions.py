@@ -523,6 +523,27 @@ def test_awslambdaric_tells_of_a_missing_handler(guest: Guest) -> None:
     assert "missing" in str(failed["errorMessage"])
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
+def test_functions_run_as_nobody(tmp_path: Path) -> None:
+    agent = Agent(*[os.open(os.devnull, os.O_RDWR)] * 2, Recorder(tmp_path))
+    printed: list[bytes] = []
+    ended: list[str] = []
+    process = Process(
+        agent,
+        ["/bin/sh", "-c", "id -u; id -g; id -G; echo $HOME"],
+        {"PATH": "/usr/bin:/bin", "HOME": "/tmp"},
+        "/",
+        user=NOBODY,
+        printed=lambda _, data: printed.append(data),
+        ended=ended.append,
+    )
+    process.resume()
+    while not ended:
+        agent.turn(0.1)
+    assert b"".join(printed).split() == [b"65534"] * 3 + [b"/tmp"] and ended == ["exit status 0"]
+    agent.close()
+
+
 def test_the_same_uuid_in_all_notations(guest: Guest) -> None:
     guest.write("app.py", ECHO)
     dashed = f"{UUID[:8]}-{UUID[8:12]}-{UUID[12:16]}-{UUID[16:20]}-{UUID[20:]}"

@@ -85,6 +85,8 @@ class Connection:
         self._input = bytearray()
         self._output = memoryview(b"")
         self._request: Request | None = None
+        self._last: tuple[bytes, Request] | None = None
+        """The last head of a request without a body: most are like the one before."""
         self._body = bytearray()
         self._left = self._size = 0
         self._framed = False
@@ -142,10 +144,17 @@ class Connection:
             return False
         if end > MAX_HEAD:
             raise Broken(431, "the head is too long")
-        self._request = request = Request(bytes(self._input[:end]).lstrip(NEXT_LINE))
+        head = bytes(self._input[:end])
         del self._input[: end + 4]
+        if self._last is not None and self._last[0] == head:
+            self._request = self._last[1]
+            return True
+        self._request = request = Request(head.lstrip(NEXT_LINE))
+        if not request.length and not request.chunked:
+            self._last = head, request
+            return True
         self._left, self._size, self._framed = request.length, 0, False
-        if b"expect" in request.headers and (request.chunked or self._left):
+        if b"expect" in request.headers:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         return True
 
