@@ -52,7 +52,7 @@ class Request:
         self.method, self.path, version = words
         headers: dict[bytes, bytes] = {}
         self.headers = headers
-        self.body: bytes | None = b""
+        self.body: bytes | bytearray | None = b""
         for line in lines:
             name, colon, value = line.partition(b":")
             name, value = name.lower(), value.strip()
@@ -165,7 +165,7 @@ class Connection:
         if self._left or request.chunked:
             if not (self._take_chunks() if request.chunked else self._take_piece()):
                 return False
-            request.body = bytes(self._body) if self._size <= MAX_PAYLOAD else None
+            request.body = self._body if self._size <= MAX_PAYLOAD else None
             self._body = bytearray()
         return True
 
@@ -228,7 +228,7 @@ class Connection:
             self._request = None
         self.raw(join((line, fields, b"\r\n", body)))
 
-    def raw(self, data: bytes) -> None:
+    def raw(self, data: bytes | bytearray) -> None:
         """Answer the request that was served with these bytes."""
         request, self._request, self._served = self._request, None, False
         self._send(data)
@@ -243,7 +243,7 @@ class Connection:
         if self._input:
             self._advance()
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, data: bytes | bytearray) -> None:
         if self.closed:
             return
         if self._output:
