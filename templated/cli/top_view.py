@@ -9,10 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from templated.cli.figures import Frame
-from templated.cli.render import milliseconds, printable
+from templated.cli.render import details, milliseconds, printable
 
 _TWO_COLUMNS = 130
 """Characters from which on the tables stand side by side."""
+_FUNCTIONS = 12
+"""Lines for functions; -o json has all of them."""
 _SLOW_MS = 100.0
 _PRESSED = 0.1
 
@@ -20,15 +22,16 @@ _PRESSED = 0.1
 def draw(frame: Frame, width: int) -> RenderableType:
     """The frame for a terminal of that many characters; longer lines end in an ellipsis."""
     left = [_starts(frame), _phases(frame)]
+    functions = _functions(frame)
     right = [_pools(frame), _clones(frame), _biggest(frame)]
     events = [_events(frame)] if frame.events else []
     if width < _TWO_COLUMNS:
-        return Group(*_spaced([*_head(frame), *left, *right, *events]))
+        return Group(*_spaced([*_head(frame), functions, *left, *right, *events]))
     columns = Table.grid(padding=(0, 4, 0, 0), expand=True)
     columns.add_column(ratio=1)
     columns.add_column(ratio=1)
     columns.add_row(Group(*_spaced(left)), Group(*_spaced(right)))
-    return Group(*_spaced([*_head(frame), columns, *events]))
+    return Group(*_spaced([*_head(frame), functions, columns, *events]))
 
 
 def _spaced(parts: Iterable[RenderableType | None]) -> list[RenderableType]:
@@ -105,6 +108,26 @@ def _phases(frame: Frame) -> Table | None:
     return _table(("P50 P99 IN MS", "PATH", *map(str.upper, names)), rows) if rows else None
 
 
+def _functions(frame: Frame) -> Table | None:
+    """The busiest, with what their instances do now."""
+    rows = [
+        (
+            f.function,
+            f"{f.per_second:.2f}",
+            milliseconds(f.p50_ms),
+            milliseconds(f.p99_ms),
+            str(f.count),
+            Text(str(f.failed), "red" if f.failed else ""),
+            str(f.cold_starts),
+            Text(str(f.throttles), "yellow" if f.throttles else ""),
+            ", ".join(f"{count} {state}" for state, count in sorted(f.instances.items())),
+        )
+        for f in frame.functions[:_FUNCTIONS]
+    ]
+    headers = ("REQUESTS OF", "PER S", "P50", "P99", "COUNT", "FAILED", "COLD", "THROTTLED")
+    return _table((*headers, "INSTANCES"), rows) if rows else None
+
+
 def _pools(frame: Frame) -> Table | None:
     rows = [
         (
@@ -136,9 +159,7 @@ def _biggest(frame: Frame) -> Table | None:
 def _events(frame: Frame) -> Table:
     rows = []
     for event in frame.events:
-        details = event.get("details") or {}
-        about = " ".join(f"{key}={value}" for key, value in details.items())
-        rows.append((event["time"], event["type"], event["subject"], about))
+        rows.append((event["time"], event["type"], event["subject"], details(event)))
     return _table(("EVENTS", "TYPE", "SUBJECT", "DETAILS"), rows)
 
 

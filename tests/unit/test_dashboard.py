@@ -87,7 +87,7 @@ def test_variables() -> None:
         assert variable["datasource"] == DATASOURCE and variable["includeAll"]
         assert metrics_of(variable["query"]["query"]) <= served()
         assert f"${variable['name']}" in text
-    assert {v["name"] for v in others} == {"job", "instance", "template"}
+    assert {v["name"] for v in others} == {"job", "instance", "template", "function"}
 
 
 def test_ids_are_unique() -> None:
@@ -112,6 +112,8 @@ def test_panel(panel: dict[str, Any]) -> None:
         assert target.get("instant", False) != target["range"]
         # Of one host out of several, and of one template where there are such.
         assert "$instance" in target["expr"]
+        of_functions = re.search(r"templated_(invocation|function|instances)", target["expr"])
+        assert ("$function" in target["expr"]) == bool(of_functions)
 
 
 def test_start_latency_has_its_line() -> None:
