@@ -89,7 +89,10 @@ _INLINES = (
     "process.spawn",
     "process.watch",
 )
-_AGENT = ("connect", "ping", "identify", "clock", "quiesce", "exec", "put", "get")
+_AGENT = (
+    *("connect", "ping", "identify", "clock", "quiesce", "exec", "put", "get"),
+    *("load", "part", "invoke", "rehearse"),
+)
 _QMP = (
     *("greeting", "query-status", "migrate-set-capabilities", "migrate-incoming", "restore"),
     *("cont", "stop", "set_link", "netdev_del", "getfd", "add-fd", "migrate", "save", "quit"),
