@@ -315,7 +315,8 @@ def test_what_is_printed_between_requests_comes_with_the_next(guest: Guest) -> N
     async def body(caller: Caller) -> None:
         await caller.load()
         assert (await caller.invoke()).payload == b"null"
-        await asyncio.sleep(0.2)
+        while not b"".join(data for _, data in guest.functions._kept).endswith(b"late\n"):
+            await asyncio.sleep(0.01)
         assert caller.text() == ""
         await caller.invoke()
         text = caller.text()
@@ -359,16 +360,20 @@ def test_the_clock_is_set_before_the_handler_runs_and_counts_from_the_mark(guest
     calling(guest, body)
 
 
-def test_one_request_at_a_time(guest: Guest) -> None:
-    code = "import time\ndef handler(event, context):\n    time.sleep(0.2)\n    return 1\n"
+def test_one_request_at_a_time(guest: Guest, tmp_path: Path) -> None:
+    code = "import os, time\ndef handler(event, context):\n"
+    code += "    while not os.path.exists(event): time.sleep(0.01)\n    return 1\n"
     guest.write("app.py", code)
 
     async def body(caller: Caller) -> None:
         await caller.load()
-        first = asyncio.create_task(caller.invoke())
-        await asyncio.sleep(0.05)
+        go = tmp_path / "go"
+        first = asyncio.create_task(caller.invoke(json.dumps(str(go)).encode()))
+        while guest.functions.state != "busy":
+            await asyncio.sleep(0.01)
         with pytest.raises(GuestError, match="it is busy"):
             await caller.invoke()
+        go.touch()
         assert (await first).payload == b"1"
 
     calling(guest, body)

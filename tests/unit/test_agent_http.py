@@ -81,6 +81,12 @@ async def runtime(guest: Guest, caller: Caller) -> AsyncIterator[Client]:
         yield one
 
 
+async def connected(guest: Guest, count: int) -> None:
+    """The agent has seen that so many clients are left."""
+    while len(guest.functions._server.connections) != count:
+        await asyncio.sleep(0.01)
+
+
 def post(what: bytes, body: bytes, fields: bytes = b"") -> bytes:
     """A request that ends request r-1."""
     head = b"POST %s/invocation/r-1/%s HTTP/1.1\r\nContent-Length: %d\r\n%s\r\n"
@@ -258,7 +264,7 @@ def test_connections_are_bounded_and_clients_that_leave_are_forgotten(guest: Gue
                     other.writer.write(NEXT)
                 await serves(caller, one)
             # Those that wait too have left: the next request goes to who is still there.
-            one.writer.write(b"")
+            await connected(guest, 1)
             await serves(caller, one)
 
     calling(guest, body)
@@ -268,7 +274,7 @@ def test_a_client_of_each_request_and_http_1_0(guest: Guest) -> None:
     async def body(caller: Caller) -> None:
         async with runtime(guest, caller) as first:
             await serves(caller, first)
-        await asyncio.sleep(0.05)
+        await connected(guest, 0)
         asked = asyncio.create_task(caller.invoke(b"[2]"))
         async with client(guest) as one:
             status, _, data = await one.ask(NEXT.replace(b"HTTP/1.1", b"HTTP/1.0"))

@@ -34,8 +34,9 @@ ADDRESS = ("127.0.0.1", 9001)
 API = b"/2018-06-01/runtime/"
 NEXT, INIT_ERROR = API + b"invocation/next", API + b"init/error"
 INVOCATION, ORDER = API + b"invocation/", API + b"init/order"
-KEPT = 64 << 10
-"""Bytes of output between two requests that are kept for the next one: the last."""
+KEPT, PIECE = 64 << 10, 64
+"""Bytes of output between two requests that are kept for the next one, the last; each piece has a
+size of its own."""
 EMPTY, STARTING, READY, BUSY, ENDED = "empty", "starting", "ready", "busy", "ended"
 
 Done = Callable[["dict[str, Any]"], None]
@@ -402,9 +403,9 @@ class Functions(Source):
         """Give it to the host, or keep it until there is a request that it belongs to."""
         if self._number is None:
             self._kept.append((name, data))
-            self._kept_bytes += len(data)
+            self._kept_bytes += len(data) + PIECE
             while self._kept_bytes > KEPT and len(self._kept) > 1:
-                self._kept_bytes -= len(self._kept.pop(0)[1])
+                self._kept_bytes -= len(self._kept.pop(0)[1]) + PIECE
             return
         text = binascii.b2a_base64(data, newline=False).decode()
         frame = {"id": self._number, "stream": name, "data": text}

@@ -8,7 +8,6 @@ import collections
 import datetime as dt
 import functools
 import gc
-import importlib
 import io
 import json
 import logging
@@ -112,7 +111,7 @@ class Runtime:
         os.chdir(root)
         more = os.environ.get("PYTHONPATH", "")
         sys.path[:0] = [root, *(part for part in more.split(":") if part)]
-        importlib.invalidate_caches()
+        # No invalidate_caches(): it imports a dozen modules. What is stale `_forget` has dropped.
         kind, message, trace = "", "", []
         try:
             return load(order["handler"])
