@@ -15,6 +15,8 @@ _TWO_COLUMNS = 130
 """Characters from which on the tables stand side by side."""
 _FUNCTIONS = 12
 """Lines for functions; -o json has all of them."""
+_DETAILS = 10
+"""Characters that the details of an event have at least."""
 _SLOW_MS = 100.0
 _PRESSED = 0.1
 
@@ -24,7 +26,7 @@ def draw(frame: Frame, width: int) -> RenderableType:
     left = [_starts(frame), _phases(frame)]
     functions = _functions(frame)
     right = [_pools(frame), _clones(frame), _biggest(frame)]
-    events = [_events(frame)] if frame.events else []
+    events = [_events(frame, width)] if frame.events else []
     if width < _TWO_COLUMNS:
         return Group(*_spaced([*_head(frame), functions, *left, *right, *events]))
     columns = Table.grid(padding=(0, 4, 0, 0), expand=True)
@@ -156,11 +158,17 @@ def _biggest(frame: Frame) -> Table | None:
     return _table(("BIGGEST", "TEMPLATE", "PID", "OWN MEMORY", "CPU"), rows) if rows else None
 
 
-def _events(frame: Frame) -> Table:
-    rows = []
-    for event in frame.events:
-        rows.append((event["time"], event["type"], event["subject"], details(event)))
-    return _table(("EVENTS", "TYPE", "SUBJECT", "DETAILS"), rows)
+def _events(frame: Frame, width: int) -> Table:
+    """Details are cut, so that the rest of the line need not be."""
+    rows = [(e["time"], e["type"], e["subject"], details(e)) for e in frame.events]
+    taken = sum(max(len(row[column]) + 2 for row in rows) for column in range(3))
+    room = max(width - taken, _DETAILS)
+    cut = ((*row[:3], _cut(row[3], room)) for row in rows)
+    return _table(("EVENTS", "TYPE", "SUBJECT", "DETAILS"), cut)
+
+
+def _cut(text: str, room: int) -> str:
+    return text if len(text) <= room else text[: room - 1] + "…"
 
 
 def _table(headers: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:

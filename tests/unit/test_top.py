@@ -313,6 +313,14 @@ def test_no_control_characters(daemon: Daemon, source: Source) -> None:
     assert "\x1b" not in text and "?[2Jgone long" in text
 
 
+def test_long_details_of_an_event(daemon: Daemon, source: Source) -> None:
+    """They are cut, and not what happened to whom."""
+    long = {**EVENT, "type": "function.deployed", "details": {"digest": "sha256:" + 64 * "a"}}
+    text = shown(replace(full_frame(daemon, source), events=[EVENT, long]), 80)
+    assert re.search(r"Z +function.deployed +fn-123 +digest=sha256:a+…", text)
+    assert re.search(r"Z clone.running +fn-123 +path=direct", text)
+
+
 # Again and again
 
 
