@@ -325,7 +325,7 @@ def test_long_details_of_an_event(daemon: Daemon, source: Source) -> None:
         r"^hello +\S+ +17.5 ms +24.9 ms +2 +1 +1 +4 +1 busy.*…\s*$", text, re.MULTILINE
     )
     assert re.search(r"Z +function.deployed +fn-123 +digest=sha256:a+…", text)
-    assert re.search(r"Z clone.running +fn-123 +path=direct", text)
+    assert re.search(r"Z +clone.running +fn-123 +path=direct", text)
 
 
 # Again and again
