@@ -16,7 +16,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,10 @@ class Source:
                 "python-fn", "direct", {"spawn": 40.0, "identify": 70.0}, total_ms
             )
 
+    def count(self, states: Mapping[Any, int], concurrency: Mapping[Any, int]) -> None:
+        """Have instances by function, version and state, and requests by function and version."""
+        self.functions.count(lambda: states, lambda: concurrency)
+
     def text(self) -> bytes:
         """What a scrape gets."""
         return generate_latest(self.metrics.registry)
@@ -175,7 +179,7 @@ def test_functions(daemon: Daemon, source: Source) -> None:
     source.functions.throttles.labels("busy", "queue").inc(2)
     source.functions.throttles.labels("busy", "reserved").inc()
     states = {("busy", "1", "paused"): 1, ("busy", "2", "paused"): 1, ("busy", "2", "busy"): 1}
-    source.functions.count(lambda: states, lambda: {("busy", "1"): 0, ("busy", "2"): 1})
+    source.count(states, {("busy", "1"): 0, ("busy", "2"): 1})
     serve(daemon, source)
     busy, seldom = watcher.look().functions
     assert (busy.function, busy.count, busy.failed, busy.per_second) == ("busy", 5, 2, 0.5)
@@ -257,7 +261,7 @@ def full_frame(daemon: Daemon, source: Source) -> Frame:
     source.invoke("hello", 0, "ok", "error")
     source.functions.throttles.labels("hello", "queue").inc(4)
     states = {("hello", "$LATEST", "paused"): 2, ("hello", "$LATEST", "busy"): 1}
-    source.functions.count(lambda: states, lambda: {("hello", "$LATEST"): 1})
+    source.count(states, {("hello", "$LATEST"): 1})
     source.metrics.refill_blocked.labels("memory").set(1)
     source.metrics.count_clones(lambda: {("python-fn", "running"): 4})
     pressure = {"memory": Pressure(34.0, 2.0)}
@@ -311,6 +315,17 @@ def test_no_control_characters(daemon: Daemon, source: Source) -> None:
     event: dict[str, Any] = {**EVENT, "details": {"reason": "\x1b[2Jgone\nlong"}}
     text = shown(replace(full_frame(daemon, source), events=[event]), 160)
     assert "\x1b" not in text and "?[2Jgone long" in text
+
+
+def test_long_details_of_an_event(daemon: Daemon, source: Source) -> None:
+    """They are cut, and not what happened to whom."""
+    long = {**EVENT, "type": "function.deployed", "details": {"digest": "sha256:" + 64 * "a"}}
+    text = shown(replace(full_frame(daemon, source), events=[EVENT, long]), 80)
+    assert re.search(
+        r"^hello +\S+ +17.5 ms +24.9 ms +2 +1 +1 +4 +1 busy.*…\s*$", text, re.MULTILINE
+    )
+    assert re.search(r"Z +function.deployed +fn-123 +digest=sha256:a+…", text)
+    assert re.search(r"Z +clone.running +fn-123 +path=direct", text)
 
 
 # Again and again
