@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,29 +157,6 @@ def test_code_that_is_gone_or_damaged_is_fetched(nodes: list[Daemon], tmp_path: 
     assert f"code {digest} is damaged on this node" in node.log
 
 
-def test_the_store_is_down(nodes: list[Daemon], server: Server, tmp_path: Path) -> None:
-    """What is on the node goes on, an instance that is new too; a deploy fails and leaves nothing."""
-    node = nodes[0]
-    source = _source(tmp_path / "code", 3)
-    digest = _deploy(node, "local", source)
-    kept = _kept(node)
-    server.stop()
-    try:
-        assert _invoke(node, "local", "new")["payload"] == ["new", 3]
-        other = _source(tmp_path / "other", 4)
-        for name in ("local", "absent"):
-            error = node.fails(*_words(name, other), timeout=60)
-            assert "store" in error or "s3://" in error, error
-        assert _kept(node) == kept
-        assert node.json("function", "show", "local")["code"]["digest"] == digest
-        assert "absent" in node.fails("function", "show", "absent")
-        assert _invoke(node, "local", "old")["payload"] == ["old", 3]
-    finally:
-        server.start()
-    _deploy(node, "local", other)
-    assert _invoke(node, "local", "x")["payload"] == ["x", 4]
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
 def test_the_disk_is_full(copied: Daemon, tmp_path: Path) -> None:
     """Code that does not fit is refused in one line and leaves nothing; smaller code is served."""
@@ -201,3 +179,34 @@ def test_the_disk_is_full(copied: Daemon, tmp_path: Path) -> None:
         copied.stop()
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_the_store_is_down(
+    nodes: list[Daemon], server: Server, tmp_path: Path, silent: bool
+) -> None:
+    """What is on the node goes on, a new instance too; a deploy fails and leaves nothing.
+
+    It does not answer, or is gone: the last test here, since it is not started again.
+    """
+    node, name = nodes[0], f"local-{silent}".lower()
+    digest = _deploy(node, name, _source(tmp_path / "code", 3))
+    kept = _kept(node)
+    other = _source(tmp_path / "other", 4)
+    assert server.process is not None
+    os.killpg(server.process.pid, signal.SIGSTOP if silent else signal.SIGKILL)
+    try:
+        assert _invoke(node, name, "new")["payload"] == ["new", 3]
+        for wanted in (name, "absent"):
+            error = node.fails(*_words(wanted, other), timeout=60)
+            assert "s3://" in error, error
+            assert ("did not answer within 2 s" if silent else "refused") in error, error
+        assert _kept(node) == kept
+        assert node.json("function", "show", name)["code"]["digest"] == digest
+        assert "absent" in node.fails("function", "show", "absent")
+        assert _invoke(node, name, "old")["payload"] == ["old", 3]
+    finally:
+        os.killpg(server.process.pid, signal.SIGCONT)
+    if silent:
+        _deploy(node, name, other)
+        assert _invoke(node, name, "x")["payload"] == ["x", 4]
