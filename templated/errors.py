@@ -190,9 +190,9 @@ class Defect(TemplatedError):
 
 
 @contextmanager
-def host_errors() -> Iterator[None]:
+def host_errors(what: str = "the host refuses", hint: str = "") -> Iterator[None]:
     """An OSError of the block as a HostError, where it can come from any call in it."""
     try:
         yield
     except OSError as error:
-        raise HostError(f"the host refuses: {error.strerror or error}") from error
+        raise HostError(f"{what}: {error.strerror or error}", hint=hint) from error

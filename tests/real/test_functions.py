@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import threading
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from templated.client import Client
+from templated.errors import RemoteError
+from templated.model.function import InvokeView
 from tests.real.harness import Daemon
+from tests.unit.zips import FILE, LINK, files, zipped
 
 pytestmark = pytest.mark.real
 
@@ -82,6 +91,13 @@ def linger(event, context):
 
 def large(event, context):
     return "y" * event
+
+
+def scratch(event, context):
+    time.sleep(event)
+    seen = sorted(name for name in os.listdir("/tmp") if name.startswith("of-"))
+    open("/tmp/of-" + context.aws_request_id, "w").close()
+    return [os.uname().nodename, seen]
 """
 
 
@@ -327,3 +343,157 @@ def test_the_daemon_is_killed(copied: Daemon, source: Path) -> None:
     until(lambda: not copied.json("function", "events", "lasting"), "the event is not done")
     assert "told" in copied.cli("function", "logs", "lasting")
     assert invoke(copied, "lasting:1")["payload"]["calls"] == 1
+
+
+def kept(daemon: Daemon) -> set[str]:
+    """The files of code on a node, those on their way among them."""
+    return {path.name for path in (daemon.state / "code").rglob("*") if path.is_file()}
+
+
+def zip_of(source: Path) -> bytes:
+    """A directory's files."""
+    return files({path.name: path.read_bytes() for path in source.iterdir() if path.is_file()})
+
+
+def bomb() -> bytes:
+    """300 MB of zeros in 300 KB."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("zeros", "w") as zeros:
+            for _ in range(300):
+                zeros.write(bytes(1 << 20))
+    return content.getvalue()
+
+
+def test_archives_that_are_no_code(functions: Daemon, tmp_path: Path) -> None:
+    """Each is refused in one line that says why, and nothing of it is left."""
+    whole = files({"app.py": os.urandom(9000)})
+    bad = {
+        "leaves the code|\\.\\.": zipped([("../app.py", b"x", FILE)]),
+        "absolute": zipped([("/etc/app.py", b"x", FILE)]),
+        "out of the code": zipped([("app.py", b"../../etc/shadow", LINK)]),
+        "times as many|more than 250 MiB": bomb(),
+        "broken": whole[: len(whole) // 2],
+        "no zip|broken": b"#!/bin/sh\n",
+    }
+    before = kept(functions)
+    for number, (why, archive) in enumerate(bad.items()):
+        path = tmp_path / f"{number}.zip"
+        path.write_bytes(archive)
+        words = ("--code", str(path), "--handler", "app.handler")
+        error = functions.fails("function", "deploy", "bad", *words)
+        assert re.search(why, error), error
+        assert kept(functions) == before
+    assert functions.json("function", "ls") == []
+
+
+def content(answer: InvokeView) -> Any:
+    """What the function returned."""
+    return json.loads(bytes(answer.payload))
+
+
+def told(client: Client, name: str, payload: Any = None, qualifier: str | None = None) -> InvokeView:
+    """As `invoke`, without a process of the command line; from any thread."""
+    return client.invoke_function(name, json.dumps(payload).encode(), qualifier=qualifier)
+
+
+def test_deploys_and_a_removal_at_once(functions: Daemon, source: Path) -> None:
+    """Each is done or refused in a line; what is there in the end is one of them, whole."""
+    client, archive = functions.client, zip_of(source)
+    other = files({"app.py": APP.replace('return "awake"', 'return "other"').encode()})
+
+    def work(number: int) -> str:
+        try:
+            if number % 3 == 2:
+                client.remove_function("both")
+            else:
+                client.deploy_function("both", (archive, other)[number % 3], handler="app.sleep")
+        except RemoteError as error:
+            assert error.code in ("not_found", "conflict", "busy"), error
+            return error.code
+        return "done"
+
+    with ThreadPoolExecutor(6) as threads:
+        results = list(threads.map(work, range(12)))
+    assert results.count("done") >= 8, results
+    if functions.json("function", "ls"):
+        assert content(told(client, "both", 0)) in ("awake", "other")
+    assert not [path for path in (functions.state / "code").iterdir() if path.name[0] == "."]
+    client.deploy_function("both", archive, handler="app.sleep")
+    assert content(told(client, "both", 0)) == "awake"
+
+
+def test_tmp_is_the_instance_s_own(functions: Daemon, source: Path) -> None:
+    """It is writable, and has what requests of the same instance left, and no other's."""
+    deploy(functions, source, "tmp", "scratch")
+    client = functions.client
+    with ThreadPoolExecutor(2) as threads:
+        both = list(threads.map(lambda _: told(client, "tmp", 2), range(2)))
+    first, second = (content(answer) for answer in both)
+    assert first[0] != second[0] and first[1] == second[1] == []
+    third = content(told(client, "tmp", 0))
+    assert len(third[1]) == 1 and third[0] in (first[0], second[0])
+
+
+@pytest.mark.parametrize("paused", [True, False])
+def test_killed_while_it_rests(functions: Daemon, source: Path, paused: bool) -> None:
+    """The next request is served by a new one, even if nobody has noticed yet."""
+    deploy(functions, source, "rest", "echo")
+    first = invoke(functions, "rest")
+    if paused:
+        until(lambda: "paused" in functions.json("function", "show", "rest")["instances"], "paused")
+    (clone,) = functions.json("ls")
+    os.kill(clone["pid"], signal.SIGKILL)
+    answer = told(functions.client, "rest", "again")
+    assert answer.error is None and content(answer) == "again"
+    assert answer.instance != first["instance"] and answer.start == "direct"
+    until(lambda: len(functions.json("ls")) == 1, "the dead one stays")
+
+
+def test_more_than_can_be_served(copied: Daemon, source: Path) -> None:
+    """Beyond what may run and wait, requests are refused; none is lost, none runs beside."""
+    copied.config["functions"] = {"concurrency": 4, "queue": 5}
+    copied.start()
+    deploy(copied, source, "crowd", "sleep")
+    client, refused = copied.client, "throttled"
+
+    def work(_: int) -> str:
+        try:
+            return str(content(told(client, "crowd", 1)))
+        except RemoteError as error:
+            assert error.status == 429 and error.hint, error
+            return refused
+
+    with ThreadPoolExecutor(20) as threads:
+        results = Counter(threads.map(work, range(20)))
+    assert sum(results.values()) == 20 and set(results) == {"awake", refused}
+    assert results["awake"] >= 9 and len(copied.json("ls")) <= 4
+    assert content(told(client, "crowd", 0)) == "awake"
+    copied.cli("function", "rm", "crowd")
+
+
+def test_an_alias_that_moves_under_load(functions: Daemon, source: Path) -> None:
+    """300 requests divide as their weights say; while all goes to one, no request fails."""
+    client = functions.client
+    deploy(functions, source, "moves", "echo")
+    client.publish_function("moves")
+    client.deploy_function("moves", handler="app.tell")
+    client.publish_function("moves")
+    client.set_alias("moves", "prod", {"1": 0.9, "2": 0.1})
+
+    def versions(count: int) -> Counter[str]:
+        with ThreadPoolExecutor(2) as threads:
+            answers = list(threads.map(lambda n: told(client, "moves", n, "prod"), range(count)))
+        assert not [answer for answer in answers if answer.error is not None]
+        return Counter(answer.version for answer in answers)
+
+    # By chance, one run in 370 is beyond three standard deviations, and so are two in a row in
+    # 137,000.
+    bound = 3 * math.sqrt(300 * 0.9 * 0.1)
+    assert any(abs(versions(300)["2"] - 30) <= bound for _ in range(2))
+    with ThreadPoolExecutor(1) as threads:
+        load = threads.submit(versions, 100)
+        time.sleep(0.2)
+        client.set_alias("moves", "prod", {"2": 1.0})
+        assert set(versions(10)) == {"2"}
+        assert load.result()["2"] >= 50

@@ -376,8 +376,9 @@ def test_an_upload_without_a_place(tmp_path: Path) -> None:
 
     async def main() -> None:
         (tmp_path / "file").touch()
-        with pytest.raises(HostError, match="the host refuses"):
+        with pytest.raises(HostError, match="the code cannot be received: File exists") as caught:
             async with Uploads(tmp_path / "file").receive(each(b"x")):
                 raise AssertionError
+        assert "state_dir" in caught.value.hint
 
     run(main())

@@ -104,7 +104,7 @@ def _end_with(parent: int) -> None:
 def _host(error: OSError) -> HostError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return HostError("no space is left to make a code image", hint="free some in state_dir")
-    return HostError(f"a code image cannot be made: {error}")
+    return HostError(f"a code image cannot be made: {error}", hint="see the disk of state_dir")
 
 
 # The archive

@@ -13,6 +13,9 @@ from typing import IO
 from templated.errors import InvalidRequest, host_errors
 from templated.model.function import MAX_CODE
 
+_REFUSED = "the code cannot be received"
+_HINT = "see whether state_dir has space"
+
 
 class Uploads:
     """Archives that are being received, in a directory of their own."""
@@ -60,27 +63,27 @@ class Uploads:
         return size
 
     def _create(self, path: Path) -> IO[bytes]:
-        with host_errors():
+        with host_errors(_REFUSED, _HINT):
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             # Unbuffered: what cannot be written is an error of the chunk, not of the close.
             return path.open("xb", buffering=0)
 
     def _clear(self) -> None:
-        with host_errors():
+        with host_errors(_REFUSED, _HINT):
             if self._folder.is_dir():
                 shutil.rmtree(self._folder)
 
 
 def _put(file: IO[bytes], chunk: bytes) -> None:
     left = memoryview(chunk)
-    with host_errors():
+    with host_errors(_REFUSED, _HINT):
         while left:
             left = left[file.write(left) :]
 
 
 def _remove(path: Path) -> None:
     # Where no file could be made there is none.
-    with host_errors(), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    with host_errors(_REFUSED, _HINT), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         path.unlink()
 
 
