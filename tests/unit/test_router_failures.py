@@ -43,6 +43,27 @@ def test_a_function_that_fails_keeps_its_instance() -> None:
     play(scenario)
 
 
+def test_a_runtime_that_ends_is_told() -> None:
+    """What ends by design is not."""
+
+    async def scenario(world: World) -> None:
+        async def leaves(_: FakeGuest, __: InvokeOrder) -> Answer:
+            return Answer(payload=b"", error=None, ended="exit status 3")
+
+        world.handler = leaves
+        assert (await world.ask()).view.error == "Unhandled"
+        await until(lambda: not world.clones)
+        (died,) = [e for e in world.events.recent() if e.type == "instance.died"]
+        assert died.subject == "f" and died.details["reason"] == "its runtime ended: exit status 3"
+        world.handler = echo
+        await world.ask()
+        await world.router.removed("f", 0)
+        await until(lambda: not world.clones)
+        assert len([e for e in world.events.recent() if e.type == "instance.died"]) == 1
+
+    play(scenario)
+
+
 def test_a_handler_that_takes_too_long() -> None:
     async def scenario(world: World) -> None:
         world.handler = Held()
