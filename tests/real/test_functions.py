@@ -462,7 +462,7 @@ def test_more_than_can_be_served(copied: Daemon, source: Path) -> None:
     copied.config["functions"] = {"concurrency": 4, "queue": 5}
     copied.start()
     deploy(copied, source, "crowd", "sleep")
-    client, refused = copied.client, "429 throttled"
+    client, refused = copied.client, "429 busy"
 
     def work(_: int) -> str:
         try:
