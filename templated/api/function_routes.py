@@ -84,6 +84,7 @@ FUNCTION_ROUTES: tuple[Route, ...] = (
         query=_INVOKE,
         also={202: Accepted},
         needs=Role.OPERATOR,
+        everyday=True,
     ),
     get(
         f"{_NAME}/logs",

@@ -88,11 +88,13 @@ class Gate:
     ) -> None:
         route, caller = passage.route, passage.caller
         status = 0 if response is None else response.status
-        if route.recorded if route else request.method != "GET":
+        refused = isinstance(response, ErrorAnswer) and response.code == Forbidden.code
+        recorded = refused or (route.recorded if route else request.method != "GET")
+        if recorded:
             # Not decoded: a path has no line breaks then.
             path = request.rel_url.raw_path
             log.info("uid %s: %s %s: %d", caller.uid, request.method, path, status)
-        if route and route.recorded:
+        if route and recorded:
             target = passage.target or next(iter(request.match_info.values()), "")
             self._audit.add(
                 AuditEntry(

@@ -29,6 +29,9 @@ class Route:
     query: Mapping[str, str] = field(default_factory=dict)
     also: Mapping[int, Any] = field(default_factory=dict)
     """Other answers that are none of an error: the types of their bodies, by status."""
+    everyday: bool = False
+    """It is what the daemon is there for, some hundred times a second: the function's own log and
+    the metrics tell of it, and only who may not is recorded."""
 
     @property
     def name(self) -> str:
@@ -38,7 +41,8 @@ class Route:
     @property
     def recorded(self) -> bool:
         """Whether requests are audited: all that change something or reach into a guest."""
-        return self.method != "GET" or isinstance(self.needs, Right)
+        changes = self.method != "GET" or isinstance(self.needs, Right)
+        return changes and not self.everyday
 
 
 def get(
@@ -67,12 +71,14 @@ def post(
     stream: str = "",
     query: Mapping[str, str] | None = None,
     also: Mapping[int, Any] | None = None,
+    everyday: bool = False,
 ) -> Route:
     """A route that does something."""
     return Route(
         *("POST", path, handler, summary, needs, answer, status, body, stream),
         query=query or {},
         also=also or {},
+        everyday=everyday,
     )
 
 

@@ -12,8 +12,10 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
+from templated.bench.agents import agent
 from templated.bench.paths import in_threads
 from templated.bench.session import Session
 from templated.bench.stats import medians, summarize
@@ -29,7 +31,7 @@ _PAUSED_WITHIN = 30.0
 _POLL = 0.01
 # Functions of which one is invoked while the others come to rest.
 _RESTING = 12
-_WARM_UP = 3
+_WARM_UP, _WARM_UP_SECONDS = 3, 3.0
 
 
 @dataclass(frozen=True)
@@ -225,25 +227,43 @@ def _attach(bench: _Bench, count: int) -> dict[str, Any]:
 
 
 def _sustained(bench: _Bench, seconds: float, instances: int = 4) -> dict[str, Any]:
-    """Requests per second of one function, as many callers as instances, each on a connection."""
+    """Requests per second of one function, and of as many agents that are asked in a loop.
+
+    As many callers as instances, each on a connection that is kept. In slices, since a host drifts.
+    """
     session, name = bench.session, bench.deploy()
     session.pools.empty()
+    view = bench.client.show_function(name)
+    info, generation = session.info(), session.generation()
+    code = Path(info.state_dir, "code", f"{view.code.digest}.img")
     with contextlib.ExitStack() as stack:
         clients = [
             stack.enter_context(contextlib.closing(Client(session.client.path, keep_alive=True)))
             for _ in range(instances)
         ]
-        workers: list[Callable[[], object]] = [_caller(bench, name, client) for client in clients]
-        session.progress(f"sustained: {instances} callers")
-        in_threads(workers, 3.0)  # all instances are there after that
-        count, wall = in_threads(workers, seconds)
-        runs = [bench.invoke(name).phases_ms["run"] for _ in range(50)]
-    alone = summarize(runs)
+        session.progress(f"sustained: bringing up {instances} agents")
+        asked = [
+            stack.enter_context(agent(generation, info, code, view.handler, _PAYLOAD))
+            for _ in range(instances)
+        ]
+        workers: dict[str, list[Callable[[], object]]] = {
+            "agents": list(asked),
+            "functions": [_caller(bench, name, client) for client in clients],
+        }
+        for work in workers.values():  # all instances are there after that
+            in_threads(work, _WARM_UP_SECONDS)
+        done, took = dict.fromkeys(workers, 0), dict.fromkeys(workers, 0.0)
+        for way in ("agents", "functions", "functions", "agents"):
+            session.progress(f"sustained: {way}, {instances} at once")
+            count, wall = in_threads(workers[way], seconds / 2)
+            done[way] += count
+            took[way] += wall
+    rates = {way: done[way] / took[way] for way in workers}
     return {
         "instances": sum(bench.client.show_function(name).instances.values()),
-        "requests": count,
-        "per_second": round(count / wall, 1),
-        "run_alone": alone.as_dict(),
+        "requests": done,
+        "per_second": {way: round(rate, 1) for way, rate in rates.items()},
+        "functions_to_agents": round(rates["functions"] / rates["agents"], 3),
     }
 
 

@@ -140,9 +140,10 @@ def _invoke(report: dict[str, Any]) -> None:
         if key in group:
             click.echo(f"{title}: {group[key]:g}")
     if found := report.get("sustained"):
+        rates = ", ".join(f"{way} {rate:g}" for way, rate in found["per_second"].items())
         click.echo(
-            f"sustained, {found['instances']} instances: {found['per_second']:g} per second; "
-            f"alone a request runs {found['run_alone']['p50']:g} (p50)"
+            f"sustained, {found['instances']} instances: {rates} per second; "
+            f"functions to agents: {found['functions_to_agents']:g}"
         )
     if found := report.get("shifted"):
         click.echo(

@@ -6,70 +6,21 @@ that of CPU time, where 1 is one core.
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families
-
+from templated.cli.function_figures import FunctionFigures, functions
+from templated.cli.scrape import Scrape, buckets_of, quantiles
 from templated.client import Client, requests
 from templated.drivers.host.procfs import anonymous_bytes, cpu_seconds, start_time
 
 _SHOWN = 8
 """Clones and events that a frame has at most."""
 _TICKS = os.sysconf("SC_CLK_TCK")
-Labels = tuple[tuple[str, str], ...]
-
-
-class Scrape:
-    """One answer of /metrics: values by name and labels."""
-
-    def __init__(self, text: str) -> None:
-        self._values: dict[str, dict[Labels, float]] = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                labels = tuple(sorted(sample.labels.items()))
-                self._values.setdefault(sample.name, {})[labels] = sample.value
-
-    def all(self, name: str) -> Iterator[tuple[dict[str, str], float]]:
-        """The samples of a metric, with their labels."""
-        for labels, value in self._values.get(name, {}).items():
-            yield dict(labels), value
-
-    def one(self, name: str) -> float | None:
-        """The value of a metric without labels."""
-        return self._values.get(name, {}).get(())
-
-    def since(self, before: Scrape | None, name: str) -> Iterator[tuple[dict[str, str], float]]:
-        """How much each counter of a name has grown; one that was set back grew from 0."""
-        earlier = before._values.get(name, {}) if before else {}
-        for labels, value in self._values.get(name, {}).items():
-            grown = value - earlier.get(labels, 0.0)
-            yield dict(labels), grown if grown >= 0 else value
-
-
-def quantile(q: float, buckets: dict[float, float]) -> float | None:
-    """The q-quantile of a histogram's cumulative buckets, by upper bound; None without samples.
-
-    Linear within a bucket, as PromQL's histogram_quantile. What lies above the last finite bound
-    is given as that bound.
-    """
-    bounds = sorted(buckets)
-    if not bounds or not buckets[bounds[-1]]:
-        return None
-    rank = q * buckets[bounds[-1]]
-    below, low = 0.0, 0.0
-    for bound in bounds:
-        if buckets[bound] >= rank and buckets[bound] > below:
-            if math.isinf(bound):
-                return low
-            return low + (bound - low) * (rank - below) / (buckets[bound] - below)
-        below, low = buckets[bound], bound
-    return low
 
 
 @dataclass(frozen=True)
@@ -119,6 +70,7 @@ class Frame:
     starts: list[Start]
     phases: list[Phase]
     failures: list[dict[str, Any]]
+    functions: list[FunctionFigures]
     pools: list[dict[str, Any]]
     refill_blocked: list[str]
     clones: list[dict[str, Any]]
@@ -161,6 +113,7 @@ class Watcher:
             starts=_starts(scrape, self._before, window),
             phases=_phases(scrape, self._before),
             failures=_failures(scrape, self._before),
+            functions=functions(scrape, self._before, window),
             pools=self._client.json(requests.list_pools()),
             refill_blocked=[
                 x["resource"] for x, on in scrape.all("templated_pool_refill_blocked") if on
@@ -201,20 +154,11 @@ class Watcher:
         return round(spent / max(age, 0.01), 4)
 
 
-def _buckets(scrape: Scrape, before: Scrape | None, name: str) -> dict[Labels, dict[float, float]]:
-    """Buckets of a histogram since `before`, by the labels other than le."""
-    found: dict[Labels, dict[float, float]] = {}
-    for labels, value in scrape.since(before, f"{name}_bucket"):
-        bound = float(labels.pop("le"))
-        found.setdefault(tuple(sorted(labels.items())), {})[bound] = value
-    return found
-
-
 def _starts(scrape: Scrape, before: Scrape | None, window: float) -> list[Start]:
     found = []
-    for labels, buckets in _buckets(scrape, before, "templated_clone_seconds").items():
+    for labels, buckets in buckets_of(scrape, before, "templated_clone_seconds").items():
         count = int(buckets[max(buckets)])
-        rate, (p50, p99) = round(count / window, 3), _quantiles(buckets)
+        rate, (p50, p99) = round(count / window, 3), quantiles(buckets)
         found.append(Start(**dict(labels), count=count, per_second=rate, p50_ms=p50, p99_ms=p99))
     return sorted(found, key=lambda s: (s.template, s.path))
 
@@ -222,19 +166,10 @@ def _starts(scrape: Scrape, before: Scrape | None, window: float) -> list[Start]
 def _phases(scrape: Scrape, before: Scrape | None) -> list[Phase]:
     # In the order in which the daemon first saw them, which is that of a start.
     found = []
-    for labels, buckets in _buckets(scrape, before, "templated_clone_phase_seconds").items():
-        p50, p99 = _quantiles(buckets)
+    for labels, buckets in buckets_of(scrape, before, "templated_clone_phase_seconds").items():
+        p50, p99 = quantiles(buckets)
         found.append(Phase(**dict(labels), p50_ms=p50, p99_ms=p99))
     return found
-
-
-def _quantiles(buckets: dict[float, float]) -> tuple[float | None, float | None]:
-    p50, p99 = (quantile(q, buckets) for q in (0.5, 0.99))
-    return _ms(p50), _ms(p99)
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds * 1000, 2)
 
 
 def _failures(scrape: Scrape, before: Scrape | None) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
 import click
@@ -123,6 +123,18 @@ def size(count: float) -> str:
 def phases(timings: dict[str, float]) -> str:
     """The phases of a start on one line."""
     return ", ".join(f"{name} {value:.1f}" for name, value in timings.items())
+
+
+def details(event: Mapping[str, Any]) -> str:
+    """What an event says beside its subject: `path=direct`, `versions=1:0.9,2:0.1`."""
+    pairs = (event.get("details") or {}).items()
+    return " ".join(f"{key}={_detail(value)}" for key, value in pairs)
+
+
+def _detail(value: object) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{key}:{part}" for key, part in value.items())
+    return str(value)
 
 
 def age(created: str) -> str:

@@ -1,4 +1,4 @@
-"""`top`: how fast clones start, the pools, and the use of the host's memory and CPU."""
+"""`top`: how fast clones start, functions, the pools, and the use of the host's memory and CPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ templated top --once -o json | jq .starts
 @click.option("--once", is_flag=True, help="Print one frame and end.")
 @click.pass_obj
 def top(settings: Settings, interval: float, once: bool) -> None:
-    """Watch starts, pools, clones and the host until Ctrl-C.
+    """Watch functions, starts, pools, clones and the host until Ctrl-C.
 
     The first frame counts from the daemon's start, each further one from the frame before.
 

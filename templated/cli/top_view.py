@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from templated.cli.figures import Frame
-from templated.cli.render import milliseconds, printable
+from templated.cli.render import details, milliseconds, printable
 
 _TWO_COLUMNS = 130
 """Characters from which on the tables stand side by side."""
+_FUNCTIONS = 12
+"""Lines for functions; -o json has all of them."""
+_LEAST = 10
+"""Characters that a column has at least that is cut for the others."""
+_GAP = 2
 _SLOW_MS = 100.0
 _PRESSED = 0.1
 
@@ -20,15 +25,16 @@ _PRESSED = 0.1
 def draw(frame: Frame, width: int) -> RenderableType:
     """The frame for a terminal of that many characters; longer lines end in an ellipsis."""
     left = [_starts(frame), _phases(frame)]
+    functions = _functions(frame, width)
     right = [_pools(frame), _clones(frame), _biggest(frame)]
-    events = [_events(frame)] if frame.events else []
+    events = [_events(frame, width)] if frame.events else []
     if width < _TWO_COLUMNS:
-        return Group(*_spaced([*_head(frame), *left, *right, *events]))
+        return Group(*_spaced([*_head(frame), functions, *left, *right, *events]))
     columns = Table.grid(padding=(0, 4, 0, 0), expand=True)
     columns.add_column(ratio=1)
     columns.add_column(ratio=1)
     columns.add_row(Group(*_spaced(left)), Group(*_spaced(right)))
-    return Group(*_spaced([*_head(frame), columns, *events]))
+    return Group(*_spaced([*_head(frame), functions, columns, *events]))
 
 
 def _spaced(parts: Iterable[RenderableType | None]) -> list[RenderableType]:
@@ -105,6 +111,27 @@ def _phases(frame: Frame) -> Table | None:
     return _table(("P50 P99 IN MS", "PATH", *map(str.upper, names)), rows) if rows else None
 
 
+def _functions(frame: Frame, width: int) -> Table | None:
+    """The busiest, with what their instances do now."""
+    rows = [
+        (
+            f.function,
+            f"{f.per_second:.2f}",
+            milliseconds(f.p50_ms),
+            milliseconds(f.p99_ms),
+            str(f.count),
+            Text(str(f.failed), "red" if f.failed else ""),
+            str(f.cold_starts),
+            Text(str(f.throttles), "yellow" if f.throttles else ""),
+            ", ".join(f"{count} {state}" for state, count in sorted(f.instances.items())),
+        )
+        for f in frame.functions[:_FUNCTIONS]
+    ]
+    numbers = ("PER S", "P50", "P99", "COUNT", "FAILED", "COLD", "REFUSED")
+    headers = ("REQUESTS OF", *numbers, "INSTANCES")
+    return _table(headers, _fitting(headers, rows, width)) if rows else None
+
+
 def _pools(frame: Frame) -> Table | None:
     rows = [
         (
@@ -133,13 +160,22 @@ def _biggest(frame: Frame) -> Table | None:
     return _table(("BIGGEST", "TEMPLATE", "PID", "OWN MEMORY", "CPU"), rows) if rows else None
 
 
-def _events(frame: Frame) -> Table:
-    rows = []
-    for event in frame.events:
-        details = event.get("details") or {}
-        about = " ".join(f"{key}={value}" for key, value in details.items())
-        rows.append((event["time"], event["type"], event["subject"], about))
-    return _table(("EVENTS", "TYPE", "SUBJECT", "DETAILS"), rows)
+def _events(frame: Frame, width: int) -> Table:
+    rows = [(e["time"], e["type"], e["subject"], details(e)) for e in frame.events]
+    headers = ("EVENTS", "TYPE", "SUBJECT", "DETAILS")
+    return _table(headers, _fitting(headers, rows, width))
+
+
+Row = Sequence[str | Text]
+
+
+def _fitting(headers: Sequence[str], rows: Sequence[Row], width: int) -> Iterator[Row]:
+    """The rows with their last column cut, so that the others need not be."""
+    columns = range(len(headers) - 1)
+    taken = sum(max(len(row[c]) for row in (headers, *rows)) + _GAP for c in columns)
+    room = max(width - taken, _LEAST)
+    for *first, last in rows:
+        yield (*first, last if len(last) <= room else f"{last[: room - 1]}…")
 
 
 def _table(headers: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:

@@ -63,7 +63,7 @@ templated events --no-follow -o json | jq 'select(.type == "clone.dead")'
 )
 @click.pass_obj
 def events(settings: Settings, follow: bool) -> None:
-    """Print what happens to clones and templates.
+    """Print what happens to clones, templates and functions.
 
     The last events first, then new ones as they come.
 
@@ -80,5 +80,5 @@ def events(settings: Settings, follow: bool) -> None:
 
 
 def _line(event: dict[str, Any]) -> str:
-    details = " ".join(f"{key}={value}" for key, value in (event.get("details") or {}).items())
-    return render.printable(f"{event['time']}  {event['type']:20} {event['subject']:20} {details}")
+    about = render.details(event)
+    return render.printable(f"{event['time']}  {event['type']:20} {event['subject']:20} {about}")

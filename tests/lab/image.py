@@ -106,11 +106,10 @@ def setup_packages() -> list[str]:
 
 
 def requirements() -> list[str]:
-    """The Python packages that scripts/setup installs, and what builds the project itself."""
+    """The Python packages of a host that serves, and what builds the project itself."""
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
-    texts = [parser["options"]["install_requires"], parser["options.extras_require"]["test"]]
-    lines = [line.strip() for text in texts for line in text.splitlines()]
+    lines = [line.strip() for line in parser["options"]["install_requires"].splitlines()]
     named = [line for line in lines if line and not line.startswith("#")]
     return [*named, "setuptools>=68", "wheel>=0.40"]
 

@@ -198,6 +198,7 @@ def test_from_a_pool(functions: Daemon, source: Path) -> None:
         assert all("attach" in answer["phases_ms"] for answer in answers)
     finally:
         functions.cli("pool", "set", "python-fn", "--reset", "--wait")
+        until(lambda: len(functions.qemus()) == len(functions.json("ls")), "members stay behind")
 
 
 def test_versions_and_aliases(functions: Daemon, source: Path, tmp_path: Path) -> None:

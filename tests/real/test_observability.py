@@ -37,6 +37,16 @@ pytestmark = pytest.mark.real
 EMPTY = {
     "Daemon starts": "the daemon was not restarted",
 }
+INVOCATIONS = "templated_invocations_total"
+FUNCTION = """
+import os
+
+
+def handler(event, context):
+    if event == "leave":
+        os._exit(3)
+    return event
+"""
 PSI = Path("/proc/pressure/cpu").exists()
 # Of series that the pools make; those of `expect` are there from the beginning.
 FROM_POOLS = re.compile(r"templated_pool_(size|target|refill_seconds|refill_blocked)|path=\"warm\"")
@@ -134,14 +144,15 @@ def until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> 
 
 def concrete(expression: str) -> str:
     """An expression of the dashboard as Grafana would send it, for all hosts and templates."""
-    for variable in ("instance", "template", "job"):
+    for variable in ("instance", "template", "function", "job"):
         expression = expression.replace(f"${variable}", ".*")
     return expression.replace("$__rate_interval", "2m").replace("$__range", "10m")
 
 
 @pytest.fixture(scope="module")
 def busy(image_store: Path) -> Iterator[Daemon]:
-    """A daemon where everything happens: starts by two paths, a dead clone, a failed build.
+    """A daemon where everything happens: starts by two paths, a dead clone, a failed build, a
+    function.
 
     Its template is to have pools of one VM per tier.
     """
@@ -155,6 +166,11 @@ def busy(image_store: Path) -> Iterator[Daemon]:
         daemon.start()
         daemon.build("pooled")
         daemon.fails("template", "build", "broken")
+        code = daemon.places / "code"
+        code.mkdir()
+        (code / "app.py").write_text(FUNCTION)
+        words = ("--code", str(code), "--handler", "app.handler", "--template", "pooled")
+        daemon.cli("function", "deploy", "hello", *words)
         yield daemon
     finally:
         daemon.close()
@@ -171,11 +187,15 @@ def prometheus(busy: Daemon) -> Iterator[Prometheus]:
         busy.json("clone", "victim", "--path", "direct", "--template", "pooled")
         count = "templated_clone_seconds_count"
         until(lambda: len(found.query(f'{count}{{path=~"direct|cold"}}')) == 2, found.log)
+        assert busy.run("invoke", "hello", "--payload", '"leave"').returncode
         # A rate needs a second value of each.
         os.kill(busy.json("show", "victim")["pid"], signal.SIGKILL)
         busy.json("clone", "second", "--path", "direct", "--template", "pooled")
         busy.json("clone", "again", "--path", "cold", "--template", "pooled")
         until(lambda: found.has(f'rate({count}{{path="cold"}}[2m]) > 0'), found.log)
+        assert busy.json("invoke", "hello", "--payload", "1")["payload"] == 1
+        until(lambda: found.has(f"sum({INVOCATIONS}) == 2"), found.log)
+        until(lambda: found.has(f"rate({INVOCATIONS}[2m]) > 0"), found.log)
         until(lambda: found.has('templated_clones{state="dead"} == 1'), found.log)
         until(lambda: found.has("templated_clone_memory_bytes"), found.log)
         until(lambda: found.has("rate(templated_clone_cpu_seconds_total[2m])"), found.log)
@@ -273,7 +293,10 @@ def test_top(busy: Daemon, prometheus: Prometheus) -> None:
     frame = busy.json("top", "--once")
     starts = {(s["template"], s["path"]): s for s in frame["starts"]}
     direct = starts["pooled", "direct"]
-    assert direct["count"] == 3 and direct["p50_ms"] <= direct["p99_ms"]
+    # Three clones, and instances of the function.
+    (series,) = prometheus.query('templated_clone_seconds_count{path="direct"}')
+    assert direct["count"] == float(series["value"][1]) >= 3
+    assert direct["p50_ms"] <= direct["p99_ms"]
     (series,) = prometheus.query(
         'histogram_quantile(0.5, sum by (le) (templated_clone_seconds_bucket{path="direct"}))'
     )
@@ -282,11 +305,14 @@ def test_top(busy: Daemon, prometheus: Prometheus) -> None:
     assert {clone["name"] for clone in frame["biggest"]} <= running
     assert all(clone["memory_bytes"] > 1 << 20 for clone in frame["biggest"])
     assert {"template": "pooled", "state": "dead", "count": 1} in frame["clones"]
+    (function,) = frame["functions"]
+    assert (function["function"], function["count"], function["failed"]) == ("hello", 2, 1)
+    assert function["cold_starts"] == 2 and sum(function["instances"].values()) == 1
     assert any(event["type"] == "clone.dead" for event in frame["events"])
     (pool,) = (pool for pool in frame["pools"] if pool["template"] == "pooled")
     assert pool["standby"]["target"] == pool["warm"]["target"] == 1
     text = busy.cli("top", "--once")
-    assert "pooled" in text and "clone.dead" in text and "\x1b" not in text
+    assert "pooled" in text and "clone." in text and "\x1b" not in text
 
 
 def test_memory_of_clones_is_what_the_kernel_says(busy: Daemon, prometheus: Prometheus) -> None:

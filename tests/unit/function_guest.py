@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from templated.drivers.guest import Agent, InvokeOrder, Loaded, LoadOrder, Output
-from templated.drivers.guest_functions import Answer
+from templated.drivers.guest import Agent, Output
+from templated.drivers.guest_functions import Answer, InvokeOrder, Loaded, LoadOrder
 from templated.guest.agent import commands
 from templated.guest.agent.code import Drive
 from templated.guest.agent.rehearsal import Rehearsed

@@ -426,6 +426,7 @@ def test_starts_as_a_directory_and_imports_little() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     modules = set(done.stdout.split())
     assert {"agent.commands", "agent.kernel"} <= modules
+    assert not modules & {"agent.functions", "agent.http", "agent.code", "agent.runtimes"}
     assert not modules & {"templated", "typing", "shutil", "asyncio", "logging", "inspect"}
 
 

@@ -6,17 +6,22 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from templated.drivers.guest_functions import Answer, InitFailed
 from templated.errors import GuestError, InvalidRequest
+from templated.guest.agent.commands import Agent
+from templated.guest.agent.runtimes import NOBODY, Process
 from templated.model.function import MAX_PAYLOAD, Runtime
 from tests.unit.function_guest import ECHO, UUID, Caller, Guest, calling, functions_in
+from tests.unit.test_agent import Recorder
 
 AWS_BOOTSTRAP = f"#!/bin/sh\nexec {sys.executable} -m awslambdaric $_HANDLER\n"
 
@@ -33,6 +38,15 @@ def said(answer: Answer) -> dict[str, object]:
     body = json.loads(answer.payload)
     assert set(body) == {"errorMessage", "errorType", "stackTrace"}
     return dict(body)
+
+
+async def killed(guest: Guest) -> None:
+    """The runtime is killed, and the agent has seen that."""
+    process = guest.functions.process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    while guest.functions.process is process:
+        await asyncio.sleep(0.01)
 
 
 def failing(guest: Guest, handler: str = "app.handler", **changes: object) -> dict[str, object]:
@@ -229,8 +243,9 @@ def test_a_request_that_fails_and_the_next_one(
         assert failed["errorType"] == kind and words in str(failed["errorMessage"])
         assert f"[ERROR] {kind}" in caller.text("stderr")
         if event == "raise":
-            (frame,) = failed["stackTrace"]  # type: ignore[misc]
-            assert "app.py" in frame and "raise KeyError" in frame
+            frames = failed["stackTrace"]
+            assert isinstance(frames, list) and len(frames) == 1
+            assert "app.py" in frames[0] and "raise KeyError" in frames[0]
         assert (await caller.invoke(b'"x"')).payload == b'"well"'
 
     calling(guest, body)
@@ -271,10 +286,7 @@ def test_children_that_linger_and_a_closed_stdout_do_no_harm(guest: Guest, event
             assert (await caller.invoke(b'"x"')).payload == b'"well"'
         if event == "linger":
             os.kill(int(answer.payload), signal.SIGKILL)
-        pid = guest.functions.process.pid if guest.functions.process else 0
-        os.kill(pid, signal.SIGKILL)  # while a child of its has its pipes and its socket
-        while guest.functions.process is not None:
-            await asyncio.sleep(0.01)
+        await killed(guest)  # while a child of its has its pipes and its socket
         assert not (await caller.invoke()).begun
 
     calling(guest, body)
@@ -303,7 +315,8 @@ def test_what_is_printed_between_requests_comes_with_the_next(guest: Guest) -> N
     async def body(caller: Caller) -> None:
         await caller.load()
         assert (await caller.invoke()).payload == b"null"
-        await asyncio.sleep(0.2)
+        while not b"".join(data for _, data in guest.functions._kept).endswith(b"late\n"):
+            await asyncio.sleep(0.01)
         assert caller.text() == ""
         await caller.invoke()
         text = caller.text()
@@ -347,16 +360,20 @@ def test_the_clock_is_set_before_the_handler_runs_and_counts_from_the_mark(guest
     calling(guest, body)
 
 
-def test_one_request_at_a_time(guest: Guest) -> None:
-    code = "import time\ndef handler(event, context):\n    time.sleep(0.2)\n    return 1\n"
+def test_one_request_at_a_time(guest: Guest, tmp_path: Path) -> None:
+    code = "import os, time\ndef handler(event, context):\n"
+    code += "    while not os.path.exists(event): time.sleep(0.01)\n    return 1\n"
     guest.write("app.py", code)
 
     async def body(caller: Caller) -> None:
         await caller.load()
-        first = asyncio.create_task(caller.invoke())
-        await asyncio.sleep(0.05)
+        go = tmp_path / "go"
+        first = asyncio.create_task(caller.invoke(json.dumps(str(go)).encode()))
+        while guest.functions.state != "busy":
+            await asyncio.sleep(0.01)
         with pytest.raises(GuestError, match="it is busy"):
             await caller.invoke()
+        go.touch()
         assert (await first).payload == b"1"
 
     calling(guest, body)
@@ -369,8 +386,9 @@ def test_nothing_gets_into_the_heads_of_the_api(guest: Guest, field: str) -> Non
     async def body(caller: Caller) -> None:
         await caller.load()
         for bad in ("a\r\nX: y", "é", "x" * 2000):
+            changes: dict[str, Any] = {field: bad}
             with pytest.raises(GuestError, match="not printable"):
-                await caller.invoke(**{field: bad})
+                await caller.invoke(**changes)
         assert (await caller.invoke()).payload == b"{}"
 
     calling(guest, body)
@@ -425,10 +443,7 @@ def test_a_resident_that_died_is_started_again(guest: Guest) -> None:
     guest.write("app.py", ECHO)
 
     async def body(caller: Caller) -> None:
-        assert guest.functions.process is not None
-        os.kill(guest.functions.process.pid, signal.SIGKILL)
-        while guest.functions.process is not None:
-            await asyncio.sleep(0.01)
+        await killed(guest)
         await caller.load()
         assert (await caller.invoke(b"[1]")).payload == b"[1]"
 
@@ -521,6 +536,30 @@ def test_awslambdaric_tells_of_a_missing_handler(guest: Guest) -> None:
     guest.write("app.py", ECHO)
     failed = failing(guest, "app.missing", runtime=Runtime.PROVIDED)
     assert "missing" in str(failed["errorMessage"])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
+def test_functions_run_as_nobody(tmp_path: Path) -> None:
+    ends = socket.socketpair()
+    agent = Agent(ends[0].fileno(), ends[0].fileno(), Recorder(tmp_path))
+    printed: list[bytes] = []
+    ended: list[str] = []
+    process = Process(
+        agent,
+        ["/bin/sh", "-c", "id -u; id -g; id -G; echo $HOME"],
+        {"PATH": "/usr/bin:/bin", "HOME": "/tmp"},
+        "/",
+        user=NOBODY,
+        printed=lambda _, data: printed.append(data),
+        ended=ended.append,
+    )
+    process.resume()
+    while not ended:
+        agent.turn(0.1)
+    assert b"".join(printed).split() == [b"65534"] * 3 + [b"/tmp"] and ended == ["exit status 0"]
+    agent.close()
+    for end in ends:
+        end.close()
 
 
 def test_the_same_uuid_in_all_notations(guest: Guest) -> None:

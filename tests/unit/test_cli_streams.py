@@ -122,6 +122,15 @@ def test_events_until_interrupted(daemon: Daemon) -> None:
     assert process.returncode == exit_codes.INTERRUPTED
 
 
+def test_events_in_words(daemon: Daemon) -> None:
+    """Details as words, weights among them."""
+    details = {"alias": "live", "versions": {"1": 0.9, "2": 0.1}}
+    event = {"time": "T", "type": "function.alias", "subject": "hello", "details": details}
+    daemon.lines("GET", "/v1/events", event)
+    words = run("events", "--no-follow").stdout.decode().split()
+    assert words == ["T", "function.alias", "hello", "alias=live", "versions=1:0.9,2:0.1"]
+
+
 ENTRY: dict[str, Any] = {
     "time": "T",
     "uid": 1000,

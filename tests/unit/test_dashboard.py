@@ -13,6 +13,7 @@ import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
 from templated.cli.main import root
+from templated.services.reports.function_metrics import FunctionMetrics
 from templated.services.reports.metrics import Metrics
 from templated.services.upkeep.host_metrics import HostMetrics
 from tests.unit.observability import (
@@ -34,6 +35,7 @@ def served() -> set[str]:
     """Names of all series that the daemon can have, and those of Prometheus itself."""
     metrics = Metrics()
     HostMetrics(metrics.registry)
+    FunctionMetrics(metrics.registry)
     names = {"up"}
     for collector in metrics.registry._collector_to_names:
         if isinstance(collector, MetricWrapperBase):
@@ -85,7 +87,7 @@ def test_variables() -> None:
         assert variable["datasource"] == DATASOURCE and variable["includeAll"]
         assert metrics_of(variable["query"]["query"]) <= served()
         assert f"${variable['name']}" in text
-    assert {v["name"] for v in others} == {"job", "instance", "template"}
+    assert {v["name"] for v in others} == {"job", "instance", "template", "function"}
 
 
 def test_ids_are_unique() -> None:
@@ -110,6 +112,8 @@ def test_panel(panel: dict[str, Any]) -> None:
         assert target.get("instant", False) != target["range"]
         # Of one host out of several, and of one template where there are such.
         assert "$instance" in target["expr"]
+        of_functions = re.search(r"templated_(invocation|function|instances)", target["expr"])
+        assert ("$function" in target["expr"]) == bool(of_functions)
 
 
 def test_start_latency_has_its_line() -> None:

@@ -23,6 +23,7 @@ from templated.errors import HostError
 from templated.model.api import CloneRequest
 from templated.services.daemon import Services
 from templated.services.reports.events import EventBus
+from templated.services.reports.function_metrics import FunctionMetrics
 from templated.services.reports.metrics import Metrics
 from templated.services.upkeep import host_metrics
 from templated.services.upkeep.host_metrics import (
@@ -181,8 +182,7 @@ def test_what_the_daemon_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_no_clone_name_in_a_label() -> None:
     """Nothing has a label that would grow with the clones."""
-    metrics = Metrics()
-    HostMetrics(metrics.registry)
+    metrics = all_metrics()
     labels = {name for collector in collectors(metrics.registry) for name in collector[2]}
     known = {"template", "path", "phase", "reason", "state", "tier", "resource", "kind", "place"}
     known |= {
@@ -194,8 +194,20 @@ def test_no_clone_name_in_a_label() -> None:
         "type",
         "version",
         "python_version",
+        "function",
+        "outcome",
+        "start",
+        "layer",
     }
     assert labels == known
+
+
+def all_metrics() -> Metrics:
+    """All that a daemon serves, with those of the host and of functions."""
+    metrics = Metrics()
+    HostMetrics(metrics.registry)
+    FunctionMetrics(metrics.registry)
+    return metrics
 
 
 def collectors(registry: CollectorRegistry) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -222,8 +234,7 @@ def documented() -> list[tuple[str, str, tuple[str, ...]]]:
 
 def test_the_guide_lists_every_metric_and_no_other() -> None:
     """Names, types and labels, in both directions."""
-    metrics = Metrics()
-    HostMetrics(metrics.registry)
+    metrics = all_metrics()
     ours = collectors(metrics.registry)
     table = documented()
     assert len(table) == len(set(table))

@@ -1,4 +1,4 @@
-"""One instance: its rest, its pauses, its clock, its end; every move that it must not make."""
+"""One instance: its rest, its pauses, its clock, its end."""
 
 from __future__ import annotations
 
@@ -8,17 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from templated.errors import Defect, GuestError, HostError, HypervisorError, Timeout
-from templated.model.function import (
-    EVENT_TRANSITIONS,
-    INSTANCE_TRANSITIONS,
-    EventState,
-    InstanceState,
-)
-from templated.model.lifecycle import move
+from templated.errors import GuestError, HostError, HypervisorError, Timeout
 from templated.services.functions import instances
-from templated.services.functions.instance import Instance
-from tests.unit.fake_daemon import run, until
+from tests.unit.fake_daemon import until
 from tests.unit.fake_instances import (
     FakeMachine,
     Held,
@@ -26,7 +18,6 @@ from tests.unit.fake_instances import (
     echo,
     play,
     settle,
-    version,
 )
 
 pytestmark = pytest.mark.usefixtures("no_blocking_calls")
@@ -35,42 +26,6 @@ SOON = 0.005
 
 def machine(world: World, number: int = 0) -> FakeMachine:
     return world.made[number].vm.machine
-
-
-def test_moves_that_instances_may_not_make() -> None:
-    async def main() -> None:
-        for old, after in INSTANCE_TRANSITIONS.items():
-            for new in InstanceState:
-                instance = Instance(name="f-1", version=version(), left=lambda _: None, state=old)
-                if new in after:
-                    instance.move(new)
-                    assert instance.state is new
-                    continue
-                with pytest.raises(Defect, match=f"f-1 is {old.value}, it cannot become"):
-                    instance.move(new)
-                assert instance.state is old
-
-    run(main())
-
-
-def test_tables_are_as_they_are_meant() -> None:
-    meant = {
-        "starting": "ending initialising",
-        "initialising": "busy ending idle",
-        "busy": "ending idle",
-        "idle": "busy ending paused",
-        "paused": "busy ending",
-        "ending": "",
-    }
-    found = {old.value: after for old, after in INSTANCE_TRANSITIONS.items()}
-    assert {s: " ".join(sorted(n.value for n in a)) for s, a in found.items()} == meant
-    for old, event_after in EVENT_TRANSITIONS.items():
-        for new in EventState:
-            if new in event_after:
-                assert move(EVENT_TRANSITIONS, old, new, "event e") is new
-            else:
-                with pytest.raises(Defect, match="event e is"):
-                    move(EVENT_TRANSITIONS, old, new, "event e")
 
 
 def test_an_idle_instance_is_paused_and_wakes_with_the_time() -> None:

@@ -17,14 +17,17 @@ from templated.journal import CloneRow, GenerationRow, Journal
 from templated.model.api import OPERATION_TRANSITIONS, OperationState
 from templated.model.clone import TRANSITIONS as CLONES
 from templated.model.clone import CloneState, Slot, StartPath
+from templated.model.function import EVENT_TRANSITIONS, INSTANCE_TRANSITIONS, InstanceState
 from templated.model.generation import TEMPLATE_TRANSITIONS, GenerationState, TemplateState
 from templated.model.generation import TRANSITIONS as GENERATIONS
 from templated.model.lifecycle import S, Table, move
 from templated.services.clones.clone import Started
+from templated.services.functions.instance import Instance
 from templated.services.machines.generation import Holder, Leases
 from templated.services.pools.members import MEMBER_TRANSITIONS, Member, MemberState
 from templated.services.templates.template import Known, Template
 from tests.unit.fake_daemon import run
+from tests.unit.fake_instances import version
 
 # What may follow what, written a second time: a table changes on purpose, or this fails.
 MEANT: dict[str, tuple[Table[Any], str]] = {
@@ -36,6 +39,15 @@ MEANT: dict[str, tuple[Table[Any], str]] = {
            removing>broken""",
     ),
     "operation": (OPERATION_TRANSITIONS, "running>done,failed done> failed>"),
+    "instance": (
+        INSTANCE_TRANSITIONS,
+        """starting>ending,initialising initialising>busy,ending,idle busy>ending,idle
+           idle>busy,ending,paused paused>busy,ending ending>""",
+    ),
+    "event": (
+        EVENT_TRANSITIONS,
+        "queued>failed,running running>failed,queued,running failed>",
+    ),
     "member": (
         MEMBER_TRANSITIONS,
         "made>discarded,waiting waiting>taken taken>discarded discarded>",
@@ -100,6 +112,10 @@ class Machine(Life):
         return ""
 
 
+def instance(state: InstanceState) -> Instance:
+    return Instance(name="f-1", version=version(), left=lambda _: None, state=state)
+
+
 Make = Callable[[Any], Any]
 ENTITIES: dict[str, tuple[Table[Any], Make, Callable[[Any, Any], None], Callable[[Any], Any]]] = {
     "clone": (CLONES, clone, lambda it, new: it.move(new), lambda it: it.state),
@@ -116,6 +132,12 @@ ENTITIES: dict[str, tuple[Table[Any], Make, Callable[[Any, Any], None], Callable
         lambda it: it.state,
     ),
     "member": (MEMBER_TRANSITIONS, member, lambda it, new: it.move(new), lambda it: it.state),
+    "instance": (
+        INSTANCE_TRANSITIONS,
+        instance,
+        lambda it, new: it.move(new),
+        lambda it: it.state,
+    ),
     "machine": (states.TRANSITIONS, Machine, lambda it, new: it._move(new), lambda it: it._state),
 }
 
@@ -163,6 +185,16 @@ def test_operations_end_once() -> None:
         else:
             with pytest.raises(Defect, match="operation o is"):
                 move(OPERATION_TRANSITIONS, old, new, "operation o")
+
+
+def test_events_move_by_their_table() -> None:
+    """The one that the journal asks."""
+    for old, new in pairs(EVENT_TRANSITIONS):
+        if new in EVENT_TRANSITIONS[old]:
+            assert move(EVENT_TRANSITIONS, old, new, "event e") is new
+        else:
+            with pytest.raises(Defect, match="event e is"):
+                move(EVENT_TRANSITIONS, old, new, "event e")
 
 
 def test_templates_move_by_what_happens_to_them() -> None:

@@ -104,7 +104,7 @@ def test_a_deploy_is_there_after_a_restart(tmp_path: Path) -> None:
         await rig.registry.reserve("f", 3)
         assert rig.told() == [
             *[("function.deployed", "f")] * 2,
-            *(("function.published", "f"), ("function.alias", "f")),
+            *(("function.published", "f"), ("function.alias", "f"), ("function.reserved", "f")),
         ]
 
     async def second(rig: Rig) -> None:

@@ -59,6 +59,8 @@ def test_a_handler_that_takes_too_long() -> None:
         assert (await world.ask()).view.start == "pool" and len(world.made) == 2
         labels = {"function": "f", "version": "$LATEST", "outcome": "timeout"}
         assert world.counted("templated_invocations_total", **labels) == 1
+        (died,) = [e for e in world.events.recent() if e.type == "instance.died"]
+        assert died.details["reason"] == "a request took longer than 0.01 s"
 
     play(scenario, version(timeout="10ms"))
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,19 @@ from prometheus_client import generate_latest
 from rich.console import Console
 
 from templated.cli import exit_codes, figures
-from templated.cli.figures import Frame, Scrape, Watcher, quantile
+from templated.cli.figures import Frame, Watcher
 from templated.cli.main import main
+from templated.cli.scrape import Scrape, quantile
 from templated.cli.top_view import draw
 from templated.client import Client
 from templated.drivers.host.files import Space
 from templated.drivers.host.pressure import Pressure
 from templated.drivers.host.procfs import Memory
+from templated.services.reports.function_metrics import FunctionMetrics
 from templated.services.reports.metrics import Metrics
 from templated.services.upkeep.host_metrics import HostMetrics, HostReading
 from tests.unit.cli_daemon import CLONE, ROOT, Daemon, popen, serving
+from tests.unit.fake_instances import version
 
 INF = float("inf")
 EVENT = {
@@ -92,6 +95,15 @@ class Source:
         self.host = HostMetrics(self.metrics.registry)
         self.host.starts_limit.set(8)
         self.metrics.expect("python-fn")
+        self.functions = FunctionMetrics(self.metrics.registry)
+
+    def invoke(self, function: str, number: int, *outcomes: str, total_ms: float = 20.0) -> None:
+        """Count requests of a version that were answered, the first by a new instance."""
+        of_version = self.functions.expect(version(function, number))
+        of_version.cold_starts.inc(1 if outcomes else 0)
+        for position, outcome in enumerate(outcomes):
+            start = "warm" if position else "pool"
+            of_version.answered(outcome, start, {"run": 1.0}, total_ms)
 
     def start(self, number: int, total_ms: float = 120.0) -> None:
         """Count starts."""
@@ -99,6 +111,10 @@ class Source:
             self.metrics.observe_start(
                 "python-fn", "direct", {"spawn": 40.0, "identify": 70.0}, total_ms
             )
+
+    def count(self, states: Mapping[Any, int], concurrency: Mapping[Any, int]) -> None:
+        """Have instances by function, version and state, and requests by function and version."""
+        self.functions.count(lambda: states, lambda: concurrency)
 
     def text(self) -> bytes:
         """What a scrape gets."""
@@ -149,6 +165,35 @@ def test_rates_are_of_the_time_between_two_looks(daemon: Daemon, source: Source)
     assert start.p50_ms == pytest.approx(17.5) and start.p99_ms == pytest.approx(24.85)
     assert second.failures == [{"template": "python-fn", "reason": "timeout", "count": 1}]
     assert [p.phase for p in second.phases] == ["spawn", "identify"]
+
+
+def test_functions(daemon: Daemon, source: Source) -> None:
+    """A line for each, its versions together, the busiest first; then what came since."""
+    began = Scrape(source.text().decode()).one("process_start_time_seconds")
+    assert began is not None
+    times = iter([began + 10, began + 15])
+    watcher = Watcher(Client(daemon.socket), clock=lambda: next(times))
+    source.invoke("seldom", 0)
+    source.invoke("busy", 1, "ok", "ok", "error")
+    source.invoke("busy", 2, "ok", "timeout")
+    source.functions.throttles.labels("busy", "queue").inc(2)
+    source.functions.throttles.labels("busy", "reserved").inc()
+    states = {("busy", "1", "paused"): 1, ("busy", "2", "paused"): 1, ("busy", "2", "busy"): 1}
+    source.count(states, {("busy", "1"): 0, ("busy", "2"): 1})
+    serve(daemon, source)
+    busy, seldom = watcher.look().functions
+    assert (busy.function, busy.count, busy.failed, busy.per_second) == ("busy", 5, 2, 0.5)
+    assert busy.p50_ms == pytest.approx(17.5) and busy.p99_ms == pytest.approx(24.85)
+    assert (busy.cold_starts, busy.throttles, busy.running) == (2, 3, 1)
+    assert busy.instances == {"paused": 2, "busy": 1}
+    assert (seldom.function, seldom.count, seldom.p50_ms) == ("seldom", 0, None)
+    assert seldom.instances == {}
+    source.invoke("seldom", 0, "ok")
+    source.functions.forget("busy", "1")
+    serve(daemon, source)
+    seldom, busy = watcher.look().functions
+    assert (seldom.function, seldom.count, seldom.per_second) == ("seldom", 1, 0.2)
+    assert (busy.count, busy.p50_ms, busy.cold_starts, busy.throttles) == (0, None, 0, 0)
 
 
 def test_a_restarted_daemon_begins_anew(daemon: Daemon, source: Source) -> None:
@@ -213,6 +258,10 @@ def test_once_as_text(daemon: Daemon, capsys: Capture) -> None:
 def full_frame(daemon: Daemon, source: Source) -> Frame:
     """A frame with something in each of its parts."""
     source.metrics.failures.labels("python-fn", "timeout").inc(2)
+    source.invoke("hello", 0, "ok", "error")
+    source.functions.throttles.labels("hello", "queue").inc(4)
+    states = {("hello", "$LATEST", "paused"): 2, ("hello", "$LATEST", "busy"): 1}
+    source.count(states, {("hello", "$LATEST"): 1})
     source.metrics.refill_blocked.labels("memory").set(1)
     source.metrics.count_clones(lambda: {("python-fn", "running"): 4})
     pressure = {"memory": Pressure(34.0, 2.0)}
@@ -246,6 +295,7 @@ def test_what_is_wrong_is_seen(daemon: Daemon, source: Source) -> None:
     assert "memory 34%!" in text
     assert "5.0 GiB of 8.0 GiB available" in text and "shm_dir: 1.0 GiB of 4.0 GiB free" in text
     assert re.search(r"python-fn +running +4", text)
+    assert re.search(r"hello +\S+ +17.5 ms +24.[89] ms +2 +1 +1 +4 +1 busy, 2 paused", text)
 
 
 def test_an_empty_daemon(daemon: Daemon) -> None:
@@ -265,6 +315,17 @@ def test_no_control_characters(daemon: Daemon, source: Source) -> None:
     event: dict[str, Any] = {**EVENT, "details": {"reason": "\x1b[2Jgone\nlong"}}
     text = shown(replace(full_frame(daemon, source), events=[event]), 160)
     assert "\x1b" not in text and "?[2Jgone long" in text
+
+
+def test_long_details_of_an_event(daemon: Daemon, source: Source) -> None:
+    """They are cut, and not what happened to whom."""
+    long = {**EVENT, "type": "function.deployed", "details": {"digest": "sha256:" + 64 * "a"}}
+    text = shown(replace(full_frame(daemon, source), events=[EVENT, long]), 80)
+    assert re.search(
+        r"^hello +\S+ +17.5 ms +24.9 ms +2 +1 +1 +4 +1 busy.*…\s*$", text, re.MULTILINE
+    )
+    assert re.search(r"Z +function.deployed +fn-123 +digest=sha256:a+…", text)
+    assert re.search(r"Z +clone.running +fn-123 +path=direct", text)
 
 
 # Again and again

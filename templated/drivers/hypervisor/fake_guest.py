@@ -19,6 +19,12 @@ from templated.guest.agent.kernel import System
 from templated.guest.agent.wire import IDENTIFY, PACKED, SEEN
 
 _SERVED = ("ping", "identify", "clock", "quiesce")
+_FUNCTION: dict[str, dict[str, Any]] = {
+    "load": {"mount_ms": 1.0, "init_ms": 2.0},
+    "part": {},
+    "rehearse": {},
+}
+"""Of a function there is no more than these answers, and an `invoke` that returns its payload."""
 _TEXTS = ("hostname", "machine_id", "boot_id", "uuid")
 
 
@@ -81,6 +87,9 @@ class FakeGuest:
         if fail == "nonsense":
             return b"{nonsense\n"
         request = json.loads(line)
+        if request["cmd"] in _FUNCTION or request["cmd"] == "invoke":
+            result = _FUNCTION.get(request["cmd"], {"payload": request.get("payload", "null")})
+            return json.dumps({"id": request["id"], "ok": True, "result": result}).encode() + b"\n"
         if request["cmd"] not in _SERVED:
             raise NotImplementedError("it would be done to the host")
         return self._distort(fail, request, json.loads(self._ask(line)))

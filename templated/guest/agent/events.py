@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .wire import Refused, encode, join
+from .wire import Refused, encode
 
 TYPE_CHECKING = False  # a module less in every guest
 if TYPE_CHECKING:
@@ -25,8 +25,11 @@ def order_of(request: dict[str, Any]) -> dict[str, Any]:
     return {"runtime": runtime, "handler": handler, "env": env}
 
 
-def event_of(request: dict[str, Any], payload: bytes) -> bytes:
-    """The answer to `next`; Refused when the request has not what belongs into it."""
+def event_of(request: dict[str, Any], size: int) -> bytes:
+    """The head of the answer to `next`, before a payload of `size` bytes.
+
+    Refused when the request has not what belongs into it.
+    """
     for name, longest in FIELDS.items():
         text = request[name]
         if len(text) > longest or not (text.isascii() and text.isprintable()):
@@ -34,15 +37,14 @@ def event_of(request: dict[str, Any], payload: bytes) -> bytes:
     if not request["request"]:
         raise Refused("invalid", "a request without an id")
     trace = request["trace"]
-    head = (
+    return (
         "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
         f"Lambda-Runtime-Aws-Request-Id: {request['request']}\r\n"
         f"Lambda-Runtime-Deadline-Ms: {int(request['deadline'])}\r\n"
         f"Lambda-Runtime-Invoked-Function-Arn: {request['arn']}\r\n"
         f"{trace and f'Lambda-Runtime-Trace-Id: {trace}{LINE}'}"
-        f"Content-Length: {len(payload)}\r\n\r\n"
-    )
-    return join((head.encode(), payload))
+        f"Content-Length: {size}\r\n\r\n"
+    ).encode()
 
 
 def failure(kind: str, message: str) -> bytes:

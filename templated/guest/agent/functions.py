@@ -24,7 +24,7 @@ from .execution import ENVIRONMENT
 from .http import Connection, Request, Server
 from .port import QUEUE_LIMIT, Source
 from .runtimes import NOBODY, RESIDENT, Process
-from .wire import MAX_PAYLOAD, PART, WHOLE, Refused, encode
+from .wire import MAX_PAYLOAD, PART, WHOLE, Refused, encode, join
 
 TYPE_CHECKING = False  # a module less in every guest
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ ADDRESS = ("127.0.0.1", 9001)
 API = b"/2018-06-01/runtime/"
 NEXT, INIT_ERROR = API + b"invocation/next", API + b"init/error"
 INVOCATION, ORDER = API + b"invocation/", API + b"init/order"
-KEPT = 64 << 10
-"""Bytes of output between two requests that are kept for the next one: the last."""
+KEPT, PIECE = 64 << 10, 64
+"""Bytes of output between two requests that are kept for the next one, the last; each piece has a
+size of its own."""
 EMPTY, STARTING, READY, BUSY, ENDED = "empty", "starting", "ready", "busy", "ended"
 
 Done = Callable[["dict[str, Any]"], None]
@@ -63,7 +64,7 @@ class Functions(Source):
         self._kept: list[tuple[str, bytes]] = []
         self._kept_bytes = 0
         self._parts = bytearray()
-        self._event: bytes | None = None
+        self._event: bytes | bytearray | None = None
         """A request that nobody has asked for yet."""
         self._id = b""
         self._waiting: list[Connection] = []
@@ -121,14 +122,17 @@ class Functions(Source):
         if self.state != READY:
             raise Refused("not_ready", f"the function takes no request: it is {self.state}")
         size = request.get("size")
+        event: bytes | bytearray
         if size is None:
             payload = request["payload"].encode()
+            event = join((event_of(request, len(payload)), payload))
         else:
-            payload, self._parts = bytes(self._parts), bytearray()
-            if len(payload) != size:
+            # In place: a machine of 128 MiB has no room for many copies of 6 MiB.
+            event, self._parts = self._parts, bytearray()
+            if len(event) != size:
                 raise Refused("invalid", "a payload that is not whole")
+            event[:0] = event_of(request, size)
         now = request.get("time")
-        event = event_of(request, payload)
         if now is not None:
             self._agent.set_clock(float(now))
         self.own(request)
@@ -259,7 +263,7 @@ class Functions(Source):
             reader.answer(200, order)
             reader.resume()
 
-    def give(self, number: bytes, event: bytes, done: Done) -> None:
+    def give(self, number: bytes, event: bytes | bytearray, done: Done) -> None:
         """Give the runtime a request; `done` is told how it ended."""
         self.state, self._id, self._done = BUSY, number, done
         while self._waiting:
@@ -350,7 +354,7 @@ class Functions(Source):
         if status == 202:
             connection.answer(202, b'{"status":"OK"}')
         else:
-            connection.answer(413, body)
+            connection.answer(413, bytes(body))
 
     def _on_init_error(self, connection: Connection, request: Request) -> None:
         if self.state != STARTING:
@@ -359,7 +363,7 @@ class Functions(Source):
         connection.answer(202, b'{"status":"OK"}')
         self._fail(request.body or failure("Runtime.Unknown", "no reason given"))
 
-    def _fail(self, payload: bytes) -> None:
+    def _fail(self, payload: bytes | bytearray) -> None:
         self.state = ENDED
         self._how = self._how or "its init failed"
         self._drain()
@@ -399,9 +403,9 @@ class Functions(Source):
         """Give it to the host, or keep it until there is a request that it belongs to."""
         if self._number is None:
             self._kept.append((name, data))
-            self._kept_bytes += len(data)
+            self._kept_bytes += len(data) + PIECE
             while self._kept_bytes > KEPT and len(self._kept) > 1:
-                self._kept_bytes -= len(self._kept.pop(0)[1])
+                self._kept_bytes -= len(self._kept.pop(0)[1]) + PIECE
             return
         text = binascii.b2a_base64(data, newline=False).decode()
         frame = {"id": self._number, "stream": name, "data": text}
@@ -431,7 +435,7 @@ class Functions(Source):
             text = f"Init timed out after {seconds:.2f} seconds"
             self._fail(failure("Sandbox.Timedout", text))
 
-    def _carry(self, payload: bytes) -> dict[str, Any]:
+    def _carry(self, payload: bytes | bytearray) -> dict[str, Any]:
         """A reply with a payload; a large one is sent before it."""
         if len(payload) <= WHOLE:
             try:

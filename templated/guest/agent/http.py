@@ -52,7 +52,7 @@ class Request:
         self.method, self.path, version = words
         headers: dict[bytes, bytes] = {}
         self.headers = headers
-        self.body: bytes | None = b""
+        self.body: bytes | bytearray | None = b""
         for line in lines:
             name, colon, value = line.partition(b":")
             name, value = name.lower(), value.strip()
@@ -85,6 +85,8 @@ class Connection:
         self._input = bytearray()
         self._output = memoryview(b"")
         self._request: Request | None = None
+        self._last: tuple[bytes, Request] | None = None
+        """The last head of a request without a body: most are like the one before."""
         self._body = bytearray()
         self._left = self._size = 0
         self._framed = False
@@ -142,10 +144,17 @@ class Connection:
             return False
         if end > MAX_HEAD:
             raise Broken(431, "the head is too long")
-        self._request = request = Request(bytes(self._input[:end]).lstrip(NEXT_LINE))
+        head = bytes(self._input[:end])
         del self._input[: end + 4]
+        if self._last is not None and self._last[0] == head:
+            self._request = self._last[1]
+            return True
+        self._request = request = Request(head.lstrip(NEXT_LINE))
+        if not request.length and not request.chunked:
+            self._last = head, request
+            return True
         self._left, self._size, self._framed = request.length, 0, False
-        if b"expect" in request.headers and (request.chunked or self._left):
+        if b"expect" in request.headers:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         return True
 
@@ -156,7 +165,7 @@ class Connection:
         if self._left or request.chunked:
             if not (self._take_chunks() if request.chunked else self._take_piece()):
                 return False
-            request.body = bytes(self._body) if self._size <= MAX_PAYLOAD else None
+            request.body = self._body if self._size <= MAX_PAYLOAD else None
             self._body = bytearray()
         return True
 
@@ -219,7 +228,7 @@ class Connection:
             self._request = None
         self.raw(join((line, fields, b"\r\n", body)))
 
-    def raw(self, data: bytes) -> None:
+    def raw(self, data: bytes | bytearray) -> None:
         """Answer the request that was served with these bytes."""
         request, self._request, self._served = self._request, None, False
         self._send(data)
@@ -234,7 +243,7 @@ class Connection:
         if self._input:
             self._advance()
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, data: bytes | bytearray) -> None:
         if self.closed:
             return
         if self._output:

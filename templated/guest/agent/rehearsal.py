@@ -7,7 +7,7 @@ import time
 from .events import event_of, order_of
 from .functions import EMPTY, Functions
 from .http import Connection
-from .wire import Refused
+from .wire import Refused, join
 
 TYPE_CHECKING = False  # a module less in every guest
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ LOAD = {
     "handler": "templated_rehearsal.handler",
     "env": {"AWS_LAMBDA_FUNCTION_NAME": "rehearsal", "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "128"},
 }
+PAYLOAD = b'{"rehearsal":true}'
 EVENT: dict[str, Any] = {
     "request": "00000000-0000-0000-0000-000000000000",
     "arn": "arn:aws:lambda:local:000000000000:function:rehearsal",
@@ -65,7 +66,8 @@ class Rehearsed(Functions):
         if "failed" in result:
             self._fail_rehearsal(result["payload"])
             return
-        self.give(EVENT["request"].encode(), event_of(EVENT, b'{"rehearsal":true}'), self._on_told)
+        event = join((event_of(EVENT, len(PAYLOAD)), PAYLOAD))
+        self.give(EVENT["request"].encode(), event, self._on_told)
 
     def _on_told(self, result: dict[str, Any]) -> None:
         if "error" in result:

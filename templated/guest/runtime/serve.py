@@ -8,7 +8,6 @@ import collections
 import datetime as dt
 import functools
 import gc
-import importlib
 import io
 import json
 import logging
@@ -104,13 +103,15 @@ class Runtime:
 
     def _load(self, order: dict[str, Any]) -> Handler | None:
         root = order["root"]
+        # It was seeded before the freeze, and all clones would go on alike.
+        random.seed()
         os.environ.update(order["env"])
         os.environ["LAMBDA_TASK_ROOT"] = root
         os.environ["_HANDLER"] = order["handler"]
         os.chdir(root)
         more = os.environ.get("PYTHONPATH", "")
         sys.path[:0] = [root, *(part for part in more.split(":") if part)]
-        importlib.invalidate_caches()
+        # No invalidate_caches(): it imports a dozen modules. What is stale `_forget` has dropped.
         kind, message, trace = "", "", []
         try:
             return load(order["handler"])
@@ -144,7 +145,9 @@ class Runtime:
                 int(fields[b"Lambda-Runtime-Deadline-Ms"]),
                 environment,
             )
-            what, kind, answer = self._answer(handler, body, context)
+            todo = [body]
+            del body
+            what, kind, answer = self._answer(handler, todo, context)
             if os.getpid() != self._pid:
                 os._exit(0)  # a fork that came back from the handler
             try:
@@ -155,18 +158,30 @@ class Runtime:
             # The next request is asked for together with the end of this one: a turn less.
             length = b"%d" % len(answer)
             parts = (b"POST ", API, b"invocation/", number, what, INVOCATION, length, kind)
-            send(join((*parts, b"\r\n\r\n", answer, NEXT)))
+            head = join((*parts, b"\r\n\r\n"))
+            if len(answer) < CHUNK:
+                send(join((head, answer, NEXT)))
+            else:
+                send(head)
+                send(answer)
+                del answer
+                send(NEXT)
             self._read()
 
     def _answer(
-        self, handler: Handler, body: bytes, context: Context
+        self, handler: Handler, todo: list[bytes | bytearray], context: Context
     ) -> tuple[bytes, bytes, bytes]:
-        """Where the end of the request goes, a field of its head, and its body."""
+        """Where the end of the request goes, a field of its head, and its body.
+
+        The request is taken out of `todo`: of a large one there must be no copy for longer than
+        it is needed.
+        """
         stage = "Runtime.UnmarshalError", "Unable to unmarshal input: "
         try:
-            event = decode(body.decode())
+            event = decode(todo.pop().decode())
             stage = "", ""
             result = handler(event, context)
+            del event
             stage = "Runtime.MarshalError", "Unable to marshal response: "
             answer = encode(result).encode()
             if len(answer) <= MAX_PAYLOAD:
@@ -179,7 +194,7 @@ class Runtime:
         report(kind, message, trace)
         return b"/error", UNHANDLED, _failure(kind, message, trace)
 
-    def _read(self) -> tuple[bytes, bytes]:
+    def _read(self) -> tuple[bytes, bytes | bytearray]:
         """The next answer of the agent, without its first line. Gone when it says so."""
         data = self._rest or self._receive(CHUNK)
         while (end := data.find(b"\r\n\r\n")) < 0:
@@ -187,16 +202,22 @@ class Runtime:
         first, _, head = data[:end].partition(b"\r\n")
         at = head.rfind(b"Content-Length: ") + 16
         size, begin = int(head[at:].partition(b"\r\n")[0]), end + 4
+        body: bytes | bytearray
         if len(data) < begin + size:
-            parts, have = [data], len(data)
-            while have < begin + size:
-                parts.append(self._more())
-                have += len(parts[-1])
-            data = join(parts)
-        self._rest = data[begin + size :]
+            body, have = bytearray(size), len(data) - begin
+            view = memoryview(body)
+            view[:have] = data[begin:]
+            while have < size:
+                count = self._socket.recv_into(view[have:])
+                if not count:
+                    os._exit(0)  # the agent has gone
+                have += count
+            self._rest = b""
+        else:
+            self._rest, body = data[begin + size :], data[begin : begin + size]
         if first[9:12] == b"410":
             raise Gone
-        return head, data[begin : begin + size]
+        return head, body
 
     def _more(self) -> bytes:
         data = self._receive(CHUNK)

@@ -156,16 +156,11 @@ class Instances:
                 instance.asked = True
                 loaded = await instance.guest.load(order, bound, printed.take)
         except InitFailed as error:
-            self._events.emit(
-                "instance.init_failed",
-                instance.version.function,
-                version=instance.version.label,
-                instance=instance.name,
-                reason=error.message,
-            )
+            self._init_failed(instance, error.message)
             payload = error.payload or failure("Runtime.InitError", error.message)
             raise InitError(instance, payload) from error
         except Timeout as error:
+            self._init_failed(instance, f"it took longer than {self._timing.init:g} s")
             raise InitError(instance, b"", self._timing.init) from error
         except GuestError as error:
             raise _start_error(instance, await self._explained(instance, error)) from error
@@ -175,6 +170,15 @@ class Instances:
             printed.end()
             instance.phases_ms["init"] = _ms(time.perf_counter() - begin)
         self._loaded(instance, loaded, time.perf_counter() - begin)
+
+    def _init_failed(self, instance: Instance, why: str) -> None:
+        self._events.emit(
+            "instance.init_failed",
+            instance.version.function,
+            version=instance.version.label,
+            instance=instance.name,
+            reason=why,
+        )
 
     def _loaded(self, instance: Instance, loaded: Loaded, took: float) -> None:
         phases = instance.phases_ms
@@ -219,22 +223,22 @@ class Instances:
             with self._working(instance):
                 answer = await self._ask(instance, call, printed)
         except (TooLong, NotBegun) as error:
-            self.end(instance, str(error))
+            self._died(instance, str(error))
             raise
         except TemplatedError as error:
             explained = await self._explained(instance, error)
-            self.end(instance, explained.message)
+            self._died(instance, explained.message)
             raise explained from None
         except BaseException:
             self.end(instance, "its request was abandoned")
             raise
         if not answer.begun:
-            self.end(instance, "its runtime had ended")
+            self._died(instance, "its runtime had ended")
             raise NotBegun(instance.gone)
         instance.marked = time.monotonic()
         instance.served += 1
         if answer.ended:
-            self.end(instance, f"its runtime ended: {answer.ended}")
+            self._died(instance, f"its runtime ended: {answer.ended}")
         return answer
 
     async def _ask(self, instance: Instance, call: Call, printed: Printed) -> Answer:
@@ -315,7 +319,7 @@ class Instances:
             instance.lag = time.monotonic() - instance.marked
             instance.stopped = True
         except TemplatedError as error:
-            self.end(instance, f"it could not be paused: {error.message}")
+            self._died(instance, f"it could not be paused: {error.message}")
         finally:
             done.set()
 
@@ -326,9 +330,13 @@ class Instances:
 
     def _exited(self, instance: Instance, exited: asyncio.Future[str]) -> None:
         """Its VM ended: by itself, when nobody ends it."""
-        if instance.state is InstanceState.ENDING or exited.cancelled():
+        if not exited.cancelled():
+            self._died(instance, f"its VM {exited.result()}")
+
+    def _died(self, instance: Instance, how: str) -> None:
+        """End an instance that can serve no more, and tell it: nobody wanted it to end."""
+        if instance.state is InstanceState.ENDING:
             return
-        how = f"its VM {exited.result()}"
         self._events.emit(
             "instance.died",
             instance.version.function,

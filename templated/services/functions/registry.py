@@ -279,6 +279,7 @@ class Registry:
             async def write() -> None:
                 await self._rows.reserve(name, count)
                 function.row = row
+                self._events.emit("function.reserved", name, concurrency=count)
 
             await _whole(write())
 
@@ -438,7 +439,12 @@ def _latest(name: str, settings: Settings, code: CodeView) -> Version:
 def _details(version: Version) -> dict[str, object]:
     """What an event says of a version."""
     code = version.code
-    return {"version": version.label, "digest": code.digest, "bytes": code.bytes}
+    return {
+        "version": version.label,
+        "template": version.settings.template,
+        "digest": code.digest,
+        "bytes": code.bytes,
+    }
 
 
 def _same(one: Version, other: Version) -> bool:

@@ -1,4 +1,4 @@
-"""Events of clones and templates, for `templated events`."""
+"""Events of clones, templates and functions, for `templated events`."""
 
 from __future__ import annotations
 
