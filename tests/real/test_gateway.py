@@ -27,7 +27,7 @@ from tests.real.harness import Daemon
 
 pytestmark = pytest.mark.real
 
-SECRET = "of-these-tests"
+SIGNING = "of-these-tests"
 ROLE = "arn:aws:iam::000000000000:role/any"
 APP = """
 import time
@@ -80,7 +80,7 @@ def _free_port() -> int:
 @pytest.fixture(scope="module")
 def served(built: Daemon, image_store: Path) -> Iterator[Daemon]:
     """A daemon that has a gateway."""
-    gateway = {"listen": f"127.0.0.1:{_free_port()}", "keys": [{"id": "TESTS", "secret": SECRET}]}
+    gateway = {"listen": f"127.0.0.1:{_free_port()}", "keys": [{"id": "TESTS", "secret": SIGNING}]}
     daemon = prepare(Daemon(gateway=gateway), image_store)
     try:
         daemon.copy_build(built)
@@ -108,7 +108,7 @@ def client(served: Daemon) -> Iterator[Any]:
         endpoint_url=f"http://{gateway['listen']}",
         region_name="us-east-1",
         aws_access_key_id="TESTS",
-        aws_secret_access_key=SECRET,
+        aws_secret_access_key=SIGNING,
         config=ClientConfig(retries={"max_attempts": 0}, proxies={}, read_timeout=60),
     )
     yield made
@@ -282,9 +282,7 @@ def _fetch_library(root: Path) -> bytes:
 def test_the_runtime_of_aws(client: Any, served: Daemon, aws_runtime: bytes) -> None:
     """awslambdaric, as it is, is served by the guest: answers, errors, context and logs."""
     stage = {"Variables": {"STAGE": "test"}}
-    _create(
-        client, "aws", aws_runtime, Runtime="provided.al2023", Timeout=20, Environment=stage
-    )
+    _create(client, "aws", aws_runtime, Runtime="provided.al2023", Timeout=20, Environment=stage)
     for number in (1, 2):
         told, answer = _invoke(client, "aws", {"n": number}, LogType="Tail")
         log = base64.b64decode(answer["LogResult"]).decode()

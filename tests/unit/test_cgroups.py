@@ -3,6 +3,10 @@ in tests/real/test_limits.py, on version 1, and in tests/lab/test_limits.py, on 
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -112,6 +116,44 @@ def test_a_group_that_is_gone(tmp_path: Path) -> None:
     group.remove()
     assert group.hits(LIMITS) == {"pids": 0, "cpus": 0}
     assert not group.killed_for_memory() and group.held_memory() == 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ENODEV])
+def test_a_group_that_another_removes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """The kernel says so of its files and of itself, in one of two ways."""
+    group = group_of(Files(tmp_path / "group"), 2)
+
+    def read(path: Path) -> str:
+        raise OSError(code, os.strerror(code), str(path))
+
+    def rmdir(path: Path) -> None:
+        os.rmdir(path)
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(Path, "rmdir", rmdir)
+    group.remove()
+    assert not (tmp_path / "group").exists()
+
+
+def test_two_removals_at_once(tmp_path: Path) -> None:
+    """Both succeed: as each sees what the other has left of it."""
+    both = threading.Barrier(2)
+
+    def remove(group: Group) -> None:
+        both.wait(10)
+        group.remove()
+
+    with ThreadPoolExecutor(2) as threads:
+        for number in range(50):
+            paths = {name: tmp_path / f"{name}-{number}" for name in CONTROLLERS}
+            group = Group(paths, 1)
+            group.make(UNLIMITED)
+            for done in [threads.submit(remove, group) for _ in range(2)]:
+                done.result()
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_held(tmp_path: Path) -> None:

@@ -367,6 +367,28 @@ def test_removed_twice_at_once(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
+def test_removed_while_its_vm_ends(tmp_path: Path) -> None:
+    """Who asks for it in the middle waits with the first one; it is told once, and one is free."""
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        (clone,) = await running.clones.create(CloneRequest(name="a"))
+        end = fake.hold("destroy")
+        first = asyncio.create_task(running.clones.remove("a"))
+        await until(lambda: any(machine.held_at == "destroy" for machine in fake.machines.values()))
+        others = [asyncio.create_task(running.clones.remove("a")) for _ in range(3)]
+        await asyncio.sleep(0.02)
+        assert not first.done() and not any(other.done() for other in others)
+        end.set()
+        await asyncio.gather(first, *others)
+        assert await held(running) == (0, 0, set())
+        told = [event.type for event in running.context.events.recent()]
+        assert told.count("clone.removed") == 1
+        (again,) = await running.clones.create(CloneRequest(name="a"))
+        assert again.uuid != clone.uuid
+
+    play(tmp_path, scenario)
+
+
 def states(running: Services) -> dict[str, float]:
     """What the gauge of clones says now."""
     gauges = running.context.metrics.registry.collect()
