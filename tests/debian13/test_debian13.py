@@ -17,7 +17,7 @@ pytestmark = [
 
 _BOUND = 1500.0
 # All that depends on QEMU, but for what is long because it repeats what others do once.
-_REAL = ["bridge", "clones", "daemon", "escape", "hypervisor", "identity_hooks", "image",
+_REAL = ["clones", "daemon", "escape", "functions", "hypervisor", "identity_hooks", "image",
          "network", "suites"]  # fmt: skip
 _REPEATED = "not fifty_clones and not two_hundred_cycles and not test_interrupted"
 _PYTEST = [".venv/bin/python", "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]

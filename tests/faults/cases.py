@@ -27,7 +27,8 @@ PATHS = {
 REFILL = {
     "standby": (*SLOT, *SPAWN, CAPABILITIES, "refill.made", "refill.waiting"),
     "warm": (
-        *("process.spawn", CAPABILITIES, *RESTORE, "qmp.cont", "agent.identify", "qmp.stop"),
+        *("process.spawn", CAPABILITIES, *RESTORE, "qmp.cont", "agent.identify"),
+        *("agent.rehearse", "qmp.stop"),
         *("refill.made", "refill.waiting"),
     ),
 }

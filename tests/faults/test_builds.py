@@ -17,7 +17,15 @@ BEFORE_BOOT = (
 )
 # Each takes a boot; from build.frozen on the base VM has ended.
 AFTER_BOOT = (
-    *("build.booted", "agent.quiesce", "qmp.stop", "qmp.netdev_del", "qmp.migrate", "qmp.save"),
+    *(
+        "build.booted",
+        "agent.rehearse",
+        "agent.quiesce",
+        "qmp.stop",
+        "qmp.netdev_del",
+        "qmp.migrate",
+        "qmp.save",
+    ),
     *("qmp.quit", "build.disk", "build.frozen", "files.fsync", "build.freeze"),
     *("generation.digest", "process.spawn#2", "qmp.restore", "agent.identify#2", "build.proven"),
     *("build.manifest", "build.manifest-fsync", "build.manifest-rename", "journal.activate"),

@@ -33,7 +33,8 @@ def descriptors(rig: Rig, more: int) -> Iterator[None]:
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
 
 
-@pytest.mark.parametrize("more", range(1, 16))
+@pytest.mark.sampled(0.6)
+@pytest.mark.parametrize("more", range(1, 18))
 def test_no_descriptor(rig: Rig, more: int, count: Callable[[], None]) -> None:
     """A start that runs out of descriptors anywhere gives all of them back."""
     rig.clone()
