@@ -53,6 +53,7 @@ def test_demo(root: Path, tmp_path: Path) -> None:
     """The main job, from nothing."""
     said = passes(root, tmp_path / "log", "scripts/demo")
     assert "direct to floor" in said and "host: QEMU 10.0" in said
+    assert "start pool" in said and "hello:prod: {'2': 100}" in said
 
 
 def test_unit(root: Path, tmp_path: Path) -> None:

@@ -43,8 +43,7 @@ def handler(event, context):
             "arn": context.invoked_function_arn}
 """
 BOOTSTRAP = """#!/bin/sh
-export PYTHONPATH=$LAMBDA_TASK_ROOT/packages LD_LIBRARY_PATH=$LAMBDA_TASK_ROOT/lib
-exec python3 -m awslambdaric "$_HANDLER"
+PYTHONPATH=$LAMBDA_TASK_ROOT/packages exec python3 -m awslambdaric "$_HANDLER"
 """
 AWS_APP = """
 import logging, os
