@@ -215,7 +215,8 @@ class World:
             removal_pauses=(0.0, 0.0),
         )
         self.instances = Instances(
-            self, self, self.tasks, self.events, self.metrics, self, timing, "us-east-1"
+            *(self, self, self.tasks, self.events, self.metrics, self, timing, "us-east-1"),
+            memory=lambda _: 512,
         )
         self.bounds = Bounds(self.versions, self.concurrency, self.queue)
         self.router = Router(self.versions, self.instances, self.bounds, self.metrics, self)

@@ -68,7 +68,9 @@ class Instances:
         logs: Prints,
         timing: Timing,
         region: str,
+        memory: Callable[[str], int | None],
     ) -> None:
+        """`memory` is that of a template's guests, in MiB; None when it is not known."""
         self._launches = launches
         self._code = code
         self._tasks = tasks
@@ -77,6 +79,7 @@ class Instances:
         self._logs = logs
         self._timing = timing
         self._region = region
+        self._memory = memory
         self._all: dict[str, Instance] = {}
         self._closing = asyncio.Event()
 
@@ -147,7 +150,7 @@ class Instances:
             uuid=code.uuid,
             runtime=instance.version.settings.runtime,
             handler=instance.version.settings.handler,
-            env=environment(instance.version, instance.name, self._region),
+            env=self._environment(instance),
             init_timeout=self._timing.init,
         )
         bound = self._timing.init + self._timing.grace
@@ -170,6 +173,11 @@ class Instances:
             printed.end()
             instance.phases_ms["init"] = _ms(time.perf_counter() - begin)
         self._loaded(instance, loaded, time.perf_counter() - begin)
+
+    def _environment(self, instance: Instance) -> dict[str, str]:
+        version = instance.version
+        memory = self._memory(version.settings.template)
+        return environment(version, instance.name, self._region, memory)
 
     def _init_failed(self, instance: Instance, why: str) -> None:
         self._events.emit(
