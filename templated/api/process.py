@@ -72,10 +72,10 @@ async def _run_services(
         gc.freeze()
         beat = asyncio.create_task(watchdog())
         log.info("serving on %s", config.socket)
-        notify(f"READY=1\nSTATUS=serving, {len(running.clones)} clones")
+        notify(f"READY=1\nSTATUS=serving, {running.clones.lasting()} clones")
         await stop.wait()
         notify("STOPPING=1")
-        log.info("stopping; %d clones go on without the daemon", len(running.clones))
+        log.info("stopping; %d clones go on without the daemon", running.clones.lasting())
         running.context.events.close()  # the listeners wait for clients that follow events
         await _end(beat)
 
