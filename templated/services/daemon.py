@@ -216,7 +216,7 @@ class _Functions:
             self._logs,
             timing,
             gateway.region,
-            lambda template: _memory(templates, template),
+            templates.memory,
         )
         bounds = Bounds(self._registry, limits.concurrency, limits.queue)
         arns = f"arn:aws:lambda:{gateway.region}:{gateway.account}:function"
@@ -250,12 +250,6 @@ class _Functions:
         await self._cache.close()
         if self._zone is not None:
             self._zone.close()
-
-
-def _memory(templates: Templates, name: str) -> int | None:
-    """What the guests of a template have, in MiB."""
-    generation = templates.generation(name)
-    return None if generation is None else generation.hardware.memory_bytes >> 20
 
 
 def _audit_log(installation: Installation) -> AuditLog:
