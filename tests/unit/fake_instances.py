@@ -16,7 +16,7 @@ from templated.drivers.code import CodeFile
 from templated.drivers.guest import Output
 from templated.drivers.guest_functions import Answer, InvokeOrder, Loaded, LoadOrder
 from templated.errors import NotFound, Timeout
-from templated.model.clone import StartPath
+from templated.model.clone import CloneState, StartPath
 from templated.model.function import CodeView, Settings, Version
 from templated.services.functions.bounds import Bounds
 from templated.services.functions.instance import Instance, Timing
@@ -174,6 +174,7 @@ class FakeClone:
     path: StartPath
     phases_ms: dict[str, float]
     function: str
+    state: CloneState = CloneState.RUNNING
 
 
 async def loaded(_: FakeGuest, __: LoadOrder) -> None:

@@ -9,9 +9,7 @@ TASK_ROOT = "/var/task"
 _RUNTIMES = {Runtime.PYTHON: "AWS_Lambda_python", Runtime.PROVIDED: ""}
 
 
-def environment(
-    version: Version, instance: str, region: str, memory: int | None
-) -> dict[str, str]:
+def environment(version: Version, instance: str, region: str, memory: int | None) -> dict[str, str]:
     """All variables but AWS_LAMBDA_RUNTIME_API, which the guest knows; `memory` is in MiB.
 
     The user's come over the defaults, and under what Lambda reserves.

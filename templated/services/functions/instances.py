@@ -138,6 +138,7 @@ class Instances:
         return code
 
     def _launched(self, instance: Instance, running: Launched) -> None:
+        instance.clone = running
         instance.guest, instance.machine = running.vm.agent, running.vm.machine
         instance.start = "pool" if running.path in _POOLED else "direct"
         instance.machine.exited.add_done_callback(lambda exited: self._exited(instance, exited))
@@ -307,7 +308,8 @@ class Instances:
         if not machine.exited.done():
             await asyncio.wait({machine.exited}, timeout=_EXIT_TIMEOUT)
         if machine.exited.done() and not machine.exited.cancelled():
-            return _ended(instance, f"its VM {machine.exited.result()}")
+            why = f"its VM {machine.exited.result()}"
+            return _ended(instance, "its clone was removed" if instance.taken else why)
         return error
 
     # --- resting ----------------------------------------------------------------------------
@@ -342,8 +344,14 @@ class Instances:
             self._died(instance, f"its VM {exited.result()}")
 
     def _died(self, instance: Instance, how: str) -> None:
-        """End an instance that can serve no more, and tell it: nobody wanted it to end."""
+        """End an instance that can serve no more, and tell it: nobody wanted it to end.
+
+        Of one whose clone a user removes, clone.removed is told.
+        """
         if instance.state is InstanceState.ENDING:
+            return
+        if instance.taken:
+            self.end(instance, "its clone was removed")
             return
         self._events.emit(
             "instance.died",
