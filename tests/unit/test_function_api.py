@@ -161,7 +161,7 @@ BAD = [
     ("PUT", "/new", b"PK", 400, "needs a handler"),
     ("PUT", "/new?settings=%7B%22handler%22:%22a.b%22%7D", b"", 400, "needs code"),
     ("PUT", "/f/aliases/live", b'{"versions": {}}', 400, "length"),
-    ("PUT", "/f/aliases/3", b'{"versions": {"$LATEST": 1}}', 400, "regex"),
+    ("PUT", "/f/aliases/3", b'{"versions": {"$LATEST": 1}}', 400, "not the name of an alias"),
     ("PUT", "/f/concurrency", b"{}", 400, "reserved"),
     ("PUT", "/f/concurrency", b'{"reserved": -1}', 400, "reserved"),
     ("POST", "/f/versions", b'{"digest": "x"}', 400, "digest"),
