@@ -76,6 +76,7 @@ def deploy(
     from templated.cli.upload import archive
 
     check_function_name(name)
+    variables = _variables(env)
     with archive(settings, code) as (stream, size):
         request = requests.deploy_function(
             name,
@@ -84,7 +85,7 @@ def deploy(
             handler=handler,
             template=template,
             runtime=runtime,
-            env=_variables(env),
+            env=variables,
             timeout=_duration(timeout),
             description=description,
         )

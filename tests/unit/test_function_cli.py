@@ -172,7 +172,8 @@ def test_progress_on_a_terminal(
 WRONG = [
     (["function", "deploy", "a/b"], exit_codes.USAGE, "not a function name"),
     (["function", "deploy", "hello", "--env", "A"], exit_codes.USAGE, "--env takes K=V"),
-    (["function", "deploy", "hello", "--code", "/nonexistent"], exit_codes.FAILED, "No such file"),
+    (["function", "deploy", "hello", "--code", "/nonexistent"], exit_codes.USAGE, "No such file"),
+    (["function", "deploy", "hello", "--code", "/dev", "--env", "A"], exit_codes.USAGE, "K=V"),
     (["function", "deploy", "hello", "--runtime", "java"], exit_codes.USAGE, "runtime"),
     (["function", "alias", "hello", "live"], exit_codes.USAGE, "missing argument"),
     (["function", "alias", "hello", "live", "1=x"], exit_codes.USAGE, "'x' is not a weight"),
@@ -184,7 +185,7 @@ WRONG = [
     (["invoke", "hello:"], exit_codes.USAGE, "neither a version nor an alias"),
     (["invoke", "hello:a/b"], exit_codes.USAGE, "neither a version nor an alias"),
     (["invoke", ""], exit_codes.USAGE, "not a function name"),
-    (["invoke", "hello", "--payload", "@/nonexistent"], exit_codes.FAILED, "No such file"),
+    (["invoke", "hello", "--payload", "@/nonexistent"], exit_codes.USAGE, "No such file"),
 ]
 
 
@@ -196,7 +197,7 @@ def test_usage_errors_reach_no_daemon(
     assert main(arguments) == code
     output = capsys.readouterr()
     assert message in output.err and output.out == "" and "Traceback" not in output.err
-    assert daemon.requests == []
+    assert daemon.requests == [] and "sending" not in output.err
 
 
 # Looking, and changing
@@ -359,6 +360,7 @@ def test_a_function_that_fails(
     output = capsys.readouterr()
     assert json.loads(output.out) == payload
     assert f"templated: error: {message}" in output.err and "\x1b" not in output.err
+    assert output.err.endswith("hint: see: templated function logs hello\n")
     assert main(["invoke", "hello", "-o", "json"]) == exit_codes.FAILED
     output = capsys.readouterr()
     assert json.loads(output.out) == answer
