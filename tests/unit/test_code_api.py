@@ -84,6 +84,7 @@ def test_prefetch_by_the_first_digits(daemon: Daemon) -> None:
     """Of what is here, or of a version; when they mean one."""
     versions = [{"code": {"digest": "cd" * 32}}, {"code": {"digest": "ab" * 6 + "0" * 52}}]
     daemon.on("GET", "/v1/functions", [{"versions": versions}])
+    daemon.on("GET", "/v1/code", [_ROW])
     for digest in ("ab" * 32, "cd" * 32):
         daemon.on("POST", f"/v1/code/{digest}/prefetch", _ROW)
         assert run("code", "prefetch", digest[:14]).returncode == 0
