@@ -154,6 +154,9 @@ BAD = [
     ("GET", "/..%2F..%2Fx/logs?follow=true", b"", 404, "no function ../../x"),
     ("GET", "/f/logs?lines=x", b"", 400, "not a number"),
     ("GET", "/g/events", b"", 404, "no function g"),
+    ("POST", "/g/events/e/retry", b"", 404, "no function g"),
+    ("POST", "/f/events/e/retry", b"", 404, "no dead letter e"),
+    ("DELETE", "/g/events", b"", 404, "no function g"),
     ("PUT", "/f?settings=%7B", b"PK", 400, "settings is not JSON"),
     ("PUT", "/f?settings=%7B%22color%22:1%7D", b"PK", 400, "settings: Object contains unknown"),
     ("PUT", "/f?settings=" + "%5B" * 5000, b"PK", 400, "settings"),
@@ -288,6 +291,9 @@ def test_the_client(tmp_path: Path) -> None:
             assert (await api.queue_event("f")).id == "e-0"
             (event,) = await api.function_events("f")
             assert event.state is EventState.QUEUED and event.payload == {}
+            with pytest.raises(RemoteError, match="no dead letter e-0"):
+                await api.retry_event("f", "e-0")
+            await api.purge_events("f")
             assert [chunk async for chunk in api.function_logs("f", 1)] == [b"three\n"]
             assert [f.name for f in await api.list_functions()] == ["f"]
             assert (await api.show_function("f")).aliases[0].name == "live"

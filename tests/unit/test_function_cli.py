@@ -88,6 +88,8 @@ def _functions(daemon: Daemon) -> None:
     daemon.on("PUT", "/v1/functions/hello/concurrency", {**FUNCTION, "reserved": 5})
     daemon.on("POST", "/v1/functions/hello/invoke", ANSWER)
     daemon.on("GET", "/v1/functions/hello/events", [EVENT])
+    daemon.on("DELETE", "/v1/functions/hello/events", b"", 204)
+    daemon.on("POST", "/v1/functions/hello/events/e-1/retry", {"id": "e-2"}, 202)
 
 
 def test_the_canned_answers_are_some() -> None:
@@ -182,6 +184,8 @@ WRONG = [
     (["function", "alias", "hello", "live", *"123"], exit_codes.USAGE, "one version, or at two"),
     (["function", "reserve", "hello", "some"], exit_codes.USAGE, "neither a number nor none"),
     (["function", "reserve", "hello", "--", "-1"], exit_codes.USAGE, "neither a number nor none"),
+    (["function", "events", "f", "--retry", "e", "--purge"], exit_codes.USAGE, "exclude"),
+    (["function", "events", "f", "--retry", ""], exit_codes.USAGE, "the id of an event"),
     (["invoke", "hello:"], exit_codes.USAGE, "neither a version nor an alias"),
     (["invoke", "hello:a/b"], exit_codes.USAGE, "neither a version nor an alias"),
     (["invoke", ""], exit_codes.USAGE, "not a function name"),
@@ -277,6 +281,16 @@ CHANGES = [
         ["reserve", "hello", "none"],
         ("PUT", "/v1/functions/hello/concurrency", {}, b'{"reserved": null}'),
         ("", "hello: reserved none\n"),
+    ),
+    (
+        ["events", "hello", "--retry", "e-1"],
+        ("POST", "/v1/functions/hello/events/e-1/retry", {}, b""),
+        ("e-2\n", ""),
+    ),
+    (
+        ["events", "hello", "--purge"],
+        ("DELETE", "/v1/functions/hello/events", {}, b""),
+        ("", "forgot the events of hello that failed\n"),
     ),
 ]
 
