@@ -12,6 +12,7 @@ from aiohttp import web
 
 from templated.errors import InvalidRequest, TemplatedError, Throttled
 from templated.model.api import ErrorBody, ErrorInfo
+from templated.model.mistakes import explained
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -89,7 +90,9 @@ def decoded(content: bytes | str, kind: type[T], what: str) -> T:
     try:
         return msgspec.json.decode(content, type=kind)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(f"{what}: {error}", hint="see /v1/openapi.json") from error
+        message, rule = explained(error)
+        hint = rule or "see /v1/openapi.json"
+        raise InvalidRequest(f"{what}: {message}", hint=hint) from error
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"{what} is not JSON: {error}") from error
     except RecursionError:

@@ -125,6 +125,23 @@ async def function_events(request: web.Request) -> web.Response:
     return json_answer(await functions.queue.views(name))
 
 
+async def retry_event(request: web.Request) -> web.Response:
+    functions, name = _functions(request), _name(request)
+    event = request.match_info["event"]
+    note(target=name, detail=event)
+    functions.registry.latest(name)
+    return json_answer(Accepted(id=await functions.queue.retry(name, event)), 202)
+
+
+async def purge_events(request: web.Request) -> web.Response:
+    functions, name = _functions(request), _name(request)
+    note(target=name)
+    functions.registry.latest(name)
+    count = await functions.queue.purge(name)
+    note(target=name, detail=f"{count} dead letters")
+    return web.Response(status=204)
+
+
 def _functions(request: web.Request) -> Functions:
     return request.app[SERVICES].functions
 

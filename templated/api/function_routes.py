@@ -102,4 +102,13 @@ FUNCTION_ROUTES: tuple[Route, ...] = (
         list[EventView],
         needs=Role.OPERATOR,
     ),
+    post(
+        f"{_NAME}/events/{{event}}/retry",
+        h.retry_event,
+        "Run the event of a dead letter once more, later, under a new id",
+        Accepted,
+        status=202,
+        needs=Role.OPERATOR,
+    ),
+    delete(f"{_NAME}/events", h.purge_events, "Forget the dead letters", needs=Role.ADMIN),
 )

@@ -18,7 +18,7 @@ import uvloop
 from templated import failpoints
 from templated.api.server import listeners
 from templated.api.systemd import ask_for_time, notify, watchdog
-from templated.drivers.configfile import load_config
+from templated.drivers.configfile import exposed, load_config
 from templated.model.config import Config
 from templated.services.daemon import Installation, services
 
@@ -39,7 +39,7 @@ def run(config_path: Path | None, *, verbose: bool = False) -> None:
     failpoints.arm(os.environ.get(failpoints.VARIABLE, ""))
     _allow_many_files()
     config = load_config(config_path)
-    _warn(config)
+    _warn(config, config_path)
     installation = Installation(config)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -72,10 +72,10 @@ async def _run_services(
         gc.freeze()
         beat = asyncio.create_task(watchdog())
         log.info("serving on %s", config.socket)
-        notify(f"READY=1\nSTATUS=serving, {len(running.clones)} clones")
+        notify(f"READY=1\nSTATUS=serving, {running.clones.lasting()} clones")
         await stop.wait()
         notify("STOPPING=1")
-        log.info("stopping; %d clones go on without the daemon", len(running.clones))
+        log.info("stopping; %d clones go on without the daemon", running.clones.lasting())
         running.context.events.close()  # the listeners wait for clients that follow events
         await _end(beat)
 
@@ -86,7 +86,13 @@ async def _end(task: asyncio.Task[None]) -> None:
         await task
 
 
-def _warn(config: Config) -> None:
+def _warn(config: Config, path: Path | None) -> None:
+    if (found := exposed(path, config)) is not None:
+        log.warning(
+            "others can read %s, and a secret of gateway.keys is in it: chmod 600 it, or move the "
+            "secret to a `secret_file:`",
+            found,
+        )
     if not config.confine:
         log.warning("confine is false: VMs may do all that the daemon's user may")
     elif config.restore.transport == "exec":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import grp
 import os
 import socket
@@ -22,7 +21,6 @@ from templated.api.gateway.server import gateway
 from templated.api.routes import ROUTES
 from templated.errors import ConfigError, HostError
 from templated.model.config import Config, MetricsConfig, SocketConfig
-from templated.model.units import size_bytes
 from templated.services.daemon import Services
 
 _MAX_BODY = 64 << 20
@@ -61,17 +59,9 @@ async def listeners(config: Config, services: Services) -> AsyncIterator[None]:
         await web.SockSite(api, listener, backlog=_BACKLOG).start()
         if config.metrics is not None:
             await _serve_metrics(config.metrics, services, stack)
-        memory = functools.partial(_memory, services)
+        memory = services.templates.memory
         await stack.enter_async_context(gateway(config, services.functions, services.audit, memory))
         yield
-
-
-def _memory(services: Services, template: str) -> int | None:
-    """MiB of a template's guests."""
-    generation = services.templates.generation(template)
-    if generation is None:
-        return None
-    return size_bytes(generation.manifest.spec.machine.memory) >> 20
 
 
 def _unix_listener(config: Config) -> socket.socket:

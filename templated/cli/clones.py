@@ -80,7 +80,10 @@ templated rm $(templated ls -q)
 @command("ls", examples=LS_EXAMPLES)
 @click.pass_obj
 def ls(settings: Settings) -> None:
-    """List the clones."""
+    """List the clones.
+
+    An instance of a function is one, too, under a name that begins as the function's.
+    """
     views = settings.client().json(requests.list_clones())
     if not settings.table:
         render.dump(views, settings)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from typing import TYPE_CHECKING
+
 import click
 
 from templated.cli import render
 from templated.cli.completion import code_digests
 from templated.cli.options import Group, Settings
 from templated.client import requests
-from templated.errors import HostError
+from templated.errors import HostError, InvalidRequest, NotFound
+
+if TYPE_CHECKING:
+    from templated.client import Client
 
 EXAMPLES = """
 templated code ls
@@ -18,6 +24,7 @@ templated code gc
 """
 _SHORT = 12
 """Digits of a digest in a table."""
+_PREFIX = re.compile("[0-9a-f]{8,63}")
 
 
 @click.group("code", cls=Group, examples=EXAMPLES)
@@ -69,6 +76,7 @@ def ls(settings: Settings) -> None:
 
 
 PREFETCH_EXAMPLES = """
+templated code prefetch c0ffee12ab34
 templated code prefetch $(templated function show hello -o json | jq -r .code.digest)
 templated function ls -o json | jq -r '.[].code.digest' | xargs templated code prefetch
 """
@@ -80,14 +88,43 @@ templated function ls -o json | jq -r '.[].code.digest' | xargs templated code p
 )
 @click.pass_obj
 def prefetch(settings: Settings, digests: tuple[str, ...]) -> None:
-    """Have code on this node ahead of a request: it is verified, or fetched from the zone."""
+    """Have code on this node ahead of a request: it is verified, or fetched from the zone.
+
+    The first digits of a digest do, at least eight, when this node has such code or a function
+    that needs it.
+    """
     client = settings.client()
     rows = []
-    for digest in digests:
+    for digest in _completed(client, digests):
         rows.append(client.json(requests.prefetch_code(digest)))
         settings.note(f"{digest[:_SHORT]} is on this node")
     if not settings.table:
         render.dump(rows, settings)
+
+
+def _completed(client: Client, given: tuple[str, ...]) -> list[str]:
+    """Whole digests, for some that may be cut short."""
+    if not any(map(_PREFIX.fullmatch, given)):
+        return list(given)
+    known = {row["digest"] for row in client.json(requests.list_code())}
+    for view in client.json(requests.list_functions()):
+        known |= {version["code"]["digest"] for version in view["versions"]}
+    return [_whole(digest, known) if _PREFIX.fullmatch(digest) else digest for digest in given]
+
+
+def _whole(prefix: str, known: set[str]) -> str:
+    found = sorted(digest for digest in known if digest.startswith(prefix))
+    if not found:
+        raise NotFound(
+            f"no code that this node knows has a digest {prefix}...",
+            hint="give all 64 digits; see: templated code ls -q",
+        )
+    if len(found) > 1:
+        raise InvalidRequest(
+            f"{len(found)} digests begin with {prefix}",
+            hint="give more digits; see: templated code ls -q",
+        )
+    return found[0]
 
 
 @code.command("verify", examples="templated code verify\ntemplated code verify -o json")

@@ -76,6 +76,7 @@ def deploy(
     from templated.cli.upload import archive
 
     check_function_name(name)
+    variables = _variables(env)
     with archive(settings, code) as (stream, size):
         request = requests.deploy_function(
             name,
@@ -84,7 +85,7 @@ def deploy(
             handler=handler,
             template=template,
             runtime=runtime,
-            env=_variables(env),
+            env=variables,
             timeout=_duration(timeout),
             description=description,
         )
@@ -328,16 +329,38 @@ def logs(settings: Settings, name: str, lines: int | None, follow: bool) -> None
     print_text(settings, requests.function_logs(check_function_name(name), lines, follow))
 
 
-@function.command(
-    "events", examples="templated function events hello\ntemplated function events hello -o json"
-)
+EVENTS_EXAMPLES = """
+templated function events hello
+templated function events hello --retry 453112b8-2c74-4406-8e73-79d4c0fd3275
+templated function events hello --purge
+"""
+
+
+@function.command("events", examples=EVENTS_EXAMPLES)
 @click.argument("name", shell_complete=function_names)
+@click.option("--retry", metavar="ID", help="Run one that failed again, and print its new id.")
+@click.option("--purge", is_flag=True, help="Forget all that failed.")
 @click.pass_obj
-def events(settings: Settings, name: str) -> None:
+def events(settings: Settings, name: str, retry: str | None, purge: bool) -> None:
     """List asynchronous events that are not done: queued, running, and those that failed.
 
     One that failed was tried three times, or became too old; it is kept here.
     """
+    if retry is not None and purge:
+        raise InvalidRequest("--retry and --purge exclude each other", hint="give one of them")
+    if retry is not None:
+        accepted = settings.client().json(
+            requests.retry_event(check_function_name(name), _event_id(retry))
+        )
+        if settings.table:
+            click.echo(accepted["id"])
+        else:
+            render.dump(accepted, settings)
+        return
+    if purge:
+        settings.client().json(requests.purge_events(check_function_name(name)))
+        settings.note(f"forgot the events of {name} that failed")
+        return
     views = settings.client().json(requests.function_events(check_function_name(name)))
     if not settings.table:
         render.dump(views, settings)
@@ -347,6 +370,12 @@ def events(settings: Settings, name: str) -> None:
     else:
         headers = ("ID", "STATE", "QUALIFIER", "TRIES", "AGE", "DUE", "REASON")
         render.table(headers, map(_event, views))
+
+
+def _event_id(text: str) -> str:
+    if not text:
+        raise InvalidRequest("--retry takes the id of an event", hint="see the list without it")
+    return text
 
 
 def _event(view: dict[str, Any]) -> tuple[object, ...]:

@@ -13,6 +13,7 @@ from templated.cli.completion import function_names
 from templated.cli.failures import Failure
 from templated.cli.options import Settings, command
 from templated.client import requests
+from templated.errors import InvalidRequest
 from templated.model.names import check_function_name, check_qualifier
 from templated.model.socket import LOG_HEADER
 
@@ -56,7 +57,11 @@ def invoke(settings: Settings, name: str, payload: str | None, event: bool, tail
         render.dump(view, settings)
     if view["error"] is not None:
         sys.stdout.flush()
-        raise Failure("function_failed", f"{function} failed: {_reason(view)}")
+        raise Failure(
+            "function_failed",
+            f"{function} failed: {_reason(view)}",
+            hint=f"see: templated function logs {function}",
+        )
 
 
 def _payload(given: str | None) -> bytes:
@@ -65,9 +70,19 @@ def _payload(given: str | None) -> bytes:
     if given == "-":
         return sys.stdin.buffer.read()
     if given.startswith("@"):
-        with open(given[1:], "rb") as file:
-            return file.read()
+        return _file(given[1:])
     return given.encode(errors="surrogateescape")
+
+
+def _file(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise InvalidRequest(
+            f"--payload: cannot read {path or 'a file without a name'}: {error.strerror}",
+            hint="as in: --payload @request.json",
+        ) from error
 
 
 def _queue(settings: Settings, request: requests.Request[Any]) -> None:

@@ -14,6 +14,7 @@ import click
 
 from templated.cli.options import Settings
 from templated.cli.render import size as shown_size
+from templated.errors import InvalidRequest
 
 
 @contextlib.contextmanager
@@ -27,7 +28,7 @@ def archive(settings: Settings, code: str | None) -> Iterator[tuple[bytes | IO[b
             stream: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
             _zip(code, stream)
         else:
-            stream = stack.enter_context(open(code, "rb"))
+            stream = stack.enter_context(_opened(code))
         size = stream.seek(0, os.SEEK_END)
         stream.seek(0)
         if not settings.quiet and sys.stderr.isatty():
@@ -36,6 +37,16 @@ def archive(settings: Settings, code: str | None) -> Iterator[tuple[bytes | IO[b
         else:
             settings.note(f"sending {shown_size(size)} of code")
         yield stream, size
+
+
+def _opened(path: str) -> IO[bytes]:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise InvalidRequest(
+            f"--code: cannot read {path or 'a file without a name'}: {error.strerror}",
+            hint="give a directory, or a zip of one, as in: --code ./hello",
+        ) from error
 
 
 def _zip(directory: str, target: IO[bytes]) -> None:

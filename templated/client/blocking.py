@@ -112,6 +112,8 @@ class Client:
     queue_event = _one(requests.queue_event)
     function_logs = _many(requests.function_logs)
     function_events = _one(requests.function_events)
+    retry_event = _one(requests.retry_event)
+    purge_events = _one(requests.purge_events)
     list_code = _one(requests.list_code)
     prefetch_code = _one(requests.prefetch_code)
     verify_code = _one(requests.verify_code)

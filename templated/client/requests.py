@@ -407,6 +407,16 @@ def function_events(name: str) -> Request[list[EventView]]:
     return Request("GET", "functions", name, "events")
 
 
+def retry_event(name: str, event: str) -> Request[Accepted]:
+    """Have the event of a dead letter run once more, under the id that is returned."""
+    return Request("POST", "functions", name, "events", event, "retry")
+
+
+def purge_events(name: str) -> Request[None]:
+    """Forget the dead letters of a function; what waits or runs stays."""
+    return Request("DELETE", "functions", name, "events")
+
+
 # Code
 
 

@@ -12,6 +12,7 @@ import msgspec
 import yaml
 
 from templated.drivers.accounts import access_rules
+from templated.drivers.secretfile import others_read
 from templated.errors import ConfigError, NotFound
 from templated.model.config import Config, default_config_path, defaults
 from templated.model.spec import TemplateSpec
@@ -60,6 +61,17 @@ def load_config(path: Path | None) -> Config:
         except ConfigError as error:
             raise ConfigError(_with_line(document, error.message), hint=error.hint) from None
     return config
+
+
+def exposed(path: Path | None, config: Config) -> Path | None:
+    """The configuration's file when a secret is in it that others can read. Costs one stat."""
+    if config.gateway is None or all(key.secret is None for key in config.gateway.keys):
+        return None
+    chosen = path or default_config_path(os.environ, os.geteuid())
+    try:
+        return chosen if others_read(chosen.stat()) else None
+    except OSError:
+        return None
 
 
 def parse_template(text: str, source: str) -> TemplateSpec:

@@ -7,16 +7,15 @@ import contextlib
 import logging
 import os
 import re
-import stat
 from collections.abc import AsyncIterator
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store
 
+from templated.drivers.secretfile import read_secret
 from templated.errors import ConfigError, HostError, NotFound
 from templated.model.config import StoreConfig
 from templated.model.units import seconds
@@ -134,19 +133,10 @@ def _settings(config: StoreConfig) -> S3Config:
 def _secret(config: StoreConfig) -> str:
     """The secret key; ConfigError when it is not there, or not a secret."""
     if config.secret_file is None:
-        raise ConfigError("code.store has an access_key and no secret_file")
-    path = Path(config.secret_file)
-    try:
-        with open(path) as content:
-            mode = os.fstat(content.fileno()).st_mode
-            if stat.S_IMODE(mode) & 0o077:
-                raise ConfigError(f"others may read {path}", hint=f"chmod 600 {path}")
-            secret = content.read(4096).strip()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read code.store.secret_file {path}: {error}") from error
-    if not secret:
-        raise ConfigError(f"code.store.secret_file {path} is empty")
-    return secret
+        raise ConfigError(
+            "code.store has an access_key and no secret_file", hint="set `secret_file:` in it"
+        )
+    return read_secret(config.secret_file, "code.store")
 
 
 def _cause(error: BaseException) -> str:

@@ -184,7 +184,7 @@ class _Functions:
         self._registry = Registry(rows, context.events, self._cache, templates.takers)
         self._cache.needed = self._registry.needed
         self._logs = FunctionLogs(layout.function_logs, size_bytes(config.functions.log_size))
-        self._router = self._make_router(context, clones, metrics)
+        self._router = self._make_router(context, templates, clones, metrics)
         self._queue = EventQueue(rows, self._registry, self._router, context.events)
         self._uploads = Uploads(layout.incoming)
         self._registry.on_changed.append(self._router.changed)
@@ -198,7 +198,9 @@ class _Functions:
             uploads=self._uploads,
         )
 
-    def _make_router(self, context: Context, clones: Clones, metrics: FunctionMetrics) -> Router:
+    def _make_router(
+        self, context: Context, templates: Templates, clones: Clones, metrics: FunctionMetrics
+    ) -> Router:
         limits, gateway = context.config.functions, context.config.gateway or GatewayConfig()
         timing = Timing(
             init=seconds(limits.init_timeout),
@@ -214,6 +216,7 @@ class _Functions:
             self._logs,
             timing,
             gateway.region,
+            templates.memory,
         )
         bounds = Bounds(self._registry, limits.concurrency, limits.queue)
         arns = f"arn:aws:lambda:{gateway.region}:{gateway.account}:function"

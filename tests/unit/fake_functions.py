@@ -130,6 +130,14 @@ class FakeQueue:
         await self._rows.add_event(row)
         return row.id
 
+    async def retry(self, name: str, event: str) -> str:
+        """There are no dead letters."""
+        raise NotFound(f"function {name} has no dead letter {event}")
+
+    async def purge(self, name: str) -> int:
+        """There are none."""
+        return 0
+
     async def views(self, name: str) -> list[EventView]:
         """All that were ever accepted."""
         return [

@@ -16,7 +16,7 @@ from templated.drivers.code import CodeFile
 from templated.drivers.guest import Output
 from templated.drivers.guest_functions import Answer, InvokeOrder, Loaded, LoadOrder
 from templated.errors import NotFound, Timeout
-from templated.model.clone import StartPath
+from templated.model.clone import CloneState, StartPath
 from templated.model.function import CodeView, Settings, Version
 from templated.services.functions.bounds import Bounds
 from templated.services.functions.instance import Instance, Timing
@@ -174,6 +174,7 @@ class FakeClone:
     path: StartPath
     phases_ms: dict[str, float]
     function: str
+    state: CloneState = CloneState.RUNNING
 
 
 async def loaded(_: FakeGuest, __: LoadOrder) -> None:
@@ -215,7 +216,8 @@ class World:
             removal_pauses=(0.0, 0.0),
         )
         self.instances = Instances(
-            self, self, self.tasks, self.events, self.metrics, self, timing, "us-east-1"
+            *(self, self, self.tasks, self.events, self.metrics, self, timing, "us-east-1"),
+            memory=lambda _: 512,
         )
         self.bounds = Bounds(self.versions, self.concurrency, self.queue)
         self.router = Router(self.versions, self.instances, self.bounds, self.metrics, self)

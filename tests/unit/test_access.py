@@ -49,11 +49,12 @@ VIEWER = {
 OPERATOR = VIEWER | {
     *("create_clones", "remove_clone", "logs", "set_pool"),
     *("invoke_function", "function_logs", "function_events", "prefetch_code", "verify_code"),
+    "retry_event",
 }
 ADMIN = OPERATOR | {
     *("build_template", "remove_template", "rollback", "audit", "deploy_function"),
     *("remove_function", "publish_function", "set_alias", "remove_alias", "set_concurrency"),
-    "collect_code",
+    *("collect_code", "purge_events"),
 }
 EXEC = {"exec_in_clone"}
 COPY = {"get_file", "put_file"}

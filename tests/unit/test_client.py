@@ -120,6 +120,7 @@ EXAMPLES: dict[str, Any] = {
     "version": "3",
     "versions": {"3": 1.0},
     "alias": "{alias}",
+    "event": "{event}",
     "digest": "0" * 64,
     "reserved": 1,
     "payload": b"{}",

@@ -367,6 +367,18 @@ def test_removed_twice_at_once(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
+def test_what_goes_on_without_the_daemon(tmp_path: Path) -> None:
+    """Clones do, instances of functions do not."""
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        for name in "ab":
+            await running.clones.create(CloneRequest(name=name))
+        running.clones.running_clones()[0].function = "f:1"
+        assert (len(running.clones), running.clones.lasting()) == (2, 1)
+
+    play(tmp_path, scenario)
+
+
 def test_removed_while_its_vm_ends(tmp_path: Path) -> None:
     """Who asks for it in the middle waits with the first one; it is told once, and one is free."""
 

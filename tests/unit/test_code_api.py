@@ -80,6 +80,19 @@ def test_prefetch(daemon: Daemon) -> None:
     assert run("code", "prefetch", "0" * 64).returncode != 0
 
 
+def test_prefetch_by_the_first_digits(daemon: Daemon) -> None:
+    """Of what is here, or of a version; when they mean one."""
+    versions = [{"code": {"digest": "cd" * 32}}, {"code": {"digest": "ab" * 6 + "0" * 52}}]
+    daemon.on("GET", "/v1/functions", [{"versions": versions}])
+    daemon.on("GET", "/v1/code", [_ROW])
+    for digest in ("ab" * 32, "cd" * 32):
+        daemon.on("POST", f"/v1/code/{digest}/prefetch", _ROW)
+        assert run("code", "prefetch", digest[:14]).returncode == 0
+    for prefix, said in (("ab" * 6, b"2 digests begin"), ("ef" * 6, b"no code that this node")):
+        done = run("code", "prefetch", prefix)
+        assert done.returncode != 0 and said in done.stderr and b"hint: " in done.stderr
+
+
 def test_verify_fails_when_something_is_gone(daemon: Daemon) -> None:
     checks = [
         {"digest": "ab" * 32, "state": "ok", "problem": ""},

@@ -92,6 +92,11 @@ def test_too_many_bytes_are_refused_before_they_are_read(
         _zipped(tmp_path)
 
 
+def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="there is nothing in"):
+        _zipped(tmp_path)
+
+
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="nowhere"):
         _zipped(tmp_path / "nowhere")

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from templated.drivers.configfile import load_config
+from templated.drivers.configfile import exposed, load_config
 from templated.errors import ConfigError
 from templated.model.config import Config, default_config_path, defaults
 from templated.model.network import BridgeNetwork, UserNetwork
@@ -124,6 +124,17 @@ def test_refused(tmp_path: Path, text: str, where: str, what: str) -> None:
     assert caught.value.message.startswith(f"{path}{where}: ")
     assert what in caught.value.message and "\n" not in caught.value.message
     assert caught.value.hint
+
+
+def test_secrets_that_others_can_read(tmp_path: Path) -> None:
+    """The file is named when it has one and is not the daemon's alone."""
+    path = written(tmp_path, "gateway: {keys: [{id: ABC, secret: 0123456789}]}\n")
+    for mode, found in ((0o644, path), (0o640, path), (0o600, None)):
+        path.chmod(mode)
+        assert exposed(path, load_config(path)) == found
+    path = written(tmp_path, "gateway: {keys: [{id: ABC, secret_file: /x}]}\n")
+    path.chmod(0o644)
+    assert exposed(path, load_config(path)) is None
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -154,6 +154,9 @@ BAD = [
     ("GET", "/..%2F..%2Fx/logs?follow=true", b"", 404, "no function ../../x"),
     ("GET", "/f/logs?lines=x", b"", 400, "not a number"),
     ("GET", "/g/events", b"", 404, "no function g"),
+    ("POST", "/g/events/e/retry", b"", 404, "no function g"),
+    ("POST", "/f/events/e/retry", b"", 404, "no dead letter e"),
+    ("DELETE", "/g/events", b"", 404, "no function g"),
     ("PUT", "/f?settings=%7B", b"PK", 400, "settings is not JSON"),
     ("PUT", "/f?settings=%7B%22color%22:1%7D", b"PK", 400, "settings: Object contains unknown"),
     ("PUT", "/f?settings=" + "%5B" * 5000, b"PK", 400, "settings"),
@@ -161,7 +164,7 @@ BAD = [
     ("PUT", "/new", b"PK", 400, "needs a handler"),
     ("PUT", "/new?settings=%7B%22handler%22:%22a.b%22%7D", b"", 400, "needs code"),
     ("PUT", "/f/aliases/live", b'{"versions": {}}', 400, "length"),
-    ("PUT", "/f/aliases/3", b'{"versions": {"$LATEST": 1}}', 400, "regex"),
+    ("PUT", "/f/aliases/3", b'{"versions": {"$LATEST": 1}}', 400, "not the name of an alias"),
     ("PUT", "/f/concurrency", b"{}", 400, "reserved"),
     ("PUT", "/f/concurrency", b'{"reserved": -1}', 400, "reserved"),
     ("POST", "/f/versions", b'{"digest": "x"}', 400, "digest"),
@@ -288,6 +291,9 @@ def test_the_client(tmp_path: Path) -> None:
             assert (await api.queue_event("f")).id == "e-0"
             (event,) = await api.function_events("f")
             assert event.state is EventState.QUEUED and event.payload == {}
+            with pytest.raises(RemoteError, match="no dead letter e-0"):
+                await api.retry_event("f", "e-0")
+            await api.purge_events("f")
             assert [chunk async for chunk in api.function_logs("f", 1)] == [b"three\n"]
             assert [f.name for f in await api.list_functions()] == ["f"]
             assert (await api.show_function("f")).aliases[0].name == "live"

@@ -88,6 +88,8 @@ def _functions(daemon: Daemon) -> None:
     daemon.on("PUT", "/v1/functions/hello/concurrency", {**FUNCTION, "reserved": 5})
     daemon.on("POST", "/v1/functions/hello/invoke", ANSWER)
     daemon.on("GET", "/v1/functions/hello/events", [EVENT])
+    daemon.on("DELETE", "/v1/functions/hello/events", b"", 204)
+    daemon.on("POST", "/v1/functions/hello/events/e-1/retry", {"id": "e-2"}, 202)
 
 
 def test_the_canned_answers_are_some() -> None:
@@ -172,7 +174,8 @@ def test_progress_on_a_terminal(
 WRONG = [
     (["function", "deploy", "a/b"], exit_codes.USAGE, "not a function name"),
     (["function", "deploy", "hello", "--env", "A"], exit_codes.USAGE, "--env takes K=V"),
-    (["function", "deploy", "hello", "--code", "/nonexistent"], exit_codes.FAILED, "No such file"),
+    (["function", "deploy", "hello", "--code", "/nonexistent"], exit_codes.USAGE, "No such file"),
+    (["function", "deploy", "hello", "--code", "/dev", "--env", "A"], exit_codes.USAGE, "K=V"),
     (["function", "deploy", "hello", "--runtime", "java"], exit_codes.USAGE, "runtime"),
     (["function", "alias", "hello", "live"], exit_codes.USAGE, "missing argument"),
     (["function", "alias", "hello", "live", "1=x"], exit_codes.USAGE, "'x' is not a weight"),
@@ -181,10 +184,12 @@ WRONG = [
     (["function", "alias", "hello", "live", *"123"], exit_codes.USAGE, "one version, or at two"),
     (["function", "reserve", "hello", "some"], exit_codes.USAGE, "neither a number nor none"),
     (["function", "reserve", "hello", "--", "-1"], exit_codes.USAGE, "neither a number nor none"),
+    (["function", "events", "f", "--retry", "e", "--purge"], exit_codes.USAGE, "exclude"),
+    (["function", "events", "f", "--retry", ""], exit_codes.USAGE, "the id of an event"),
     (["invoke", "hello:"], exit_codes.USAGE, "neither a version nor an alias"),
     (["invoke", "hello:a/b"], exit_codes.USAGE, "neither a version nor an alias"),
     (["invoke", ""], exit_codes.USAGE, "not a function name"),
-    (["invoke", "hello", "--payload", "@/nonexistent"], exit_codes.FAILED, "No such file"),
+    (["invoke", "hello", "--payload", "@/nonexistent"], exit_codes.USAGE, "No such file"),
 ]
 
 
@@ -196,7 +201,7 @@ def test_usage_errors_reach_no_daemon(
     assert main(arguments) == code
     output = capsys.readouterr()
     assert message in output.err and output.out == "" and "Traceback" not in output.err
-    assert daemon.requests == []
+    assert daemon.requests == [] and "sending" not in output.err
 
 
 # Looking, and changing
@@ -276,6 +281,16 @@ CHANGES = [
         ["reserve", "hello", "none"],
         ("PUT", "/v1/functions/hello/concurrency", {}, b'{"reserved": null}'),
         ("", "hello: reserved none\n"),
+    ),
+    (
+        ["events", "hello", "--retry", "e-1"],
+        ("POST", "/v1/functions/hello/events/e-1/retry", {}, b""),
+        ("e-2\n", ""),
+    ),
+    (
+        ["events", "hello", "--purge"],
+        ("DELETE", "/v1/functions/hello/events", {}, b""),
+        ("", "forgot the events of hello that failed\n"),
     ),
 ]
 
@@ -359,6 +374,7 @@ def test_a_function_that_fails(
     output = capsys.readouterr()
     assert json.loads(output.out) == payload
     assert f"templated: error: {message}" in output.err and "\x1b" not in output.err
+    assert output.err.endswith("hint: see: templated function logs hello\n")
     assert main(["invoke", "hello", "-o", "json"]) == exit_codes.FAILED
     output = capsys.readouterr()
     assert json.loads(output.out) == answer

@@ -131,7 +131,7 @@ BAD_DEPLOYS: list[tuple[DeployRequest, type[TemplatedError], str]] = [
     (DeployRequest(handler="app.h", timeout="0s"), InvalidRequest, "more than 0s"),
     (DeployRequest(handler="app.h", timeout="soon"), InvalidRequest, "timeout"),
     (DeployRequest(handler="app.h", env={"A": "x" * 4096}), InvalidRequest, "at most 4096"),
-    (DeployRequest(handler="app.h", env={"1": "x"}), InvalidRequest, "regex"),
+    (DeployRequest(handler="app.h", env={"1": "x"}), InvalidRequest, "not the name of a variable"),
     (DeployRequest(handler="app.h", env={"A": "\0"}), InvalidRequest, "NUL"),
     (DeployRequest(handler="app.h", env={"A": "\ud800"}), InvalidRequest, "surrogates"),
     (DeployRequest(handler="app.h", description="\ud800"), InvalidRequest, "half of a character"),
@@ -226,9 +226,9 @@ BAD_ALIASES: list[tuple[str, dict[str, float], type[TemplatedError], str]] = [
     ("live", {"1": 1.5, "2": -0.5}, InvalidRequest, "<= 1.0|>= 0.0"),
     ("live", {"1": float("nan")}, InvalidRequest, ">= 0.0"),
     ("live", {"$LATEST": 0.5, "1": 0.5}, InvalidRequest, "cannot point at"),
-    ("3", {"1": 1.0}, InvalidRequest, "regex"),
-    ("$LATEST", {"1": 1.0}, InvalidRequest, "regex"),
-    ("a/b", {"1": 1.0}, InvalidRequest, "regex"),
+    ("3", {"1": 1.0}, InvalidRequest, "not the name of an alias"),
+    ("$LATEST", {"1": 1.0}, InvalidRequest, "not the name of an alias"),
+    ("a/b", {"1": 1.0}, InvalidRequest, "not the name of an alias"),
 ]
 
 

@@ -69,6 +69,7 @@ def test_the_order_that_a_guest_gets() -> None:
         assert order.deadline_ms > 1_700_000_000_000
         assert (load.runtime, load.handler, load.uuid) == ("python", "app.handler", "u" * 32)
         assert load.env["AWS_LAMBDA_FUNCTION_NAME"] == "f"
+        assert load.env["AWS_LAMBDA_FUNCTION_MEMORY_SIZE"] == "512"
         assert load.env["AWS_LAMBDA_FUNCTION_VERSION"] == "3" == outcome.view.version
         assert load.env["_HANDLER"] == "app.handler"
         assert load.env["AWS_LAMBDA_LOG_STREAM_NAME"] == outcome.view.instance

@@ -19,6 +19,7 @@ from templated.errors import (
     StartError,
     TemplatedError,
 )
+from templated.model.clone import CloneState
 from tests.unit.fake_daemon import until
 from tests.unit.fake_instances import FakeGuest, Held, World, echo, play, settle, version
 
@@ -60,6 +61,24 @@ def test_a_runtime_that_ends_is_told() -> None:
         await world.router.removed("f", 0)
         await until(lambda: not world.clones)
         assert len([e for e in world.events.recent() if e.type == "instance.died"]) == 1
+
+    play(scenario)
+
+
+def test_a_user_who_removes_its_clone() -> None:
+    """It has not died; who waits for its answer is told why there is none."""
+
+    async def scenario(world: World) -> None:
+        world.handler = Held()
+        asking = world.asking()
+        await until(lambda: world.states() == {"busy": 1})
+        (clone,) = world.clones.values()
+        clone.state = CloneState.REMOVING
+        clone.vm.machine.end()
+        with pytest.raises(GuestError, match="its clone was removed"):
+            await asking
+        await until(lambda: not world.clones)
+        assert "instance.died" not in {e.type for e in world.events.recent()}
 
     play(scenario)
 

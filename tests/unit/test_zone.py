@@ -239,12 +239,12 @@ def test_a_store_of_the_configuration(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("0123456789\n")
     config = StoreConfig(url="s3://bucket/some/prefix", access_key="me", secret_file=str(secret))
-    with pytest.raises(ConfigError, match="others may read"):
+    with pytest.raises(ConfigError, match="others can read"):
         connect(config)
     secret.chmod(0o600)
     assert connect(config).name == "s3://bucket/some/prefix"
     secret.write_text("\n")
-    with pytest.raises(ConfigError, match="empty"):
+    with pytest.raises(ConfigError, match="does not hold a secret"):
         connect(config)
     with pytest.raises(ConfigError, match="nowhere"):
         connect(msgspec.structs.replace(config, secret_file=f"{tmp_path}/nowhere"))

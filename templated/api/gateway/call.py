@@ -16,6 +16,7 @@ from templated.api.gateway.names import Place, Target
 from templated.api.gateway.views import Views
 from templated.model.access import Role
 from templated.model.config import Config
+from templated.model.mistakes import explained
 from templated.services.functions.functions import Functions
 
 T = TypeVar("T")
@@ -131,7 +132,7 @@ def _decoded(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body or b"{}", type=kind)
     except msgspec.ValidationError as error:
-        raise wrong(str(error)) from None
+        raise wrong(": ".join(filter(None, explained(error)))) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Refused("SerializationException", f"the request is not JSON: {error}") from None
     except RecursionError:

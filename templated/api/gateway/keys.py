@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import re
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from templated.drivers.secretfile import read_secret
 from templated.errors import ConfigError
 from templated.model.access import Role
 from templated.model.config import GatewayKey
 
-_SECRET = re.compile(rb"[!-~]{8,256}")
-_LONGEST = 1024
+_SHORTEST = 8
 
 
 @dataclass(frozen=True)
@@ -34,33 +31,12 @@ def read_keys(keys: Sequence[GatewayKey]) -> dict[str, Key]:
             raise ConfigError(
                 f"gateway.keys: {key.id} is there twice", hint="give each key an id of its own"
             )
-        secret = key.secret if key.secret_file is None else _secret(key.secret_file)
-        assert secret is not None  # a key has one of both
-        found[key.id] = Key(key.id, key.role, secret)
+        found[key.id] = Key(key.id, key.role, _secret(key))
     return found
 
 
-def _secret(path: str) -> str:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise ConfigError(
-            f"gateway.keys: cannot read {path}: {error.strerror}", hint="check `secret_file:`"
-        ) from error
-    try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise ConfigError(f"gateway.keys: {path} is no file", hint="check `secret_file:`")
-        if found.st_mode & 0o077 or found.st_uid not in (0, os.geteuid()):
-            raise ConfigError(
-                f"gateway.keys: others can read {path}", hint=f"chown it, and chmod 600 {path}"
-            )
-        content = os.read(fd, _LONGEST).rstrip(b"\n")
-    finally:
-        os.close(fd)
-    if not _SECRET.fullmatch(content):
-        raise ConfigError(
-            f"gateway.keys: {path} does not hold a secret",
-            hint="one line with 8 to 256 printable characters and no space",
-        )
-    return content.decode()
+def _secret(key: GatewayKey) -> str:
+    if key.secret_file is not None:
+        return read_secret(key.secret_file, "gateway.keys", shortest=_SHORTEST)
+    assert key.secret is not None  # a key has one of both
+    return key.secret

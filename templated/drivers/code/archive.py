@@ -28,6 +28,8 @@ def zip_directory(source: Path, target: IO[bytes]) -> None:
     """
     try:
         entries = sorted(_walk(source, ""))
+        if not entries:
+            raise InvalidRequest(f"there is nothing in {source}", hint="give the code's directory")
         links = {name: os.readlink(source / name) for name, mode in entries if stat.S_ISLNK(mode)}
         for name in links:
             if wrong := fault(name, links):

@@ -57,6 +57,10 @@ class Clones:
     def __len__(self) -> int:
         return len(self._clones)
 
+    def lasting(self) -> int:
+        """How many go on without the daemon: all but the instances of functions."""
+        return sum(not clone.function for clone in self._clones.values())
+
     # --- starting ---------------------------------------------------------------------------
 
     async def create(self, request: CloneRequest) -> list[CloneView]:

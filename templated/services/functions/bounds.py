@@ -17,6 +17,7 @@ from templated.services.functions.parts import Versions
 
 _REFRESH = 1.0
 _LONGEST_WAIT = 300.0
+_RAISE = "try again later, or raise functions.concurrency or functions.queue"
 
 
 def _future() -> asyncio.Future[None]:
@@ -146,16 +147,16 @@ class Bounds:
 
     def _require_queue(self, function: str) -> None:
         if self._queue == 0 or self._room() <= 0:
-            raise self._full(function, "concurrency")
+            raise self._full(function, "concurrency", _hint(self._room()))
         if self._waiting[function] >= self._queue:
             raise self._full(function, "queue")
 
-    def _full(self, function: str, reason: str) -> Throttled:
+    def _full(self, function: str, reason: str, hint: str = _RAISE) -> Throttled:
         return Throttled(
             f"function {function} cannot run now: {max(self._room(), 0)} requests run at once "
             f"that share what is not reserved, and {self._waiting[function]} of it wait",
             reason=reason,
-            hint="try again later, or raise functions.concurrency or functions.queue",
+            hint=hint,
         )
 
     @staticmethod
@@ -165,9 +166,21 @@ class Bounds:
             del counts[function]
 
 
-def _reserved(function: str, reserved: int) -> Throttled:
-    return Throttled(
-        f"function {function} runs {reserved} requests at once, which is all it may",
-        reason="reserved",
-        hint=f"try again later, or reserve more: templated function show {function}",
+def _hint(room: int) -> str:
+    """What to do when no request may wait."""
+    if room > 0:
+        return _RAISE
+    return (
+        "all of functions.concurrency is reserved: raise it, or give some back: "
+        "templated function reserve NAME none"
     )
+
+
+def _reserved(function: str, reserved: int) -> Throttled:
+    if reserved == 0:
+        message = f"none of the requests of function {function} may run: 0 is reserved for it"
+        hint = f"let them: templated function reserve {function} none, or a number"
+    else:
+        message = f"function {function} runs {reserved} requests at once, which is all it may"
+        hint = f"try again later, or: templated function reserve {function} N, or none"
+    return Throttled(message, reason="reserved", hint=hint)

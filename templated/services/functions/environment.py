@@ -9,8 +9,8 @@ TASK_ROOT = "/var/task"
 _RUNTIMES = {Runtime.PYTHON: "AWS_Lambda_python", Runtime.PROVIDED: ""}
 
 
-def environment(version: Version, instance: str, region: str) -> dict[str, str]:
-    """All variables but AWS_LAMBDA_RUNTIME_API, which the guest knows.
+def environment(version: Version, instance: str, region: str, memory: int | None) -> dict[str, str]:
+    """All variables but AWS_LAMBDA_RUNTIME_API, which the guest knows; `memory` is in MiB.
 
     The user's come over the defaults, and under what Lambda reserves.
     """
@@ -28,6 +28,7 @@ def environment(version: Version, instance: str, region: str) -> dict[str, str]:
         "AWS_DEFAULT_REGION": region,
         "AWS_EXECUTION_ENV": _RUNTIMES[settings.runtime],
         "AWS_LAMBDA_FUNCTION_NAME": version.function,
+        "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "" if memory is None else str(memory),
         "AWS_LAMBDA_FUNCTION_VERSION": version.label,
         "AWS_LAMBDA_INITIALIZATION_TYPE": "on-demand",
         "AWS_LAMBDA_LOG_GROUP_NAME": f"/aws/lambda/{version.function}",

@@ -63,6 +63,15 @@ class Queue(Protocol):
         """The events of a function that are not done, oldest first."""
         ...
 
+    async def retry(self, name: str, event: str) -> str:
+        """Queue a dead letter's event anew, under the id that is returned. Raises NotFound, and
+        what `enqueue` raises; leaves the dead letter then."""
+        ...
+
+    async def purge(self, name: str) -> int:
+        """Forget the dead letters of a function; returns how many."""
+        ...
+
 
 class Logs(Protocol):
     """What functions print."""

@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from templated.model.clone import CloneState
 from templated.model.config import FunctionConfig
 from templated.model.function import INSTANCE_TRANSITIONS, InstanceState, Version
 from templated.model.lifecycle import move
 from templated.model.units import seconds
-from templated.services.functions.parts import Guest, Hypervised
+from templated.services.functions.parts import Guest, Hypervised, Launched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ class Instance:
     start: str = "direct"
     """How its clone came up: `pool` or `direct`."""
     phases_ms: dict[str, float] = field(default_factory=dict)
+    clone: Launched | None = None
     guest: Guest | None = None
     machine: Hypervised | None = None
     served: int = 0
@@ -102,6 +104,11 @@ class Instance:
     def up(self) -> bool:
         """Whether its VM runs, as far as is known."""
         return not self.gone and self.machine is not None and not self.machine.exited.done()
+
+    @property
+    def taken(self) -> bool:
+        """Whether somebody removes its clone: it does not end by itself then."""
+        return self.clone is not None and self.clone.state is CloneState.REMOVING
 
     @property
     def initialised(self) -> bool:

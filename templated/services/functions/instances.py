@@ -68,7 +68,9 @@ class Instances:
         logs: Prints,
         timing: Timing,
         region: str,
+        memory: Callable[[str], int | None],
     ) -> None:
+        """`memory` is that of a template's guests, in MiB; None when it is not known."""
         self._launches = launches
         self._code = code
         self._tasks = tasks
@@ -77,6 +79,7 @@ class Instances:
         self._logs = logs
         self._timing = timing
         self._region = region
+        self._memory = memory
         self._all: dict[str, Instance] = {}
         self._closing = asyncio.Event()
 
@@ -135,6 +138,7 @@ class Instances:
         return code
 
     def _launched(self, instance: Instance, running: Launched) -> None:
+        instance.clone = running
         instance.guest, instance.machine = running.vm.agent, running.vm.machine
         instance.start = "pool" if running.path in _POOLED else "direct"
         instance.machine.exited.add_done_callback(lambda exited: self._exited(instance, exited))
@@ -147,7 +151,7 @@ class Instances:
             uuid=code.uuid,
             runtime=instance.version.settings.runtime,
             handler=instance.version.settings.handler,
-            env=environment(instance.version, instance.name, self._region),
+            env=self._environment(instance),
             init_timeout=self._timing.init,
         )
         bound = self._timing.init + self._timing.grace
@@ -170,6 +174,11 @@ class Instances:
             printed.end()
             instance.phases_ms["init"] = _ms(time.perf_counter() - begin)
         self._loaded(instance, loaded, time.perf_counter() - begin)
+
+    def _environment(self, instance: Instance) -> dict[str, str]:
+        version = instance.version
+        memory = self._memory(version.settings.template)
+        return environment(version, instance.name, self._region, memory)
 
     def _init_failed(self, instance: Instance, why: str) -> None:
         self._events.emit(
@@ -299,7 +308,8 @@ class Instances:
         if not machine.exited.done():
             await asyncio.wait({machine.exited}, timeout=_EXIT_TIMEOUT)
         if machine.exited.done() and not machine.exited.cancelled():
-            return _ended(instance, f"its VM {machine.exited.result()}")
+            why = f"its VM {machine.exited.result()}"
+            return _ended(instance, "its clone was removed" if instance.taken else why)
         return error
 
     # --- resting ----------------------------------------------------------------------------
@@ -334,8 +344,14 @@ class Instances:
             self._died(instance, f"its VM {exited.result()}")
 
     def _died(self, instance: Instance, how: str) -> None:
-        """End an instance that can serve no more, and tell it: nobody wanted it to end."""
+        """End an instance that can serve no more, and tell it: nobody wanted it to end.
+
+        Of one whose clone a user removes, clone.removed is told.
+        """
         if instance.state is InstanceState.ENDING:
+            return
+        if instance.taken:
+            self.end(instance, "its clone was removed")
             return
         self._events.emit(
             "instance.died",

@@ -10,7 +10,7 @@ from typing import Protocol
 from templated.drivers.code import CodeFile
 from templated.drivers.guest import Output
 from templated.drivers.guest_functions import Answer, InvokeOrder, Loaded, LoadOrder
-from templated.model.clone import StartPath
+from templated.model.clone import CloneState, StartPath
 from templated.model.function import Version
 
 Sink = Callable[[Output], None]
@@ -72,6 +72,10 @@ class Launched(Protocol):
     @property
     def vm(self) -> Housed:
         """Its VM."""
+
+    @property
+    def state(self) -> CloneState:
+        """Where it is in its life."""
 
     @property
     def path(self) -> StartPath:

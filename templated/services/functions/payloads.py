@@ -24,7 +24,9 @@ async def checked(payload: bytes) -> bytes:
         )
     problem = await _problem(payload) if payload else ""
     if problem:
-        raise InvalidRequest(f"the payload is not JSON: {problem}", hint="quote strings")
+        raise InvalidRequest(
+            f"the payload is not JSON: {problem}", hint="""as in: --payload '{"key": "value"}'"""
+        )
     return payload or b"{}"
 
 

@@ -10,6 +10,7 @@ import msgspec
 
 from templated.errors import InvalidRequest, NotFound
 from templated.model.function import LATEST, Alias, DeployRequest, Runtime, Settings, Told
+from templated.model.mistakes import explained
 
 T = TypeVar("T")
 _BOOTSTRAP = "bootstrap"
@@ -87,7 +88,8 @@ def strict(fields: object, kind: type[T]) -> T:
         made = msgspec.convert(msgspec.to_builtins(fields), kind)
         msgspec.json.encode(made)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(str(error)) from None
+        message, rule = explained(error)
+        raise InvalidRequest(message, hint=rule) from None
     except UnicodeEncodeError:
         raise InvalidRequest("a text has half of a character in it") from None
     return made

@@ -121,6 +121,11 @@ class Templates:
         template = self._templates.get(name)
         return template.generation if template else None
 
+    def memory(self, name: str) -> int | None:
+        """What the guests of a template have, in MiB; None when no generation is active."""
+        generation = self.generation(name)
+        return None if generation is None else generation.hardware.memory_bytes >> 20
+
     def built(self) -> list[str]:
         """The templates that have an active generation, in the order of their first one."""
         return [
