@@ -10,6 +10,7 @@ import pytest
 from tests.lab.product import TEMPLATES, Product
 
 pytestmark = pytest.mark.lab
+RESTART, KILL = "restart", "kill --signal=KILL --kill-whom=main"
 UNIT = "/system.slice/templated.service"
 DROP_IN = "/etc/systemd/system/templated.service.d/subgroup.conf"
 LIMITS = {"memory": "64MiB", "pids": 90, "cpus": 0.5, "cpu_weight": 50, "disk_write": "50MiB"}
@@ -74,8 +75,15 @@ def test_groups_and_limits(limited: Product) -> None:
     assert limited.lab.run(f"test -e /sys/fs/cgroup{path}").returncode != 0
 
 
-@pytest.mark.parametrize("how", ["restart", "kill --signal=KILL --kill-whom=main"])
-@pytest.mark.parametrize("subgroup", ["daemon", ""], ids=["subgroup", "as-before-systemd-254"])
+@pytest.mark.parametrize(
+    ("subgroup", "how"),
+    [
+        pytest.param("daemon", RESTART, id="subgroup-restart"),
+        pytest.param("daemon", KILL, id="subgroup-kill", marks=pytest.mark.sampled),
+        pytest.param("", RESTART, id="as-before-systemd-254-restart", marks=pytest.mark.sampled),
+        pytest.param("", KILL, id="as-before-systemd-254-kill"),
+    ],
+)
 def test_restart(limited: Product, subgroup: str, how: str) -> None:
     """Limits hold after a restart, also where systemd cannot start the daemon in `daemon`."""
     limited.lab.do(

@@ -20,7 +20,7 @@ from tests.real.harness import Daemon, processes
 pytestmark = pytest.mark.real
 
 LONGER, SEED = "TEMPLATED_SOAK_ROUNDS", "TEMPLATED_SOAK_SEED"
-ROUNDS = int(os.environ.get(LONGER, "80"))
+ROUNDS = int(os.environ.get(LONGER, "50"))
 _SECONDS_EACH = 4
 
 
