@@ -1,8 +1,9 @@
-"""Some tests beside all others, in processes of their own, in one run: the lab's, and the units.
+"""Some tests beside all others, in processes of their own, in one run: the lab's, and others.
 
-The lab keeps a CPU busy for a quarter of an hour, units mostly wait; the other tests want the rest
-of a machine with two CPUs. What another process reports is reported here, after what runs here. The
-tests in Debian 13 come last in each, and each of them is run by the process that gets to it first.
+The lab keeps a CPU busy for a quarter of an hour, units and faults mostly wait; the other tests
+want the rest of a machine with two CPUs. What another process reports is reported here, after what
+runs here. The tests in Debian 13 come last in each, and each of them is run by the process that
+gets to it first.
 pytest-xdist was tried: its workers are killed at an interrupt before all fixtures have cleaned up,
 and with pytest 9 it does not keep tests of a group together.
 """
@@ -31,8 +32,8 @@ _REPORTS = "TEMPLATED_TEST_REPORTS"
 _IMAGES = "TEMPLATED_TEST_IMAGES"
 _SHARED = "debian13"
 """The mark of what any process runs."""
-_UNITS = "unit"
-"""The folder of tests that need no machine."""
+_WAITING = ("unit", "faults")
+"""The folders of tests that mostly wait."""
 _TESTS = Path(__file__).parent
 _PAUSE = 0.2
 _ENDS_WITHIN = 60.0
@@ -206,20 +207,21 @@ def divide(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.pluginmanager.register(Summary())
     lab = _chosen(items, lambda item: item.get_closest_marker("lab"))
     shared = _chosen(items, lambda item: item.get_closest_marker(_SHARED))
-    units = _chosen(items, lambda item: item.path.parent == _TESTS / _UNITS)
-    here = [item for item in items if item not in {*lab, *shared, *units}]
+    places = [_TESTS / name for name in _WAITING]
+    waiting = _chosen(items, lambda item: item.path.parent in places)
+    here = [item for item in items if item not in {*lab, *shared, *waiting}]
     root = os.geteuid() == 0 and not config.option.collectonly
-    if not (root and (lab or shared) and (here or units)):
+    if not (root and (lab or shared) and (here or waiting)):
         config.pluginmanager.register(Again())
         return
     if not here:
-        here, units = units, []
+        here, waiting = waiting, []
     folder = Folder()
-    lots = {"lab": lab, "units": units}
+    lots = {"lab": lab, "waiting": waiting}
     others = [Beside(config, folder, name, lot, shared) for name, lot in lots.items() if lot]
     for plugin in (*others, Shared(folder, others)):
         config.pluginmanager.register(plugin)
-    items[:] = [*here, *shared, *units, *lab]
+    items[:] = [*here, *shared, *waiting, *lab]
 
 
 def _chosen(items: list[pytest.Item], by: Callable[[pytest.Item], object]) -> list[pytest.Item]:

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ __all__ = ["built", "image_store"]
 ALL, SEED = "TEMPLATED_FAULTS_ALL", "TEMPLATED_FAULTS_SEED"
 SAMPLE = 0.09
 """The part of the cases that a run takes by default, of each kind that takes long."""
-counts: dict[str, int] = {}
+_CASES = "cases"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -166,16 +167,23 @@ def bridged(bridge_rigs: Rigs) -> Iterator[Rig]:
 
 @pytest.fixture
 def count(request: pytest.FixtureRequest) -> Callable[[int], None]:
-    """Counts the cases of a test that passed."""
+    """Counts the cases of a test that passed; with its reports, as it may run beside others."""
 
     def add(cases: int = 1) -> None:
-        kind = request.path.stem.removeprefix("test_")
-        counts[kind] = counts.get(kind, 0) + cases
+        request.node.user_properties.append((_CASES, cases))
 
     return add
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many cases there were, by their kind."""
+    counts: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed"):
+        kind = Path(report.nodeid.partition("::")[0]).stem.removeprefix("test_")
+        if report.when == "call":
+            cases = [value for name, value in report.user_properties if name == _CASES]
+            counts[kind] += sum(int(str(value)) for value in cases)
+    counts += Counter()  # those that have any
     if counts:
         parts = ", ".join(f"{kind} {number}" for kind, number in sorted(counts.items()))
         terminalreporter.write_line(f"faults: {sum(counts.values())} cases passed ({parts})")
