@@ -1,8 +1,10 @@
-"""A test of the lab that fails is tried once more, and the run's summary says so.
+"""A test that fails is tried once more, and the run's summary says so.
 
-The lab emulates a CPU with virtualisation, on which now and then a guest never begins to run: about
-one boot in some hundred, for no reason that was found yet. What is wrong for good fails twice;
-what fails once is shown with its whole report. Nor is one tried again that has used up its time.
+Much runs side by side on two CPUs, and a bound that is generous on a quiet machine may be reached.
+Also, the lab emulates a CPU with virtualisation, on which now and then a guest never begins to run:
+about one boot in some hundred, for no reason that was found yet. What is wrong for good fails
+twice; what fails once is shown with its whole report. One that has used up its time is not tried
+again.
 """
 
 from __future__ import annotations
@@ -14,15 +16,11 @@ _FIRST = "failed at the first try"
 
 
 class Again:
-    """A plugin of the process that runs the lab's tests."""
+    """A plugin of each process that runs tests."""
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(
-        self, item: pytest.Item, nextitem: pytest.Item | None
-    ) -> bool | None:
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
         """Run it, and once more when it failed; only the last try is reported."""
-        if item.get_closest_marker("lab") is None:
-            return None
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         reports = runtestprotocol(item, nextitem=nextitem, log=False)
         failed = [report for report in reports if report.failed]

@@ -1,9 +1,9 @@
-"""Some tests beside all others, in processes of their own, in one run: the lab's, and others.
+"""The tests of the lab beside all others, in a process of their own, in one run.
 
-The lab keeps a CPU busy for a quarter of an hour, units and faults mostly wait; the other tests
-want the rest of a machine with two CPUs. What another process reports is reported here, after what
-runs here. The tests in Debian 13 come last in each, and each of them is run by the process that
-gets to it first.
+The lab keeps a CPU busy for a quarter of an hour; the other tests want the rest of a machine with
+two. What the other process reports is reported here, after what runs here. The tests in Debian 13
+come last in each, and each of them is run by the process that gets to it first. A third process,
+for the units, was tried: it saves four minutes, and the clocks of tests with bounds run out.
 pytest-xdist was tried: its workers are killed at an interrupt before all fixtures have cleaned up,
 and with pytest 9 it does not keep tests of a group together.
 """
@@ -32,9 +32,6 @@ _REPORTS = "TEMPLATED_TEST_REPORTS"
 _IMAGES = "TEMPLATED_TEST_IMAGES"
 _SHARED = "debian13"
 """The mark of what any process runs."""
-_WAITING = ("unit", "faults")
-"""The folders of tests that mostly wait."""
-_TESTS = Path(__file__).parent
 _PAUSE = 0.2
 _ENDS_WITHIN = 60.0
 
@@ -201,27 +198,21 @@ class Reporter:
 def divide(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Start the tests that go beside, when a run has others as well; they are reported last."""
     if path := os.environ.get(_REPORTS):
-        config.pluginmanager.register(Reporter(config, path))
+        # The last one is asked first.
         config.pluginmanager.register(Again())
+        config.pluginmanager.register(Reporter(config, path))
         return
     config.pluginmanager.register(Summary())
     lab = _chosen(items, lambda item: item.get_closest_marker("lab"))
     shared = _chosen(items, lambda item: item.get_closest_marker(_SHARED))
-    places = [_TESTS / name for name in _WAITING]
-    waiting = _chosen(items, lambda item: item.path.parent in places)
-    here = [item for item in items if item not in {*lab, *shared, *waiting}]
-    root = os.geteuid() == 0 and not config.option.collectonly
-    if not (root and (lab or shared) and (here or waiting)):
-        config.pluginmanager.register(Again())
-        return
-    if not here:
-        here, waiting = waiting, []
-    folder = Folder()
-    lots = {"lab": lab, "waiting": waiting}
-    others = [Beside(config, folder, name, lot, shared) for name, lot in lots.items() if lot]
-    for plugin in (*others, Shared(folder, others)):
-        config.pluginmanager.register(plugin)
-    items[:] = [*here, *shared, *waiting, *lab]
+    here = [item for item in items if item not in {*lab, *shared}]
+    config.pluginmanager.register(Again())
+    if lab and here and os.geteuid() == 0 and not config.option.collectonly:
+        folder = Folder()
+        beside = Beside(config, folder, "lab", lab, shared)
+        config.pluginmanager.register(beside)
+        config.pluginmanager.register(Shared(folder, [beside]))
+        items[:] = [*here, *shared, *lab]
 
 
 def _chosen(items: list[pytest.Item], by: Callable[[pytest.Item], object]) -> list[pytest.Item]:

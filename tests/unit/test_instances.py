@@ -52,7 +52,7 @@ def test_a_burst_is_never_interrupted() -> None:
             await world.ask(number)
         assert machine(world).steps == [] and len(world.made) == 1
 
-    play(scenario, freeze_after=0.05)
+    play(scenario, freeze_after=5.0)
 
 
 def test_requests_one_after_the_other_on_one_instance() -> None:
@@ -63,7 +63,7 @@ def test_requests_one_after_the_other_on_one_instance() -> None:
         assert machine(world).steps == [] and len(world.made) == 1
         assert [o.time for o in world.made[0].vm.agent.orders] == [None] * 100
 
-    play(scenario, freeze_after=0.05, concurrency=1)
+    play(scenario, freeze_after=5.0, concurrency=1)
 
 
 def test_a_request_during_the_pause_waits_for_it() -> None:

@@ -7,6 +7,8 @@ if not __package__:
     # Started as a directory, it is no package yet (PEP 366).
     folder, __package__ = os.path.split(sys.path[0])
     sys.path[0] = folder
+    # Python 3.12 and later complain when the two differ, in the function's log.
+    __spec__ = None
 
 from .commands import Agent
 from .execution import ENVIRONMENT
