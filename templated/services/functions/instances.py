@@ -307,6 +307,8 @@ class Instances:
             return error
         if not machine.exited.done():
             await asyncio.wait({machine.exited}, timeout=_EXIT_TIMEOUT)
+        if instance.state is InstanceState.ENDING:  # we remove its clone ourselves, meanwhile
+            return _ended(instance, instance.gone)
         if machine.exited.done() and not machine.exited.cancelled():
             why = f"its VM {machine.exited.result()}"
             return _ended(instance, "its clone was removed" if instance.taken else why)
