@@ -141,6 +141,8 @@ class Beside:
             report = hook.pytest_report_from_serializable(
                 config=self._config, data=json.loads(line)
             )
+            if isinstance(report.longrepr, list):  # of a skip; JSON has no tuples
+                report.longrepr = tuple(report.longrepr)
             self._reported[report.nodeid].append(report)
 
 
