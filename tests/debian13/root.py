@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ _BOOTSTRAP = ["mmdebstrap", "--mode=root", "--variant=minbase", "--skip=output/m
 _MADE_WITHIN = 1800.0
 # Who waits for another process that makes it.
 _PAUSE = 0.5
+_ENDS_WITHIN = 40.0
 
 
 def cache_directory() -> Path:
@@ -72,13 +74,15 @@ def run(root: Path, *command: str, output: IO[bytes], timeout: float, keep: bool
         stdout=output,
         stderr=output,
         env=_environment(),
+        process_group=0,
     ) as child:
         try:
             return child.wait(timeout)
         except BaseException:
-            # A key that interrupts the tests reaches the command as well, and it may clean up.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(5)
+            # So that it can clean up: control groups are the host's, and outlive its namespaces.
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(child.pid, signal.SIGINT)
+                child.wait(_ENDS_WITHIN)
             child.kill()
             raise
 
