@@ -202,11 +202,6 @@ class _Functions:
         self, context: Context, templates: Templates, clones: Clones, metrics: FunctionMetrics
     ) -> Router:
         limits, gateway = context.config.functions, context.config.gateway or GatewayConfig()
-        timing = Timing(
-            init=seconds(limits.init_timeout),
-            freeze_after=seconds(limits.freeze_after),
-            keep_alive=seconds(limits.keep_alive),
-        )
         instances = Instances(
             clones,
             self._cache,
@@ -214,7 +209,7 @@ class _Functions:
             context.events,
             metrics,
             self._logs,
-            timing,
+            Timing.of(limits),
             gateway.region,
             templates.memory,
         )
