@@ -110,6 +110,7 @@ class Guest:
             thread.join()
         self.functions.close()
         self.agent.close()
+        self.system.close()
         for end in (self._listener, self._near, self._host):
             end.close()
 

@@ -42,6 +42,10 @@ class Recorder(FakeSystem):
         self.calls: list[tuple[str, Any]] = []
         self.open_files()
 
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
     def add_entropy(self, request: bytes) -> None:
         self.calls.append(("entropy", request))
 
@@ -117,6 +121,7 @@ class Host:
         self.lines.close()
         self.socket.close()
         self._other.close()
+        self.system.close()
 
 
 @pytest.fixture
@@ -393,7 +398,8 @@ def test_reconnection_drops_the_old_connection(tmp_path: Path) -> None:
         os.mkfifo(tmp_path / name)
     fd_in = os.open(tmp_path / "in", os.O_RDONLY | os.O_NONBLOCK)
     fd_out = os.open(tmp_path / "out", os.O_RDWR | os.O_NONBLOCK)
-    agent = Agent(fd_in, fd_out, Recorder(tmp_path))
+    system = Recorder(tmp_path)
+    agent = Agent(fd_in, fd_out, system)
     first = os.open(tmp_path / "in", os.O_WRONLY)
     os.write(first, b'{"id": 1, "cmd": "exec", "argv": ["sh", "-c", "sleep 0.3; echo late"]}\n')
     agent.turn(1)
@@ -412,6 +418,7 @@ def test_reconnection_drops_the_old_connection(tmp_path: Path) -> None:
     lines = os.read(fd_out, 65536).splitlines()
     assert [json.loads(line)["id"] for line in lines] == [3]
     agent.close()
+    system.close()
     for descriptor in (second, fd_in, fd_out):
         os.close(descriptor)
 

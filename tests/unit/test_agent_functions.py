@@ -541,7 +541,8 @@ def test_awslambdaric_tells_of_a_missing_handler(guest: Guest) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
 def test_functions_run_as_nobody(tmp_path: Path) -> None:
     ends = socket.socketpair()
-    agent = Agent(ends[0].fileno(), ends[0].fileno(), Recorder(tmp_path))
+    system = Recorder(tmp_path)
+    agent = Agent(ends[0].fileno(), ends[0].fileno(), system)
     printed: list[bytes] = []
     ended: list[str] = []
     process = Process(
@@ -558,6 +559,7 @@ def test_functions_run_as_nobody(tmp_path: Path) -> None:
         agent.turn(0.1)
     assert b"".join(printed).split() == [b"65534"] * 3 + [b"/tmp"] and ended == ["exit status 0"]
     agent.close()
+    system.close()
     for end in ends:
         end.close()
 
