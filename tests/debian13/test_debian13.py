@@ -16,10 +16,18 @@ pytestmark = [
 ]
 
 _BOUND = 1500.0
-# All that depends on QEMU, but for what is long because it repeats what others do once.
-_REAL = ["clones", "daemon", "escape", "functions", "hypervisor", "identity_hooks", "image",
-         "network", "suites"]  # fmt: skip
-_REPEATED = "not fifty_clones and not two_hundred_cycles and not test_interrupted"
+# What depends on QEMU, or on the guest's Python. The demo has made an image.
+_REAL = [
+    *("clones.py", "daemon.py", "escape.py", "hypervisor.py", "identity_hooks.py", "network.py"),
+    "suites.py",
+    "functions.py::test_the_first_request_and_the_next",
+    "functions.py::test_paused_between_requests",
+    "functions.py::test_from_a_pool",
+    "functions.py::test_much_output_and_large_payloads",
+    "functions.py::test_a_bootstrap_of_its_own",
+    "functions.py::test_killed_in_the_middle",
+]
+_REPEATED = "tests/real/test_clones.py::test_fifty_clones_share_no_identity"
 _PYTEST = [".venv/bin/python", "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
 
 
@@ -63,8 +71,10 @@ def test_unit(root: Path, tmp_path: Path) -> None:
 
 def test_real(root: Path, tmp_path: Path) -> None:
     """The tests that talk to QEMU."""
-    files = [f"tests/real/test_{name}.py" for name in _REAL]
-    assert " passed" in passes(root, tmp_path / "log", *_PYTEST, *files, "-k", _REPEATED)
+    chosen = [f"tests/real/test_{name}" for name in _REAL]
+    assert " passed" in passes(
+        root, tmp_path / "log", *_PYTEST, *chosen, "--deselect", _REPEATED, "-m", "not long"
+    )
 
 
 def test_nothing_stays(root: Path, tmp_path: Path) -> None:

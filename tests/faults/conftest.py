@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import random
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,38 +16,7 @@ from tests.real.conftest import built, image_store, prepare  # fixtures
 from tests.real.harness import Daemon
 
 __all__ = ["built", "image_store"]
-ALL, SEED = "TEMPLATED_FAULTS_ALL", "TEMPLATED_FAULTS_SEED"
-SAMPLE = 0.09
-"""The part of the cases that a run takes by default, of each kind that takes long."""
 _CASES = "cases"
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out some of the cases that take long, unless all are wanted or some were chosen.
-
-    What is marked with a number has that as its part.
-    """
-    chosen = config.option.keyword or any("::" in argument for argument in config.args)
-    if chosen or os.environ.get(ALL):
-        return
-    dice = random.Random(os.environ.get(SEED) or "1")  # noqa: S311  # no secret
-    kinds: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        if item.get_closest_marker("sampled"):
-            kinds.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    left_out = {
-        item
-        for cases in kinds.values()
-        for item in dice.sample(cases, len(cases) - math.ceil(len(cases) * _part(cases[0])))
-    }
-    if left_out:
-        config.hook.pytest_deselected(items=list(left_out))
-        items[:] = [item for item in items if item not in left_out]
-
-
-def _part(item: pytest.Item) -> float:
-    marker = item.get_closest_marker("sampled")
-    return marker.args[0] if marker is not None and marker.args else SAMPLE
 
 
 class Rigs:

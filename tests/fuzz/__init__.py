@@ -4,5 +4,5 @@ import os
 
 LONGER = "TEMPLATED_FUZZ_SECONDS"
 SEED = "TEMPLATED_FUZZ_SEED"
-SECONDS = float(os.environ.get(LONGER) or 5)
+SECONDS = float(os.environ.get(LONGER) or 3)
 """For each target."""

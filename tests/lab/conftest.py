@@ -15,18 +15,6 @@ from tests.lab.product import Product
 from tests.real.conftest import image_store  # a fixture
 
 __all__ = ["image_store"]
-ALL = "TEMPLATED_LAB_ALL"
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes many minutes, unless all is wanted or it was chosen."""
-    chosen = config.option.keyword or any("::" in argument for argument in config.args)
-    if chosen or os.environ.get(ALL):
-        return
-    long = [i for i in items if i.get_closest_marker("lab") and i.get_closest_marker("sampled")]
-    if long:
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if item not in long]
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import shlex
 import time
 from typing import Any
 
+from tests.lab.commands import Commands
 from tests.lab.guide import install_commands
 from tests.lab.image import HERE
 from tests.lab.machine import Lab
@@ -21,6 +22,7 @@ class Product:
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
+        self.commands = Commands(lab)
         self._config: dict[str, Any] = {}
 
     def install(self) -> None:
@@ -35,7 +37,7 @@ class Product:
 
     def cli(self, *arguments: str, timeout: float = 600) -> str:
         """Run `templated`, which must succeed, and return its stdout."""
-        done = self.lab.run(shlex.join(["templated", *arguments]), timeout=timeout)
+        done = self.commands.run(*arguments, timeout=timeout)
         said = f"{done.stdout[-3000:]}\n{done.stderr}"
         assert done.returncode == 0, f"{arguments}: {said}\n{self.log()[-3000:]}"
         return done.stdout
@@ -46,7 +48,7 @@ class Product:
 
     def fails(self, *arguments: str) -> str:
         """Run `templated`, which must fail as a user can read it; return the line of the error."""
-        done = self.lab.run(shlex.join(["templated", *arguments]))
+        done = self.commands.run(*arguments, timeout=600)
         assert done.returncode != 0, done.stdout
         lines = done.stderr.splitlines()
         errors = [line for line in lines if line.startswith("templated: error: ")]

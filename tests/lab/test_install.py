@@ -31,7 +31,7 @@ def test_the_image_unit_refuses(product: Product) -> None:
     product.lab.do(f"systemctl reset-failed; rm {TEMPLATES}/odd.yaml")
 
 
-@pytest.mark.sampled
+@pytest.mark.long
 def test_the_image_unit(product: Product) -> None:
     """An image is made by the unit in its sandbox; it takes five minutes and more."""
     spec = {"name": "other", "image": {"size": "2GiB"}}

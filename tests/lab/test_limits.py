@@ -79,8 +79,8 @@ def test_groups_and_limits(limited: Product) -> None:
     ("subgroup", "how"),
     [
         pytest.param("daemon", RESTART, id="subgroup-restart"),
-        pytest.param("daemon", KILL, id="subgroup-kill", marks=pytest.mark.sampled),
-        pytest.param("", RESTART, id="as-before-systemd-254-restart", marks=pytest.mark.sampled),
+        pytest.param("daemon", KILL, id="subgroup-kill", marks=pytest.mark.long),
+        pytest.param("", RESTART, id="as-before-systemd-254-restart", marks=pytest.mark.long),
         pytest.param("", KILL, id="as-before-systemd-254-kill"),
     ],
 )

@@ -141,6 +141,7 @@ def _compare_here(names: str) -> dict[str, Any]:
         return measure_compare(opened, contenders(opened, names.split(",")), 1)
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize(
     ("arguments", "seconds"),
     [

@@ -91,6 +91,7 @@ def test_clones_on_a_bridge(fresh: Daemon, namespace: str) -> None:
     assert left == [] and ip("-o", "link") == links
 
 
+@pytest.mark.long
 def test_a_generation_of_user_mode_serves_a_bridge(fresh: Daemon, namespace: str) -> None:
     """A saved state has nothing of the network that the base VM was on."""
     fresh.start()

@@ -166,6 +166,7 @@ def test_fifty_clones_share_no_identity(host: Daemon) -> None:
     assert max(errors.values()) <= 0.1, errors
 
 
+@pytest.mark.long  # test_soak.py does it with more around it
 def test_two_hundred_cycles_leave_nothing(host: Daemon) -> None:
     """No process, file, descriptor or journal row more than before."""
     host.cli("clone", "warm-up")

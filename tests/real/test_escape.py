@@ -229,6 +229,7 @@ def test_without_confinement_the_same_drill_succeeds(built: Daemon, image_store:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives VMs users of their own")
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("transport", ["fd", "exec"])
 def test_a_vm_opens_only_its_own(copied: Daemon, transport: str) -> None:
     """QEMU itself is told to open a file of the host's: where there is Landlock, it cannot."""
