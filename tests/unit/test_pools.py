@@ -203,6 +203,25 @@ def test_refill_that_fails_backs_off(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
+def test_a_member_gives_way_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a host whose CPUs are busy it would otherwise never be ready."""
+    monkeypatch.setattr(refill, "_GIVES_WAY", 0.05)
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        held = fake.hold("restore")
+        await running.pools.set("t", PoolRequest(warm=1))
+        await until(lambda: [m.priorities for m in fake.running()] == [[True, False]])
+        assert running.pools.missing(WARM)
+        held.set()
+        await until(lambda: not running.pools.missing(WARM))
+        monkeypatch.setattr(refill, "_GIVES_WAY", 60.0)
+        await fill(running, warm=2)
+        quick = waiting(running, fake, WARM)[1]
+        assert quick.priorities == [True, False]
+
+    play(tmp_path, scenario)
+
+
 def test_refill_stops_under_pressure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
         stop_refill(monkeypatch)

@@ -169,6 +169,8 @@ class FakeMachine(Life):
         self._holds = holds
         self.exited: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.link_up = False
+        self.priorities: list[bool] = []
+        """Whether it was put into the background, in turn."""
         self.code = launch.code
         self.says = MachineState.WAITING if launch.boot is None else MachineState.RUNNING
         """The state that it reports of its VM."""
@@ -277,7 +279,8 @@ class FakeMachine(Life):
         return 1 << 20
 
     def background(self, on: bool) -> None:
-        """It has no priority."""
+        """It has no priority, but remembers what it was told."""
+        self.priorities.append(on)
 
     def limit_files(self, size: int) -> None:
         """It writes none."""

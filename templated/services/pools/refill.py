@@ -19,7 +19,7 @@ from templated import failpoints
 from templated.drivers.host.pressure import RESOURCES, read_pressure
 from templated.drivers.host.procfs import read_memory
 from templated.drivers.hypervisor.states import MachineState
-from templated.errors import Busy, TemplatedError
+from templated.errors import Busy, HostError, TemplatedError
 from templated.model.clone import StartPath
 from templated.model.units import seconds
 from templated.services.context import Context
@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 _SOON = 1.0
 _LONGEST_BACKOFF = 60.0
 _HEALTH_TIMEOUT = 5.0
+# Seconds that a member gives way to all others. It needs about one; where other work keeps all CPUs
+# busy it would get a few per cent of one for ever, and come to the bound of its start.
+_GIVES_WAY = 2.0
 _WELL = {StartPath.WARM: MachineState.PAUSED, StartPath.STANDBY: MachineState.WAITING}
 
 
@@ -186,11 +189,23 @@ class Refill:
         self, prepared: PreparedSlot, generation: Generation, tier: StartPath
     ) -> tuple[Vm, float]:
         starter, lag = self._context.starter, 0.0
-        vm = await starter.spawn(prepared, generation, background=True)
-        if tier is StartPath.WARM:
-            lag = await starter.warm(vm, generation, f"warm-{prepared.slot.id}")
+        hurrying = asyncio.create_task(self._hurry(prepared), name="a member's patience")
+        try:
+            vm = await starter.spawn(prepared, generation, background=True)
+            if tier is StartPath.WARM:
+                lag = await starter.warm(vm, generation, f"warm-{prepared.slot.id}")
+        finally:
+            hurrying.cancel()
+            await asyncio.wait({hurrying})
         await starter.foreground(prepared, vm)
         return vm, lag
+
+    async def _hurry(self, prepared: PreparedSlot) -> None:
+        """End a member's giving way before it is done, when that takes long."""
+        await asyncio.sleep(_GIVES_WAY)
+        if prepared.vm is not None and not prepared.vm.machine.exited.done():
+            with contextlib.suppress(HostError):  # its end is told by who waits for it
+                await self._context.starter.foreground(prepared, prepared.vm)
 
     def _failed(self, pool: Pool, error: Exception) -> None:
         known = isinstance(error, TemplatedError)
