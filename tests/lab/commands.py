@@ -13,8 +13,9 @@ from tests.lab.image import HERE
 from tests.lab.machine import Lab
 
 _SERVER = "/run/serve_commands.py"
-# By the interpreter that the installed command names, whatever the guide has made of it.
-_START = f"exec $(sed -n '1s/^#!//p' $(command -v templated)) {_SERVER}"
+# By the interpreter that the installed command names, whatever the guide has made of it. Isolated,
+# since /run has a folder that is called templated as well.
+_START = f"exec $(sed -n '1s/^#!//p' $(command -v templated)) -I {_SERVER}"
 
 
 class Commands:

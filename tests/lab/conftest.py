@@ -40,7 +40,7 @@ def _furnish(lab: Lab, image: GuestImage) -> None:
 
 
 @pytest.fixture(scope="session")
-def product(lab: Lab, image: GuestImage) -> Product:
+def product(lab: Lab, image: GuestImage) -> Iterator[Product]:
     """The product, installed by the commands of the operator's guide; see test_install.py.
 
     When that fails the lab is booted afresh, for the second try of the test that asked for it.
@@ -52,7 +52,8 @@ def product(lab: Lab, image: GuestImage) -> Product:
         lab.renew()
         _furnish(lab, image)
         raise
-    return product
+    yield product
+    product.commands.close()
 
 
 @pytest.fixture
