@@ -1,0 +1,148 @@
+"""How many requests of a version are under way, and were: finely now, coarsely long ago."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+from templated.scaling.ring import Ring
+
+# Seconds in a slot and slots that are kept: one minute and a bit, three hours, a week.
+SECOND, MINUTE, HOUR = 1.0, 60.0, 3600.0
+_KEPT = {SECOND: 64, MINUTE: 180, HOUR: 168}
+_STARTS = 16
+# How long a function counts as busy after it was; the time constant of `Demand.busy`, in seconds.
+_BUSY = 600.0
+
+
+class History:
+    """What was, by slots of one width."""
+
+    __slots__ = ("arrivals", "load", "peak", "waiting", "width")
+
+    def __init__(self, width: float) -> None:
+        slots = _KEPT[width]
+        self.width = width
+        self.load = Ring(slots)
+        """The integral of the requests under way: request-seconds."""
+        self.waiting = Ring(slots)
+        """The same for those of them that waited for an instance."""
+        self.peak = Ring(slots)
+        """The most that were under way at once."""
+        self.arrivals = Ring(slots)
+
+    def passed(self, start: float, end: float, level: int, waiting: int) -> None:
+        """`level` requests were under way from `start` to `end`."""
+        if level <= 0:
+            return
+        last = math.floor(end / self.width)
+        slot = max(math.floor(start / self.width), last - self.load.slots + 1)
+        while slot <= last:
+            begin, over = slot * self.width, (slot + 1) * self.width
+            seconds = min(end, over) - max(start, begin)
+            if seconds > 0:
+                self.load.add(slot, level * seconds)
+                self.peak.raise_to(slot, level)
+                if waiting:
+                    self.waiting.add(slot, waiting * seconds)
+            slot += 1
+
+    def saved(self) -> dict[str, Any]:
+        """For `load_from`."""
+        return {name: getattr(self, name).saved() for name in _RINGS}
+
+    def load_from(self, data: dict[str, Any]) -> None:
+        """Take over what `saved` gave."""
+        for name in _RINGS:
+            getattr(self, name).load(data[name])
+
+
+_RINGS = ("load", "waiting", "peak", "arrivals")
+
+
+class Demand:
+    """The demand of one version. Times are seconds of a clock that only goes forward."""
+
+    __slots__ = ("_at", "_busy", "hours", "level", "minutes", "seconds", "starts", "waiting")
+
+    def __init__(self) -> None:
+        self.level = 0
+        """Requests under way now, those included that wait for an instance."""
+        self.waiting = 0
+        """Those that wait."""
+        self.seconds = Ring(_KEPT[SECOND])
+        self.minutes = History(MINUTE)
+        self.hours = History(HOUR)
+        self.starts: deque[float] = deque(maxlen=_STARTS)
+        self._at = -math.inf
+        self._busy = 0.0
+
+    def change(self, now: float, level: int, waiting: int = 0) -> None:
+        """From `now` on `level` requests are under way; a rise is so many arrivals."""
+        self.settle(now)
+        if level > self.level:
+            for history in (self.minutes, self.hours):
+                history.arrivals.add(math.floor(now / history.width), level - self.level)
+                history.peak.raise_to(math.floor(now / history.width), level)
+        self.level, self.waiting = level, waiting
+
+    def settle(self, now: float) -> None:
+        """Count what passed since the last change."""
+        start, self._at = self._at, now
+        if now <= start or start == -math.inf:
+            return
+        keep = math.exp((start - now) / _BUSY)
+        self._busy *= keep
+        if not self.level:
+            return
+        self._busy += _BUSY * (1 - keep)
+        self._by_seconds(start, now)
+        self.minutes.passed(start, now, self.level, self.waiting)
+        self.hours.passed(start, now, self.level, self.waiting)
+
+    def _by_seconds(self, start: float, end: float) -> None:
+        last = math.floor(end)
+        first = math.floor(start)
+        if first == last:  # the usual case, on the path of every request
+            self.seconds.add(first, self.level * (end - start))
+            return
+        for slot in range(max(first, last - self.seconds.slots + 1), last + 1):
+            self.seconds.add(slot, self.level * (min(end, slot + 1) - max(start, slot)))
+
+    def mean(self, now: float, window: int) -> float:
+        """Requests under way, on average over the last `window` seconds, the present one included.
+
+        `settle` must have been called for `now`.
+        """
+        second = math.floor(now)
+        return self.seconds.total(second - window + 1, second) / (window - 1 + now - second)
+
+    @property
+    def busy(self) -> float:
+        """Seconds with requests under way, of which those long ago count little: at most 600."""
+        return self._busy
+
+    @property
+    def start_time(self) -> float:
+        """The median of the last starts in seconds; 0 when there was none."""
+        return statistics.median(self.starts) if self.starts else 0.0
+
+    def saved(self) -> dict[str, Any]:
+        """What is worth keeping over a restart. Requests that are under way end with the daemon."""
+        return {
+            "at": self._at if math.isfinite(self._at) else None,
+            "busy": self._busy,
+            "minutes": self.minutes.saved(),
+            "hours": self.hours.saved(),
+            "starts": list(self.starts),
+        }
+
+    def load(self, data: dict[str, Any]) -> None:
+        """Take over what `saved` gave."""
+        self._at = -math.inf if data["at"] is None else float(data["at"])
+        self._busy = float(data["busy"])
+        self.minutes.load_from(data["minutes"])
+        self.hours.load_from(data["hours"])
+        self.starts.extend(data["starts"])

@@ -1,0 +1,199 @@
+"""What the scaler knows of one function's version, and what that asks for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from templated.scaling.budget import PROMISED, SERVING, Claim
+from templated.scaling.demand import Demand
+from templated.scaling.forecast.level import Stopwatch
+from templated.scaling.forecast.levels import Levels, Makers
+from templated.scaling.policy import Bounds, Policy
+from templated.scaling.reactive import Desired, Reactive
+
+_MINUTE = 60.0
+_GIB = 1024.0
+# A hole in time: minutes beyond which nobody watched, so that they are no sign of idleness.
+_UNSEEN = 5
+# Chances of instances that no forecast is about: used since the minute began; wanted by demand.
+_USED, _DEMANDED = 0.5, 0.9
+_EXPECTED = 32
+
+
+class Expected(NamedTuple):
+    """Requests that somebody knows to come."""
+
+    requests: int
+    until: float
+    chance: float
+    why: str
+
+
+class Function:
+    """Not the scaler's interface: `Scaler` alone uses it. Times are of its steady clock."""
+
+    __slots__ = (
+        "_foreseen",
+        "_opened",
+        "_policy",
+        "bounds",
+        "demand",
+        "desired",
+        "expected",
+        "key",
+        "levels",
+        "peak",
+        "phase",
+        "reactive",
+        "wanted",
+    )
+
+    def __init__(self, key: str, bounds: Bounds, policy: Policy, makers: Makers) -> None:
+        self.key, self.bounds, self._policy = key, bounds, policy
+        self.demand = Demand()
+        self.reactive = Reactive(policy)
+        self.levels = Levels(makers)
+        self.phase: float | None = None
+        """Where its minutes begin. The first request sets it half a minute before itself: timers
+        then come in the middle of a minute, and functions take turns in being forecast."""
+        self.peak = 0
+        """Most requests at once in the open minute."""
+        self.expected: list[Expected] = []
+        self.desired = Desired(0, "idle")
+        self.wanted = 0
+        """Instances that it is worth to keep, before the budget."""
+        self._opened = 0
+        self._foreseen = 0
+
+    def change(self, now: float, level: int, waiting: int) -> None:
+        """So many requests are under way from now on."""
+        if self.phase is None:
+            if not level:
+                return
+            self.phase, self._opened = now - _MINUTE / 2, 0
+        self.demand.change(now, level, waiting)
+        self.peak = max(self.peak, level)
+
+    def expect(self, count: int, until: float, chance: float, why: str) -> None:
+        """`count` requests come beside those that are under way or expected."""
+        ahead = max((e.requests for e in self.expected), default=0)
+        total = max(self.demand.level, ahead) + count
+        self.expected = [*self.expected, Expected(total, until, chance, why)][-_EXPECTED:]
+
+    def roll(self, now: float, stopwatch: Stopwatch | None = None) -> bool:
+        """Close the minutes that are over; whether there was one."""
+        if self.phase is None:
+            return False
+        current = math.floor((now - self.phase) / _MINUTE)
+        passed = current - self._opened
+        if passed <= 0:
+            return False
+        self._opened = current
+        self.levels.close(self.peak, stopwatch)
+        self.peak = self.demand.level
+        if passed > _UNSEEN:
+            self.levels.skip(passed - 1)
+        else:
+            for _ in range(passed - 1):
+                self.levels.close(self.peak, stopwatch)
+        self._foreseen = max(
+            (upto for upto, chance in self.levels.chances() if self._pays(chance)), default=0
+        )
+        return True
+
+    @property
+    def closes(self) -> float:
+        """When its open minute is over."""
+        return math.inf if self.phase is None else self.phase + (self._opened + 1) * _MINUTE
+
+    @property
+    def lively(self) -> bool:
+        """It has to be looked at each second."""
+        return bool(self.demand.level or self.expected or not self.reactive.calm)
+
+    def evaluate(self, now: float) -> None:
+        """Set `desired` and `wanted`."""
+        self.demand.settle(now)
+        self.desired = self.reactive.round(self.demand, now)
+        if self.expected:
+            self.expected = [e for e in self.expected if e.until > now]
+        self.wanted = self.bounds.within(self._unbounded)
+
+    @property
+    def _promised(self) -> int:
+        return max((e.requests for e in self.expected if self._pays(e.chance)), default=0)
+
+    def _worth(self, chance: float) -> float:
+        return chance * _GIB / self.bounds.mib
+
+    def _pays(self, chance: float) -> bool:
+        return self._worth(chance) >= self._policy.price
+
+    def claims(self) -> list[Claim]:
+        """What it wants, piece by piece, and what each is worth."""
+        sure = min(self.demand.level, self.wanted)
+        least = max(sure, self.bounds.least)
+        found = []
+        if sure:
+            found.append(Claim(SERVING, self.key, 1, sure, self.bounds.mib))
+        if least > sure:
+            found.append(Claim(PROMISED, self.key, sure + 1, least - sure, self.bounds.mib))
+        if self.wanted > least:
+            found += self._open_claims(least)
+        return found
+
+    def _open_claims(self, above: int) -> list[Claim]:
+        """Those for the instances above so many, cut where the chance changes."""
+        steps = [*self.levels.chances(), (self.peak, _USED), (self.desired.instances, _DEMANDED)]
+        steps += [(e.requests, e.chance) for e in self.expected]
+        found = []
+        for upto in sorted({min(upto, self.wanted) for upto, _ in steps}):
+            if upto > above:
+                chance = max(chance for end, chance in steps if end >= upto)
+                found.append(
+                    Claim(self._worth(chance), self.key, above + 1, upto - above, self.bounds.mib)
+                )
+                above = upto
+        return found
+
+    def reason(self, keep: int) -> str:
+        """Why so many are kept, in words. `keep` is below `wanted` when the budget is short."""
+        if keep < self.wanted:
+            return "budget"
+        if self.bounds.most is not None and keep == self.bounds.most < self._unbounded:
+            return "max"
+        if not keep:
+            return "idle"
+        if keep > self._unbounded:
+            return "min"
+        if keep == self.desired.instances:
+            return self.desired.reason
+        if keep == self._promised:
+            return next(e.why for e in self.expected if e.requests == keep and self._pays(e.chance))
+        return self.levels.why(keep) if keep == self._foreseen else "used within the minute"
+
+    @property
+    def _unbounded(self) -> int:
+        return max(self.desired.instances, self.peak, self._foreseen, self._promised)
+
+    def chance(self, count: int) -> float:
+        """That the next minute needs instance number `count`."""
+        return next((chance for upto, chance in self.levels.chances() if upto >= count), 0.0)
+
+    def saved(self) -> dict[str, Any]:
+        """For `load`."""
+        return {
+            "phase": self.phase,
+            "opened": self._opened,
+            "peak": self.peak,
+            "demand": self.demand.saved(),
+            "levels": self.levels.saved(),
+        }
+
+    def load(self, data: dict[str, Any]) -> None:
+        """Take over what `saved` gave."""
+        self.phase = None if data["phase"] is None else float(data["phase"])
+        self._opened, self.peak = int(data["opened"]), int(data["peak"])
+        self.demand.load(data["demand"])
+        self.levels.load(data["levels"])
