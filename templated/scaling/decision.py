@@ -14,9 +14,11 @@ class Decision(NamedTuple):
     keep: int
     """Initialised instances to have, those included that serve. More should be started, or
     surplus ended; those beyond `desired` may be paused."""
+    kind: str
+    """What decides `keep`: `reactive`, `panic`, `cool-down`, `used` (within the minute), the name
+    of a forecaster, `expected`, `min`, `max`, `budget`, `pressure` or `idle`."""
     reason: str
-    """What decides `keep`, in words: `reactive`, `panic`, `cool-down`, `period of 5 min`,
-    `histogram: returns in 4 min`, `min`, `max`, `budget`, `pressure`, `idle`."""
+    """The same in words, as in `histogram: returns in 4 min`."""
     chance: float
     """Of the last instance that is kept: that the next minute needs it."""
 

@@ -13,8 +13,8 @@ from templated.scaling.ring import Ring
 SECOND, MINUTE, HOUR = 1.0, 60.0, 3600.0
 _KEPT = {SECOND: 64, MINUTE: 180, HOUR: 168}
 _STARTS = 16
-# How long a function counts as busy after it was; the time constant of `Demand.busy`, in seconds.
-_BUSY = 600.0
+BUSY = 600.0
+"""Seconds: the time constant of `Demand.busy`, and so the most that it can be."""
 
 
 class History:
@@ -93,11 +93,11 @@ class Demand:
         start, self._at = self._at, now
         if now <= start or start == -math.inf:
             return
-        keep = math.exp((start - now) / _BUSY)
+        keep = math.exp((start - now) / BUSY)
         self._busy *= keep
         if not self.level:
             return
-        self._busy += _BUSY * (1 - keep)
+        self._busy += BUSY * (1 - keep)
         self._by_seconds(start, now)
         self.minutes.passed(start, now, self.level, self.waiting)
         self.hours.passed(start, now, self.level, self.waiting)

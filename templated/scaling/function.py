@@ -19,6 +19,8 @@ _UNSEEN = 5
 # Chances of instances that no forecast is about: used since the minute began; wanted by demand.
 _USED, _DEMANDED = 0.5, 0.9
 _EXPECTED = 32
+# Seconds at either end of a minute, and how many returns there in a row are too many.
+_EDGE, _EDGES = 10.0, 3
 
 
 class Expected(NamedTuple):
@@ -34,6 +36,7 @@ class Function:
     """Not the scaler's interface: `Scaler` alone uses it. Times are of its steady clock."""
 
     __slots__ = (
+        "_edge",
         "_foreseen",
         "_opened",
         "_policy",
@@ -65,6 +68,7 @@ class Function:
         """Instances that it is worth to keep, before the budget."""
         self._opened = 0
         self._foreseen = 0
+        self._edge = 0
 
     def change(self, now: float, level: int, waiting: int) -> None:
         """So many requests are under way from now on."""
@@ -72,8 +76,18 @@ class Function:
             if not level:
                 return
             self.phase, self._opened = now - _MINUTE / 2, 0
+        if level and not self.peak and self.levels.idle:
+            self._returned((now - self.phase) % _MINUTE)
         self.demand.change(now, level, waiting)
         self.peak = max(self.peak, level)
+
+    def _returned(self, offset: float) -> None:
+        """A first request came so far into its minute. Those that keep coming where two minutes
+        meet would be expected now in the one, now in the other: then the minutes move."""
+        self._edge = self._edge + 1 if not _EDGE <= offset <= _MINUTE - _EDGE else 0
+        if self._edge >= _EDGES and self.phase is not None:
+            self.phase += _MINUTE / 2
+            self._edge = 0
 
     def expect(self, count: int, until: float, chance: float, why: str) -> None:
         """`count` requests come beside those that are under way or expected."""
@@ -97,10 +111,16 @@ class Function:
         else:
             for _ in range(passed - 1):
                 self.levels.close(self.peak, stopwatch)
-        self._foreseen = max(
+        self._foresee()
+        return True
+
+    def _foresee(self) -> None:
+        """Up to where instances are worth their memory. It falls by half of the way each minute,
+        since all instances of a burst look alike, and should not end together."""
+        pays = max(
             (upto for upto, chance in self.levels.chances() if self._pays(chance)), default=0
         )
-        return True
+        self._foreseen = max(pays, self._foreseen - max(1, (self._foreseen - pays + 1) // 2))
 
     @property
     def closes(self) -> float:
@@ -157,21 +177,24 @@ class Function:
                 above = upto
         return found
 
-    def reason(self, keep: int) -> str:
-        """Why so many are kept, in words. `keep` is below `wanted` when the budget is short."""
+    def reason(self, keep: int) -> tuple[str, str]:
+        """What decides that so many are kept, and that in words. `keep` is below `wanted` when the
+        budget is short."""
         if keep < self.wanted:
-            return "budget"
+            return "budget", "budget"
         if self.bounds.most is not None and keep == self.bounds.most < self._unbounded:
-            return "max"
+            return "max", "max"
         if not keep:
-            return "idle"
+            return "idle", "idle"
         if keep > self._unbounded:
-            return "min"
+            return "min", "min"
         if keep == self.desired.instances:
-            return self.desired.reason
+            return self.desired.reason, self.desired.reason
         if keep == self._promised:
-            return next(e.why for e in self.expected if e.requests == keep and self._pays(e.chance))
-        return self.levels.why(keep) if keep == self._foreseen else "used within the minute"
+            return "expected", next(e.why for e in self.expected if e.requests == keep)
+        if keep == self._foreseen:
+            return self.levels.why(keep)
+        return "used", "used within the minute"
 
     @property
     def _unbounded(self) -> int:

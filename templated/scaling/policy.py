@@ -14,7 +14,7 @@ class Policy:
     panic: int = 6
     """Seconds whose mean demand is followed instead when that is at least double."""
     buffer_share: float = 0.2
-    """Instances in reserve, as a share of the demand; rounded down, so few need none."""
+    """Instances in reserve, as a share of the demand, rounded: below three none."""
     buffer_floor: int = 0
     """Instances in reserve of a function with demand, at least."""
     cool_down: float = 300.0

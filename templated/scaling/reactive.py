@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from templated.scaling.demand import Demand
+from templated.scaling.demand import BUSY, Demand
 from templated.scaling.policy import Policy
 
 # Demand is no longer followed by its average when the short one is so many times what there is.
 _DOUBLE = 2
-# A function that was busy for less lets go at once: what it needs next is a forecast's business.
+# A function that was busy for less lets go of its only instance at once: when it is needed next is
+# the forecast's business.
 _BRIEF = 120.0
+# Several are surplus after so many windows at least: who swings within them keeps all.
+_CALM = 2
 # Surplus goes in halves, and seconds lie between them: a part of the cool-down.
 _PACE = 6
 
@@ -63,7 +66,7 @@ class Reactive:
         if not mean:
             return demand.level
         # A mean of a half or less is somebody who comes now and then: the forecast knows better.
-        buffer = max(policy.buffer_floor, int(policy.buffer_share * mean))
+        buffer = max(policy.buffer_floor, math.floor(policy.buffer_share * mean + 0.5))
         return max(demand.level, math.ceil(mean - 0.5) + buffer)
 
     def _scale_in(self, demand: Demand, now: float, wanted: int) -> Desired:
@@ -77,9 +80,8 @@ class Reactive:
         return Desired(self.held, "cool-down" if self.held > wanted else "reactive")
 
     def _cool_down(self, demand: Demand) -> float:
-        if demand.busy < _BRIEF:
-            return 0.0
-        return self._policy.cool_down * demand.busy / 600.0
+        longer = self._policy.cool_down * demand.busy / BUSY if demand.busy >= _BRIEF else 0.0
+        return longer + (_CALM * self._policy.stable if self.held > 1 else 0.0)
 
     @property
     def calm(self) -> bool:

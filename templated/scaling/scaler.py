@@ -45,6 +45,7 @@ class Scaler:
         self._closing: list[tuple[float, str]] = []
         self._asked = 0.0
         self._short = False
+        self._pressed = False
 
     def __contains__(self, key: str) -> bool:
         return key in self._functions
@@ -57,7 +58,7 @@ class Scaler:
             self._asked += found.wanted * bounds.mib
         else:
             self._functions[key] = Function(key, bounds, self.policy, self._makers)
-            self._decisions[key] = Decision(key, 0, 0, "idle", 0.0)
+            self._decisions[key] = Decision(key, 0, 0, "idle", "idle", 0.0)
         self._lively[key] = None
 
     def remove(self, key: str) -> None:
@@ -106,6 +107,9 @@ class Scaler:
             kept, short = share(claims, bound)
             self._short = self._asked > bound
             due = list(self._functions)
+        if growth and self._pressed:
+            due = list(self._functions)
+        self._pressed = not growth
         changed = [d for key in due if (d := self._decide(key, kept, growth)) is not None]
         failures = [
             Failure(key, *failure)
@@ -139,10 +143,10 @@ class Scaler:
         if held:
             keep = max(before.keep, function.demand.level)
         desired = min(keep, max(function.desired.instances, function.bounds.least))
-        reason = "pressure" if held else function.reason(keep)
+        kind, reason = ("pressure", "pressure") if held else function.reason(keep)
         if (desired, keep, reason) == (before.desired, before.keep, before.reason):
             return None
-        decision = Decision(key, desired, keep, reason, function.chance(keep))
+        decision = Decision(key, desired, keep, kind, reason, function.chance(keep))
         self._decisions[key] = decision
         return decision
 

@@ -108,7 +108,7 @@ def _choices(ours: Sequence[Point], reference: Point) -> Iterator[dict[str, Any]
     for half in (0, 1):
         than = reference.half(half)
         if than.cold and than.held:
-            best = min(ours, key=lambda p: _share(p.half(half), than))  # noqa: B023 - used at once
+            best = min(ours, key=lambda p: _share(p.half(half), than))
             yield {
                 "on": ("first, third, ...", "second, fourth, ...")[half],
                 "setting": best.setting,

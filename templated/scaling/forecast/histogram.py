@@ -12,6 +12,10 @@ _LENGTHS, _COUNTED = 240, 4096
 _RECENT = 8
 
 
+def _returns(minutes: int) -> str:
+    return f"histogram: returns in {minutes} min" if minutes else "histogram: returns now"
+
+
 class Histogram:
     """Of all times that the function stayed away so long, how many ended now?"""
 
@@ -45,9 +49,8 @@ class Histogram:
     def why(self, past: Past) -> str:
         ahead = [(count, -gap) for gap, count in self._counts.items() if gap >= past.gap]
         if not ahead:
-            return "histogram: seldom away so long"
-        minutes = -max(ahead)[1] - past.gap
-        return f"histogram: returns in {minutes} min" if minutes else "histogram: returns now"
+            return "histogram: never away so long"
+        return _returns(-max(ahead)[1] - past.gap)
 
     def _fade(self) -> None:
         """Halve all counts: what happened once goes, from the rarest on."""
@@ -84,8 +87,8 @@ class Lately:
         """An idle time that was not seen ends as any other."""
 
     def why(self, past: Past) -> str:
-        away = [gap - past.gap for gap in self._gaps if gap >= past.gap]
-        return f"histogram: lately returned in {min(away)} min" if away else "histogram: away"
+        ahead = [gap - past.gap for gap in self._gaps if gap >= past.gap]
+        return _returns(min(ahead)) if ahead else "histogram: lately not away so long"
 
     def saved(self) -> dict[str, Any]:
         return {"gaps": list(self._gaps)}

@@ -122,12 +122,12 @@ class Level:
         self.forecast()
 
     @property
-    def why(self) -> str:
-        """The forecast in the words of the forecaster that says most of it."""
+    def why(self) -> tuple[str, str]:
+        """The name of the forecaster that says most of the chance, and its forecast in words."""
         if not self._members:
-            return Usual().why(self.past)
+            return Usual.name, Usual().why(self.past)
         best = max(self._members, key=lambda member: member.weight * member.said.chance)
-        return best.forecaster.why(self.past)
+        return best.forecaster.name, best.forecaster.why(self.past)
 
     def _leave_out(self, member: _Member, error: Exception) -> None:
         self._members.remove(member)

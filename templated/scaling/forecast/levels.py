@@ -50,6 +50,11 @@ class Levels:
             self.levels.append(level)
             first = following(first)
 
+    @property
+    def idle(self) -> bool:
+        """The last minute needed nothing, but one before did."""
+        return bool(self.levels) and self.levels[0].past.gap > 1
+
     def skip(self, minutes: int) -> None:
         """Nothing is known of so many minutes."""
         self._trend.skip(minutes)
@@ -69,12 +74,12 @@ class Levels:
         found.reverse()
         return found
 
-    def why(self, count: int) -> str:
-        """What speaks for the instance number `count`, in words."""
+    def why(self, count: int) -> tuple[str, str]:
+        """Which forecaster speaks for the instance number `count`, and what it says."""
         for level in reversed(self.levels):
             if level.first <= count:
                 return level.why
-        return ""
+        return "", ""
 
     def failed(self) -> list[tuple[str, str]]:
         """Forecasters that were left out since the last call, and why."""
