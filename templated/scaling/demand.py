@@ -13,6 +13,8 @@ from templated.scaling.ring import Ring
 SECOND, MINUTE, HOUR = 1.0, 60.0, 3600.0
 _KEPT = {SECOND: 64, MINUTE: 180, HOUR: 168}
 _STARTS = 16
+# Minutes that are counted of a time in which nobody looked: a day.
+_LONGEST = 1440
 BUSY = 600.0
 """Seconds: the time constant of `Demand.busy`, and so the most that it can be."""
 
@@ -33,21 +35,13 @@ class History:
         """The most that were under way at once."""
         self.arrivals = Ring(slots)
 
-    def passed(self, start: float, end: float, level: int, waiting: int) -> None:
-        """`level` requests were under way from `start` to `end`."""
-        if level <= 0:
-            return
-        last = math.floor(end / self.width)
-        slot = max(math.floor(start / self.width), last - self.load.slots + 1)
-        while slot <= last:
-            begin, over = slot * self.width, (slot + 1) * self.width
-            seconds = min(end, over) - max(start, begin)
-            if seconds > 0:
-                self.load.add(slot, level * seconds)
-                self.peak.raise_to(slot, level)
-                if waiting:
-                    self.waiting.add(slot, waiting * seconds)
-            slot += 1
+    def add(self, at: float, minute: Minute) -> None:
+        """What a minute, or a part of it, brought that began at `at`."""
+        slot = math.floor(at / self.width)
+        self.load.add(slot, minute.load)
+        self.waiting.add(slot, minute.waiting)
+        self.peak.raise_to(slot, minute.peak)
+        self.arrivals.add(slot, minute.arrivals)
 
     def saved(self) -> dict[str, Any]:
         """For `load_from`."""
@@ -62,10 +56,32 @@ class History:
 _RINGS = ("load", "waiting", "peak", "arrivals")
 
 
+class Minute:
+    """What is counted until the minute is over: requests cost no more than this."""
+
+    __slots__ = ("arrivals", "load", "peak", "waiting")
+
+    def __init__(self, peak: int) -> None:
+        self.load = self.waiting = 0.0
+        self.arrivals = 0
+        self.peak = peak
+
+
 class Demand:
     """The demand of one version. Times are seconds of a clock that only goes forward."""
 
-    __slots__ = ("_at", "_busy", "hours", "level", "minutes", "seconds", "starts", "waiting")
+    __slots__ = (
+        "_at",
+        "_busy",
+        "_minute",
+        "_number",
+        "hours",
+        "level",
+        "minutes",
+        "seconds",
+        "starts",
+        "waiting",
+    )
 
     def __init__(self) -> None:
         self.level = 0
@@ -74,37 +90,64 @@ class Demand:
         """Those that wait."""
         self.seconds = Ring(_KEPT[SECOND])
         self.minutes = History(MINUTE)
+        """Without the minute that is still open, as `hours`; see `flush`."""
         self.hours = History(HOUR)
         self.starts: deque[float] = deque(maxlen=_STARTS)
         self._at = -math.inf
         self._busy = 0.0
+        self._number = 0
+        self._minute = Minute(0)
 
     def change(self, now: float, level: int, waiting: int = 0) -> None:
         """From `now` on `level` requests are under way; a rise is so many arrivals."""
         self.settle(now)
         if level > self.level:
-            for history in (self.minutes, self.hours):
-                history.arrivals.add(math.floor(now / history.width), level - self.level)
-                history.peak.raise_to(math.floor(now / history.width), level)
+            self._minute.arrivals += level - self.level
+            if level > self._minute.peak:
+                self._minute.peak = level
         self.level, self.waiting = level, waiting
 
     def settle(self, now: float) -> None:
         """Count what passed since the last change."""
         start, self._at = self._at, now
-        if now <= start or start == -math.inf:
-            return
-        keep = math.exp((start - now) / BUSY)
-        self._busy *= keep
-        if not self.level:
-            return
-        self._busy += BUSY * (1 - keep)
-        self._by_seconds(start, now)
-        self.minutes.passed(start, now, self.level, self.waiting)
-        self.hours.passed(start, now, self.level, self.waiting)
+        number = int(now // MINUTE)
+        if start == -math.inf:
+            self._number = number
+        elif now > start:
+            keep = math.exp((start - now) / BUSY)
+            self._busy *= keep
+            if self.level:
+                self._busy += BUSY * (1 - keep)
+                self._by_seconds(start, now)
+            if number != self._number:
+                start = self._close(start, number)
+            if self.level:
+                self._minute.load += self.level * (now - start)
+                self._minute.waiting += self.waiting * (now - start)
+
+    def _close(self, start: float, number: int) -> float:
+        """Minutes are over, and number `number` began; when it did, or `start` if that is later."""
+        while self._number < number:
+            if self.level:
+                over = (self._number + 1) * MINUTE
+                seconds = over - max(start, over - MINUTE)
+                self._minute.load += self.level * seconds
+                self._minute.waiting += self.waiting * seconds
+            self.flush()
+            following = self._number + 1
+            self._number = max(following, number - _LONGEST) if self.level else number
+        return max(start, number * MINUTE)
+
+    def flush(self) -> None:
+        """Write what the open minute has so far to `minutes` and `hours`."""
+        if self._minute.peak:
+            begin = self._number * MINUTE
+            self.minutes.add(begin, self._minute)
+            self.hours.add(begin, self._minute)
+            self._minute = Minute(self.level)
 
     def _by_seconds(self, start: float, end: float) -> None:
-        last = math.floor(end)
-        first = math.floor(start)
+        first, last = math.floor(start), math.floor(end)
         if first == last:  # the usual case, on the path of every request
             self.seconds.add(first, self.level * (end - start))
             return
@@ -131,6 +174,7 @@ class Demand:
 
     def saved(self) -> dict[str, Any]:
         """What is worth keeping over a restart. Requests that are under way end with the daemon."""
+        self.flush()
         return {
             "at": self._at if math.isfinite(self._at) else None,
             "busy": self._busy,
@@ -142,6 +186,7 @@ class Demand:
     def load(self, data: dict[str, Any]) -> None:
         """Take over what `saved` gave."""
         self._at = -math.inf if data["at"] is None else float(data["at"])
+        self._number = 0 if data["at"] is None else int(self._at // MINUTE)
         self._busy = float(data["busy"])
         self.minutes.load_from(data["minutes"])
         self.hours.load_from(data["hours"])

@@ -40,6 +40,9 @@ class Function:
         "_foreseen",
         "_opened",
         "_policy",
+        "_promised",
+        "_unbounded",
+        "_why",
         "bounds",
         "demand",
         "desired",
@@ -69,6 +72,9 @@ class Function:
         self._opened = 0
         self._foreseen = 0
         self._edge = 0
+        self._promised = self._unbounded = 0
+        # Asked for each second, told by many objects: so it is kept for the minute.
+        self._why: tuple[str, str] | None = None
 
     def change(self, now: float, level: int, waiting: int) -> None:
         """So many requests are under way from now on."""
@@ -120,6 +126,7 @@ class Function:
         pays = max(
             (upto for upto, chance in self.levels.chances() if self._pays(chance)), default=0
         )
+        self._why = None
         self._foreseen = max(pays, self._foreseen - max(1, (self._foreseen - pays + 1) // 2))
 
     @property
@@ -136,13 +143,13 @@ class Function:
         """Set `desired` and `wanted`."""
         self.demand.settle(now)
         self.desired = self.reactive.round(self.demand, now)
+        self._promised = 0
         if self.expected:
             self.expected = [e for e in self.expected if e.until > now]
+            paying = (e.requests for e in self.expected if self._pays(e.chance))
+            self._promised = max(paying, default=0)
+        self._unbounded = max(self.desired.instances, self.peak, self._foreseen, self._promised)
         self.wanted = self.bounds.within(self._unbounded)
-
-    @property
-    def _promised(self) -> int:
-        return max((e.requests for e in self.expected if self._pays(e.chance)), default=0)
 
     def _worth(self, chance: float) -> float:
         return chance * _GIB / self.bounds.mib
@@ -193,12 +200,10 @@ class Function:
         if keep == self._promised:
             return "expected", next(e.why for e in self.expected if e.requests == keep)
         if keep == self._foreseen:
-            return self.levels.why(keep)
+            if self._why is None:
+                self._why = self.levels.why(keep)
+            return self._why
         return "used", "used within the minute"
-
-    @property
-    def _unbounded(self) -> int:
-        return max(self.desired.instances, self.peak, self._foreseen, self._promised)
 
     def chance(self, count: int) -> float:
         """That the next minute needs instance number `count`."""

@@ -139,9 +139,10 @@ class Scaler:
         """The new decision, or None when nothing is other than before."""
         function, before = self._functions[key], self._decisions[key]
         keep = function.wanted if kept is None else kept.get(key, 0)
-        held = not growth and keep > max(before.keep, function.demand.level)
-        if held:
-            keep = max(before.keep, function.demand.level)
+        held = False
+        if not growth:
+            most = max(before.keep, function.demand.level)
+            keep, held = min(keep, most), keep > most
         desired = min(keep, max(function.desired.instances, function.bounds.least))
         kind, reason = ("pressure", "pressure") if held else function.reason(keep)
         if (desired, keep, reason) == (before.desired, before.keep, before.reason):
@@ -156,7 +157,9 @@ class Scaler:
 
     def demand(self, key: str) -> Demand:
         """What was seen of a version: to read, not to change."""
-        return self._functions[key].demand
+        found = self._functions[key].demand
+        found.flush()
+        return found
 
     def saved(self) -> dict[str, Any]:
         """All that was learned, as plain data."""

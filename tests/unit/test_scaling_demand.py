@@ -38,6 +38,7 @@ def test_minutes_and_hours_keep_load_peaks_arrivals_and_waiting() -> None:
     demand.change(3600.0, 2, waiting=1)
     demand.change(3690.0, 5)
     demand.change(3700.0, 0)
+    demand.flush()
     minute = 60
     assert demand.minutes.load.total(minute, minute + 1) == 2 * 90 + 5 * 10
     assert demand.minutes.waiting.total(minute, minute + 1) == 90
@@ -65,6 +66,7 @@ def test_a_leap_costs_no_time_and_leaves_only_the_last_slots(leap: float) -> Non
     demand = Demand()
     demand.change(5.0, 2)
     demand.settle(leap)
+    demand.flush()
     assert demand.mean(leap, 60) == pytest.approx(2.0, rel=0.02)
     assert demand.minutes.peak.total(0, 0) == 0 or leap < 1e5
 

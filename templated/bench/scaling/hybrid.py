@@ -35,6 +35,7 @@ class _Histogram:
         self._counts = [0] * _RANGE
         self._inside = self._outside = self._squares = 0
         self._window: tuple[int, int] | None = None
+        self._fresh = False
 
     def used(self, minute: int) -> None:
         """It ends an idle time."""
@@ -45,22 +46,23 @@ class _Histogram:
             self._squares += 2 * self._counts[idle] + 1
             self._counts[idle] += 1
             self._inside += 1
-        self._window = None
+        self._fresh = True
 
-    @property
-    def representative(self) -> bool:
+    def window(self, head: float, tail: float) -> tuple[int, int] | None:
+        """Idle minutes after which it is back, and goes; None while it is not representative."""
+        if self._fresh:
+            self._fresh, self._window = False, None
+            if self._representative():
+                first = math.floor(self._quantile(head) * (1 - _MARGIN))
+                last = math.ceil((self._quantile(tail) + 1) * (1 + _MARGIN))
+                self._window = first, last
+        return self._window
+
+    def _representative(self) -> bool:
         if not self._inside or self._outside > self._inside:
             return False
         mean = self._inside / _RANGE
         return math.sqrt(self._squares / _RANGE - mean * mean) >= _VARIATION * mean
-
-    def window(self, head: float, tail: float) -> tuple[int, int]:
-        """Idle minutes after which it is back, and goes."""
-        if self._window is None:
-            first = math.floor(self._quantile(head) * (1 - _MARGIN))
-            last = math.ceil((self._quantile(tail) + 1) * (1 + _MARGIN))
-            self._window = first, last
-        return self._window
 
     def _quantile(self, share: float) -> int:
         reached = 0
@@ -88,10 +90,10 @@ class Hybrid:
     def _keeps(self, instance: _Histogram, minute: int) -> bool:
         fixed, head, tail = self._setting
         idle = minute - instance.last - 1
-        if not instance.representative:
+        window = instance.window(head, tail)
+        if window is None:
             return idle < fixed
-        first, last = instance.window(head, tail)
-        return first <= idle <= last
+        return window[0] <= idle <= window[1]
 
     def saw(self, minute: int, need: int) -> None:
         for instance in self._instances[:need]:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any, ClassVar
 
 from templated.scaling.forecast.base import DAY, Forecast, Past, shrunk, usual
 
 # Idle times of different lengths that are counted; and of any, before old ones fade.
 _LENGTHS, _COUNTED = 240, 4096
-_RECENT = 8
-
-
-def _returns(minutes: int) -> str:
-    return f"histogram: returns in {minutes} min" if minutes else "histogram: returns now"
 
 
 class Histogram:
@@ -50,7 +44,8 @@ class Histogram:
         ahead = [(count, -gap) for gap, count in self._counts.items() if gap >= past.gap]
         if not ahead:
             return "histogram: never away so long"
-        return _returns(-max(ahead)[1] - past.gap)
+        minutes = -max(ahead)[1] - past.gap
+        return f"histogram: returns in {minutes} min" if minutes else "histogram: returns now"
 
     def _fade(self) -> None:
         """Halve all counts: what happened once goes, from the rarest on."""
@@ -64,37 +59,6 @@ class Histogram:
         self._counts = {int(gap): int(count) for gap, count in data["counts"].items()}
         self._total = sum(self._counts.values())
         self._left = sum(count for gap, count in self._counts.items() if gap >= past.gap)
-
-
-class Lately:
-    """The same question, of the last few idle times alone: habits change."""
-
-    name: ClassVar[str] = "lately"
-    __slots__ = ("_gaps",)
-
-    def __init__(self) -> None:
-        self._gaps: deque[int] = deque(maxlen=_RECENT)
-
-    def forecast(self, past: Past) -> Forecast:
-        left = [gap for gap in self._gaps if gap >= past.gap]
-        return shrunk(left.count(past.gap), len(left), past.gap)
-
-    def learn(self, past: Past, needed: bool) -> None:
-        if needed:
-            self._gaps.append(past.gap)
-
-    def skip(self, past: Past, minutes: int) -> None:
-        """An idle time that was not seen ends as any other."""
-
-    def why(self, past: Past) -> str:
-        ahead = [gap - past.gap for gap in self._gaps if gap >= past.gap]
-        return _returns(min(ahead)) if ahead else "histogram: lately not away so long"
-
-    def saved(self) -> dict[str, Any]:
-        return {"gaps": list(self._gaps)}
-
-    def load(self, data: dict[str, Any], past: Past) -> None:
-        self._gaps.extend(int(gap) for gap in data["gaps"])
 
 
 class Usual:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from templated.scaling.forecast.base import Forecast, Forecaster, Past, usual
-from templated.scaling.forecast.histogram import Histogram, Lately, Usual
+from templated.scaling.forecast.histogram import Histogram, Usual
 from templated.scaling.forecast.pattern import Pattern, Rhythm
 from templated.scaling.forecast.period import Period
 from templated.scaling.forecast.trend import Rate, Trend, TrendAt
@@ -27,12 +27,10 @@ def forecasters(level: int, trend: Trend) -> list[Forecaster]:
     """Those for one level of a function with this trend."""
     return [
         Histogram(),
-        Lately(),
         Rhythm(),
         Pattern(),
         Period(),
-        Rate(10),
-        Rate(60),
+        Rate(),
         TrendAt(trend, level),
         Usual(),
     ]
@@ -75,8 +73,8 @@ class Level:
         """A minute is over: learn from it, and forecast the next one."""
         began = stopwatch() if stopwatch else 0.0
         for member in tuple(self._members):
-            given = min(max(member.said.chance, _LEAST), 1 - _LEAST)
-            member.loss = member.loss * _KEEP - math.log(given if needed else 1 - given)
+            given = member.said.chance if needed else 1 - member.said.chance
+            member.loss = member.loss * _KEEP - math.log(max(given, _LEAST))
             try:
                 member.forecaster.learn(self.past, needed)
             except Exception as error:
@@ -159,13 +157,9 @@ class Level:
         """Take over what `saved` gave; a forecaster that it does not have begins anew."""
         self.past.bits = int(data["bits"], 16)
         self.past.gap, self.past.before = int(data["gap"]), int(data["before"])
-        saved: dict[str, list[dict[str, Any]]] = {}
-        for row in data["members"]:
-            saved.setdefault(row["name"], []).append(row)
+        rows = {row["name"]: row for row in data["members"]}
         for member in self._members:
-            # Two rates have one name: the first one's row is the first.
-            if rows := saved.get(member.forecaster.name):
-                row = rows.pop(0)
+            if row := rows.get(member.forecaster.name):
                 member.loss = float(row["loss"])
                 member.forecaster.load(row, self.past)
         self.forecast()

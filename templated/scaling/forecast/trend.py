@@ -7,28 +7,29 @@ from typing import Any, ClassVar
 
 from templated.scaling.forecast.base import Forecast, Past
 
+_HOUR = 60
+
 
 class Rate:
-    """The share of the last minutes that needed the instance."""
+    """The share of the last hour's minutes that needed the instance."""
 
     name: ClassVar[str] = "rate"
-    __slots__ = ("_minutes", "_rate")
+    __slots__ = ("_rate",)
 
-    def __init__(self, minutes: int) -> None:
-        self._minutes = minutes
-        self._rate = 1 / minutes  # a level is known from its first need on
+    def __init__(self) -> None:
+        self._rate = 1 / _HOUR  # a level is known from its first need on
 
     def forecast(self, past: Past) -> Forecast:
         return Forecast(self._rate, 0.5)
 
     def learn(self, past: Past, needed: bool) -> None:
-        self._rate += (needed - self._rate) / self._minutes
+        self._rate += (needed - self._rate) / _HOUR
 
     def skip(self, past: Past, minutes: int) -> None:
-        self._rate *= (1 - 1 / self._minutes) ** minutes
+        self._rate *= (1 - 1 / _HOUR) ** minutes
 
     def why(self, past: Past) -> str:
-        return f"trend: needed in {self._rate:.0%} of the last {self._minutes} min"
+        return f"rate: needed in {self._rate:.0%} of the last hour's minutes"
 
     def saved(self) -> dict[str, Any]:
         return {"rate": self._rate}
