@@ -36,6 +36,7 @@ class Function:
     """Not the scaler's interface: `Scaler` alone uses it. Times are of its steady clock."""
 
     __slots__ = (
+        "_claims",
         "_edge",
         "_foreseen",
         "_opened",
@@ -73,6 +74,7 @@ class Function:
         self._foreseen = 0
         self._edge = 0
         self._promised = self._unbounded = 0
+        self._claims: list[Claim] | None = None
         # Asked for each second, told by many objects: so it is kept for the minute.
         self._why: tuple[str, str] | None = None
 
@@ -150,6 +152,7 @@ class Function:
             self._promised = max(paying, default=0)
         self._unbounded = max(self.desired.instances, self.peak, self._foreseen, self._promised)
         self.wanted = self.bounds.within(self._unbounded)
+        self._claims = None
 
     def _worth(self, chance: float) -> float:
         return chance * _GIB / self.bounds.mib
@@ -158,7 +161,12 @@ class Function:
         return self._worth(chance) >= self._policy.price
 
     def claims(self) -> list[Claim]:
-        """What it wants, piece by piece, and what each is worth."""
+        """What it wants, piece by piece, and what each is worth; as of the last `evaluate`."""
+        if self._claims is None:
+            self._claims = self._claimed()
+        return self._claims
+
+    def _claimed(self) -> list[Claim]:
         sure = min(self.demand.level, self.wanted)
         least = max(sure, self.bounds.least)
         found = []
@@ -225,3 +233,4 @@ class Function:
         self._opened, self.peak = int(data["opened"]), int(data["peak"])
         self.demand.load(data["demand"])
         self.levels.load(data["levels"])
+        self._foresee()

@@ -106,7 +106,8 @@ class Scaler:
             claims: Iterable[Claim] = (c for f in self._functions.values() for c in f.claims())
             kept, short = share(claims, bound)
             self._short = self._asked > bound
-            due = list(self._functions)
+            moved = (key for key, keep in kept.items() if keep != self._decisions[key].keep)
+            due = list(dict.fromkeys((*due, *moved)))
         if growth and self._pressed:
             due = list(self._functions)
         self._pressed = not growth
@@ -161,24 +162,32 @@ class Scaler:
         found.flush()
         return found
 
-    def saved(self) -> dict[str, Any]:
-        """All that was learned, as plain data."""
+    def saved(self, keys: Iterable[str] | None = None) -> dict[str, Any]:
+        """All that was learned, or that of some versions, as plain data: 2 to 30 KB each as JSON.
+
+        Saving some at a time spreads the work; `load` takes each part.
+        """
+        chosen = self._functions if keys is None else keys
         return {
             "format": _FORMAT,
             "clock": self._clock.saved(),
-            "functions": {key: found.saved() for key, found in self._functions.items()},
+            "functions": {key: self._functions[key].saved() for key in chosen},
         }
 
     def load(self, data: dict[str, Any]) -> None:
         """Take over what `saved` gave for those versions that were added already. To be called
-        before anything happens to them. ValueError for data that is not that."""
+        before anything happens to them. ValueError for data that is not that: the version it is
+        about, and those after it, begin anew."""
         try:
             if data["format"] != _FORMAT:
                 raise ValueError(f"format {data['format']}")
             self._clock.load(data["clock"])
             for key, row in data["functions"].items():
-                if function := self._functions.get(key):
+                if key in self._functions:
+                    bounds = self._functions[key].bounds
+                    function = Function(key, bounds, self.policy, self._makers)
                     function.load(row)
+                    self._functions[key] = function
                     if function.phase is not None:
                         heapq.heappush(self._closing, (function.closes, key))
         except (KeyError, TypeError, AttributeError) as error:

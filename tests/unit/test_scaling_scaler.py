@@ -255,6 +255,33 @@ def test_saved_and_loaded() -> None:
     assert again.demand("f").hours.arrivals.total(0, 10) == sum(needs) + sum(later)
 
 
+def test_saved_in_parts() -> None:
+    made = scaler("a", "b")
+    use(made, "a", 0.0)
+    use(made, "b", 2.0)
+    made.round(120.0)
+    again = scaler("a", "b")
+    for key in ("a", "b"):
+        again.load(json.loads(json.dumps(made.saved([key]))))
+    assert again.saved() == made.saved()
+    again.round(121.0)
+    assert [again.decision(key) for key in "ab"] == [made.decision(key) for key in "ab"]
+
+
+def test_half_of_a_version_is_not_loaded() -> None:
+    made = scaler("a", "b")
+    use(made, "a", 0.0)
+    use(made, "b", 0.0)
+    made.round(120.0)
+    data = made.saved()
+    del data["functions"]["b"]["levels"]["levels"][0]["bits"]
+    again = scaler("a", "b")
+    with pytest.raises(ValueError, match="no saved scaling: KeyError"):
+        again.load(data)
+    again.round(121.0)
+    assert [again.decision(key).keep for key in "ab"] == [1, 0]
+
+
 @pytest.mark.parametrize("data", [{}, {"format": 2}, [], None, {"format": 1, "clock": {}}])
 def test_what_was_not_saved_is_not_loaded(data: Any) -> None:
     with pytest.raises(ValueError, match=r"format|saved"):
