@@ -30,6 +30,7 @@ from templated.services.clones.registry import Clones
 from templated.services.context import Context
 from templated.services.functions.bounds import Bounds
 from templated.services.functions.cache import CodeCache
+from templated.services.functions.crews import Crews
 from templated.services.functions.functions import Functions
 from templated.services.functions.instance import Timing
 from templated.services.functions.instances import Instances
@@ -37,6 +38,7 @@ from templated.services.functions.logs import FunctionLogs
 from templated.services.functions.queue import EventQueue
 from templated.services.functions.registry import Registry
 from templated.services.functions.router import Router
+from templated.services.functions.starts import Room
 from templated.services.functions.uploads import Uploads
 from templated.services.functions.zone import Zone
 from templated.services.host import Host
@@ -213,9 +215,15 @@ class _Functions:
             gateway.region,
             templates.memory,
         )
+        # Half of the turns are always left to requests.
+        ahead = max(1, context.config.limits.concurrent_starts // 2)
+        room = Room(most=limits.concurrency, ahead=ahead)
+        self._crews = Crews(instances, context.events, metrics, room, self._registry.current)
         bounds = Bounds(self._registry, limits.concurrency, limits.queue)
         arns = f"arn:aws:lambda:{gateway.region}:{gateway.account}:function"
-        return Router(self._registry, instances, bounds, metrics, self._logs, arns=arns)
+        return Router(
+            self._registry, instances, self._crews, bounds, metrics, self._logs, arns=arns
+        )
 
     async def open(self) -> None:
         """Know what an earlier daemon knew. Raises HostError when the journal cannot be read."""

@@ -1,42 +1,63 @@
-"""The crews of all versions: which instance a request gets, and when a new one is started."""
+"""The crews of all versions: which instance a request gets, and how many there should be."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from templated.errors import Busy, NotFound, StartError
+from templated.errors import Busy, NotFound
 from templated.model.function import Version
-from templated.services.functions.crew import Crew, Waiter
-from templated.services.functions.instance import Instance, NotBegun
+from templated.services.functions.crew import DRIVEN, Crew, Waiter
+from templated.services.functions.instance import Instance
 from templated.services.functions.instances import Instances
+from templated.services.functions.starts import Room, Starts, named
+from templated.services.reports.events import EventBus
 from templated.services.reports.function_metrics import FunctionMetrics
 
-log = logging.getLogger(__name__)
-# Starts of one version's instances at once. More would not be faster: starts take turns. But who
-# waits for one that has not begun may be served by another before.
-_AT_ONCE = 8
+
+@dataclass(frozen=True, kw_only=True)
+class Supply:
+    """The instances of a version and what is asked of them, as a scaler sees it."""
+
+    version: Version
+    running: int
+    """Requests under way, those that wait for an instance among them."""
+    waiting: int
+    """Requests that wait for an instance."""
+    up: int
+    """Instances that serve or rest."""
+    resting: int
+    starting: int
+    aim: int
+    """How many instances there should be, whoever said so."""
+    kept: int
+    """How many of them users have asked to keep: they are not trimmed."""
+    pause: float
+    """Seconds in which none is begun ahead, since the last ones failed."""
 
 
 class Crews:
-    """Hands out instances. There are never more than `most`, as far as some of them rest."""
+    """Hands out instances, and has as many as should be there."""
 
     def __init__(
         self,
         instances: Instances,
+        events: EventBus,
         metrics: FunctionMetrics,
-        most: int,
-        at_once: int = _AT_ONCE,
+        room: Room,
+        current: Callable[[Version], bool],
     ) -> None:
+        """`current` tells whether a version is there, and is this one still."""
         self._instances = instances
         self._metrics = metrics
-        self._most = most
-        self._at_once = at_once
+        self._pace = room.pace
+        self._current = current
         self._crews: dict[tuple[str, int], Crew] = {}
         self._retired: set[Crew] = set()
-        self._starts: set[asyncio.Task[None]] = set()
+        self._starts = Starts(self, instances, events, room, self.offer, self.done)
         self._closing = False
+        metrics.count_crews(self._aims, self._failures)
 
     def __iter__(self) -> Iterator[Crew]:
         """All crews, also those that have retired and are not done."""
@@ -50,15 +71,15 @@ class Crews:
             return crew
         if crew is not None:
             self._retire(crew)
-        crew = self._crews[key] = Crew(version, self._metrics.expect(version))
+        crew = self._crews[key] = Crew(version, self._metrics.expect(version), self._pace)
         return crew
 
     async def get(self, crew: Crew) -> Instance:
         """An instance for a request, which must `offer` it again: the one that was used last,
         or the first that comes free, or that is new.
 
-        Raises what a start of an instance raises, NotFound when its version is removed, Busy
-        when the daemon ends; leaves no instance taken.
+        Raises what a start of an instance raises, or raised lately; NotFound when its version is
+        removed, Busy when the daemon ends; leaves no instance taken.
         """
         return self._taken(crew) or await self._awaited(crew)
 
@@ -76,11 +97,13 @@ class Crews:
             raise closing()
         waiter: Waiter = asyncio.get_running_loop().create_future()
         crew.waiting.append(waiter)
-        self._begin_needed(crew)
-        return await waiter  # bounded: as long as it waits, an instance of its crew starts
+        self._starts.attend(crew)
+        return await waiter  # bounded: an instance starts, or serves, or it is told the last error
 
     def offer(self, crew: Crew, instance: Instance) -> None:
         """An instance is free: for who waits longest, or to rest."""
+        if instance.served:
+            crew.hindered.succeeded()
         waiter = crew.waiter()
         if waiter is not None:
             self._instances.take(instance)
@@ -88,59 +111,55 @@ class Crews:
         elif crew.retired or self._closing:
             self._instances.end(instance, f"{named(crew.version)} is no longer served by it")
         else:
-            self._instances.rest(instance)
+            self._instances.rest(instance, paused=instance.ahead and not instance.served)
             crew.resting.append(instance)
 
-    def _begin_needed(self, crew: Crew) -> None:
-        """Start instances for those that wait: one for each, some at once."""
-        while not self._closing and crew.starting < min(len(crew.waiting), self._at_once):
-            self._begin(crew)
+    # --- ahead of requests ------------------------------------------------------------------
 
-    def _begin(self, crew: Crew) -> None:
-        if self._instances.up() + len(self._starts) >= self._most:
-            self._evict()
-        crew.starting += 1
-        crew.metrics.cold_starts.inc()
-        task = asyncio.create_task(self._start(crew), name=f"instance of {named(crew.version)}")
-        self._starts.add(task)
-        task.add_done_callback(self._starts.discard)
+    def aim(self, version: Version, count: int, source: str = DRIVEN) -> None:
+        """Have so many instances of a version: what lacks is begun in the background, beside
+        requests, as far as there is room. Nothing ends: see `trim`.
 
-    async def _start(self, crew: Crew) -> None:
-        try:
-            outcome = await self._started(crew)
-            if _crowded(outcome) and (victim := self._evict()):
-                await self._instances.ended(victim)
-                outcome = await self._started(crew)
-        finally:
-            crew.starting -= 1
-            self.done(crew)
-        if isinstance(outcome, Instance):
-            self.offer(crew, outcome)
-        elif len(crew.waiting) > crew.starting and (waiter := crew.waiter()):
-            waiter.set_exception(outcome)
-        else:  # who waited was served by another one
-            log.warning("no new instance of %s: %s", named(crew.version), outcome)
-        self._begin_needed(crew)
+        Each source has an aim of its own, and the highest counts. While one is `DRIVEN`, idle
+        instances do not end by themselves. A version that is gone, or is another one by now, is
+        left alone.
+        """
+        crew = self._known(version)
+        if crew is None and self._current(version):
+            crew = self.of(version)
+        if crew is not None:
+            crew.aims[source] = max(0, count)
+            self._starts.grow_soon()
 
-    async def _started(self, crew: Crew) -> Instance | BaseException:
-        def left(instance: Instance) -> None:
-            if instance in crew.resting:
-                crew.resting.remove(instance)
+    def release(self, version: Version, source: str = DRIVEN) -> None:
+        """Take an aim back: instances end when no request comes for long, as without one."""
+        crew = self._known(version)
+        if crew is not None:
+            crew.aims.pop(source, None)
 
-        work = self._instances.start(crew.version, left)
-        (outcome,) = await asyncio.gather(work, return_exceptions=True)
-        if isinstance(outcome, Instance) and outcome.gone:
-            return NotBegun(outcome.gone)
-        return outcome
+    def trim(self, version: Version, count: int) -> int:
+        """End so many of a version's instances, those that have rested longest, but none that
+        serves and none that its aim would only have begun again; returns how many it ended."""
+        crew = self._known(version)
+        if crew is None:
+            return 0
+        spare = min(count, len(crew.resting), len(crew.members) - crew.aim)
+        chosen = crew.resting[: max(0, spare)]
+        for instance in chosen:
+            self._instances.end(instance, "fewer are needed")
+        return len(chosen)
 
-    def _evict(self) -> Instance | None:
-        """End the instance that has rested longest, of whichever function, to make room."""
-        oldest = [crew.resting[0] for crew in self._crews.values() if crew.resting]
-        if not oldest:
-            return None
-        victim = min(oldest, key=lambda instance: instance.used)
-        self._instances.end(victim, "another function needs the room")
-        return victim
+    def _known(self, version: Version) -> Crew | None:
+        crew = self._crews.get((version.function, version.number))
+        return crew if crew is not None and crew.version == version else None
+
+    def room(self, function: str) -> int:
+        """How many more instances of a function there may be, with nothing that ends for them."""
+        return self._starts.room(function)
+
+    def supplies(self) -> list[Supply]:
+        """What there is of each version that has had a request or an aim."""
+        return [_supply(crew) for crew in self._crews.values()]
 
     # --- what changes -----------------------------------------------------------------------
 
@@ -168,6 +187,8 @@ class Crews:
     def _retire(self, crew: Crew) -> None:
         crew.retired = True
         self._retired.add(crew)
+        if crew.retry is not None:
+            crew.retry.cancel()
         for instance in list(crew.resting):
             self._instances.end(instance, f"{named(crew.version)} has changed, or is gone")
         self.done(crew)
@@ -177,22 +198,22 @@ class Crews:
         if crew.retired and crew.idle:
             self._retired.discard(crew)
 
+    def _aims(self) -> dict[tuple[str, ...], int]:
+        return {_labels(crew): crew.aim for crew in self._crews.values() if crew.aims}
+
+    def _failures(self) -> dict[tuple[str, ...], int]:
+        return {
+            _labels(crew): max(crew.broken.failures, crew.hindered.failures)
+            for crew in self._crews.values()
+        }
+
     async def close(self) -> None:
         """End all instances, and start none; who waits for one fails. Raises nothing."""
         self._closing = True
         for crew in self:
             crew.refuse(closing())
-        starts = set(self._starts)
-        for start in starts:
-            start.cancel()
-        if starts:
-            await asyncio.wait(starts)
+        await self._starts.close()
         await self._instances.close()
-
-
-def named(version: Version) -> str:
-    """A version, as people read it."""
-    return f"{version.function}:{version.label}"
 
 
 def closing() -> Busy:
@@ -200,14 +221,25 @@ def closing() -> Busy:
     return Busy("the daemon is ending", hint="try again in a moment")
 
 
-def _crowded(outcome: object) -> bool:
-    """Whether a start failed because the host, or a limit, has no room for another VM."""
-    if isinstance(outcome, StartError):
-        return outcome.reason == Busy.code
-    return isinstance(outcome, Busy)
-
-
 def _removed(version: Version) -> NotFound:
     return NotFound(
         f"{named(version)} was removed while the request waited", hint="see: templated function ls"
+    )
+
+
+def _labels(crew: Crew) -> tuple[str, str]:
+    return crew.version.function, crew.version.label
+
+
+def _supply(crew: Crew) -> Supply:
+    return Supply(
+        version=crew.version,
+        running=crew.running,
+        waiting=len(crew.waiting),
+        up=len(crew.members),
+        resting=len(crew.resting),
+        starting=crew.starting,
+        aim=crew.aim,
+        kept=crew.kept,
+        pause=crew.pause,
     )

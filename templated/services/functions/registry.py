@@ -304,6 +304,11 @@ class Registry:
         label = next(iter(alias.versions)) if alias else qualifier or LATEST
         return self._found(function, label)
 
+    def current(self, version: Version) -> bool:
+        """Whether this version is there, and is the same still."""
+        function = self._functions.get(version.function)
+        return function is not None and function.versions.get(version.number) == version
+
     def versions(self, name: str) -> list[Version]:
         """The numbered versions, newest first. Raises NotFound."""
         return self._function(name).numbered()
