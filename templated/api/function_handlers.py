@@ -17,7 +17,9 @@ from templated.model.function import (
     AliasView,
     ConcurrencyRequest,
     DeployRequest,
+    ProvisionRequest,
     PublishRequest,
+    ScaleRequest,
     check_qualifier,
 )
 from templated.model.socket import LOG_HEADER
@@ -88,6 +90,32 @@ async def set_concurrency(request: web.Request) -> web.Response:
     note(target=_name(request), detail=f"reserved {shown}")
     await functions.registry.reserve(_name(request), wanted.reserved)
     return json_answer(functions.view(_name(request)))
+
+
+async def scale_function(request: web.Request) -> web.Response:
+    functions, wanted = _functions(request), await body_of(request, ScaleRequest)
+    given = {"min": wanted.min, "max": wanted.max}
+    note(
+        target=_name(request),
+        detail=" ".join(f"{k} {v}" for k, v in given.items() if v is not None),
+    )
+    await functions.registry.scale(_name(request), least=wanted.min, most=wanted.max)
+    return json_answer(functions.view(_name(request)))
+
+
+async def provision_function(request: web.Request) -> web.Response:
+    functions, wanted = _functions(request), await body_of(request, ProvisionRequest)
+    qualifier = check_qualifier(request.match_info["qualifier"])
+    note(target=_name(request), detail=f"{qualifier} {wanted.count}")
+    await functions.registry.provision(_name(request), qualifier, wanted.count)
+    return json_answer(functions.view(_name(request)))
+
+
+async def unprovision_function(request: web.Request) -> web.Response:
+    qualifier = check_qualifier(request.match_info["qualifier"])
+    note(target=_name(request), detail=f"{qualifier} none")
+    await _functions(request).registry.provision(_name(request), qualifier, None)
+    return web.Response(status=204)
 
 
 async def invoke_function(request: web.Request) -> web.Response:

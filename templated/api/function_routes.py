@@ -15,7 +15,9 @@ from templated.model.function import (
     EventView,
     FunctionView,
     InvokeView,
+    ProvisionRequest,
     PublishRequest,
+    ScaleRequest,
     VersionView,
 )
 from templated.model.socket import LOG_HEADER
@@ -73,6 +75,28 @@ FUNCTION_ROUTES: tuple[Route, ...] = (
         "Set how many requests may run at once",
         FunctionView,
         body=ConcurrencyRequest,
+        needs=Role.ADMIN,
+    ),
+    put(
+        f"{_NAME}/scale",
+        h.scale_function,
+        "Set how many instances are kept, and how many there may be",
+        FunctionView,
+        body=ScaleRequest,
+        needs=Role.ADMIN,
+    ),
+    put(
+        f"{_NAME}/provisioned/{{qualifier}}",
+        h.provision_function,
+        "Keep instances ready for a version or an alias",
+        FunctionView,
+        body=ProvisionRequest,
+        needs=Role.ADMIN,
+    ),
+    delete(
+        f"{_NAME}/provisioned/{{qualifier}}",
+        h.unprovision_function,
+        "Keep none ready for a version or an alias any more",
         needs=Role.ADMIN,
     ),
     post(

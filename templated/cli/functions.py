@@ -1,4 +1,4 @@
-"""`function deploy | ls | show | rm | publish | alias | unalias | reserve | logs | events`."""
+"""`function deploy | ls | show | rm | publish | alias | unalias | reserve | scale | logs | ...`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from templated.cli.completion import function_names, template_names
 from templated.cli.options import Group, Settings
 from templated.client import requests
 from templated.errors import InvalidRequest
-from templated.model.names import LATEST, check_function_name
+from templated.model.names import LATEST, check_function_name, check_qualifier
+
+_COUNT = click.IntRange(min=0)
 
 GROUP_EXAMPLES = """
 templated function deploy hello --code ./hello --handler app.handler
@@ -154,6 +156,8 @@ def show(settings: Settings, name: str) -> None:
             *_settings(view),
             ("variables", " ".join(env)),
             ("reserved", reserved),
+            ("min", view["min"]),
+            ("max", view["max"] or "none"),
             ("instances", instances or "none"),
             ("created", view["created"]),
         ]
@@ -165,6 +169,19 @@ def show(settings: Settings, name: str) -> None:
         click.echo()
         aliases = [(a["name"], _weights(a["versions"]), a["description"]) for a in view["aliases"]]
         render.table(("ALIAS", "VERSIONS", "DESCRIPTION"), aliases)
+    if view["provisioned"]:
+        click.echo()
+        headers = ("PROVISIONED", "READY", "STATUS", "REASON")
+        render.table(headers, map(_provisioned, view["provisioned"]))
+
+
+def _provisioned(view: dict[str, Any]) -> tuple[object, ...]:
+    return (
+        view["qualifier"],
+        f"{view['available']}/{view['requested']}",
+        view["status"].lower().replace("_", " "),
+        view["reason"] or None,
+    )
 
 
 def _settings(view: dict[str, Any]) -> list[tuple[str, object]]:
@@ -308,6 +325,68 @@ def reserve(settings: Settings, name: str, count: str) -> None:
     view = settings.client().json(requests.set_concurrency(check_function_name(name), wanted))
     if settings.table:
         settings.note(f"{name}: reserved {count}")
+    else:
+        render.dump(view, settings)
+
+
+SCALE_EXAMPLES = """
+templated function scale hello --min 2            # of $LATEST, always ready
+templated function scale hello --max 10           # more requests than that wait
+templated function scale hello:live --min 5       # of what an alias points at, or a version
+templated function scale hello --min 0 --max none
+"""
+
+
+@function.command("scale", examples=SCALE_EXAMPLES)
+@click.argument("name", metavar="NAME[:VERSION|ALIAS]", shell_complete=function_names)
+@click.option("--min", "least", metavar="N", type=_COUNT, help="Instances that are kept ready.")
+@click.option("--max", "most", metavar="N|none", help="Instances that there may be at once.")
+@click.pass_obj
+def scale(settings: Settings, name: str, least: int | None, most: str | None) -> None:
+    """Set how many instances of a function are kept ready, and how many there may be.
+
+    What is kept is started in the background, also after a start of the daemon and a deploy, and
+    replaced when it ends. Without a version or an alias, --min is of $LATEST, and --max of all
+    versions together. What is not given stays as it is.
+    """
+    function, colon, given = name.partition(":")
+    check_function_name(function)
+    if least is None and most is None:
+        raise InvalidRequest("nothing to set", hint="give --min or --max")
+    if colon:
+        _provision(settings, function, check_qualifier(given), least, most)
+        return
+    request = requests.scale_function(function, least=least, most=_bound(most))
+    view = settings.client().json(request)
+    if settings.table:
+        settings.note(f"{function}: min {view['min']}, max {view['max'] or 'none'}")
+    else:
+        render.dump(view, settings)
+
+
+def _bound(text: str | None) -> int | None:
+    """0 for none, which a bound cannot be."""
+    if text is None or text == "none":
+        return None if text is None else 0
+    if not text.isdecimal() or int(text) == 0:
+        raise InvalidRequest(f"{text!r} is no bound", hint="as in --max 5, or --max none")
+    return int(text)
+
+
+def _provision(
+    settings: Settings, name: str, qualifier: str, count: int | None, most: str | None
+) -> None:
+    if most is not None or count is None:
+        raise InvalidRequest(
+            "--max is of all versions of a function", hint=f"as in: scale {name} --max 5"
+        )
+    if count == 0:
+        settings.client().json(requests.unprovision_function(name, qualifier))
+        settings.note(f"{name}:{qualifier}: min 0")
+        return
+    view = settings.client().json(requests.provision_function(name, qualifier, count))
+    if settings.table:
+        settings.note(f"{name}:{qualifier}: min {count}")
     else:
         render.dump(view, settings)
 

@@ -374,6 +374,26 @@ def set_concurrency(name: str, reserved: int | None) -> Request[FunctionView]:
     return Request("PUT", "functions", name, "concurrency", content=content, timeout=LONG)
 
 
+def scale_function(
+    name: str, *, least: int | None = None, most: int | None = None
+) -> Request[FunctionView]:
+    """Set how many instances of `$LATEST` are kept ready (0: none), and how many there may be of
+    all versions (0: no bound of its own); None leaves a number as it is."""
+    body = {"min": least, "max": most}
+    return Request("PUT", "functions", name, "scale", body=body, timeout=LONG)
+
+
+def provision_function(name: str, qualifier: str, count: int) -> Request[FunctionView]:
+    """Keep so many instances ready for a numbered version, or for an alias."""
+    body = {"count": count}
+    return Request("PUT", "functions", name, "provisioned", qualifier, body=body, timeout=LONG)
+
+
+def unprovision_function(name: str, qualifier: str) -> Request[None]:
+    """Keep none ready for a version or an alias any more."""
+    return Request("DELETE", "functions", name, "provisioned", qualifier, timeout=LONG)
+
+
 def invoke_function(
     name: str, payload: bytes = b"{}", *, qualifier: str | None = None, tail: bool = False
 ) -> Request[InvokeView]:

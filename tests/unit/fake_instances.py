@@ -198,6 +198,7 @@ class World:
     """All fakes of one test, and the router over them."""
 
     versions: FakeVersions
+    """Or a registry."""
     concurrency: int = 100
     queue: int = 1000
     freeze_after: float = NEVER

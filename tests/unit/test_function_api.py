@@ -95,12 +95,24 @@ def test_the_life_of_a_function(tmp_path: Path) -> None:
         }
         reserved = await ask(session, "PUT", f"{BASE}/f/concurrency", json={"reserved": 4})
         assert reserved["reserved"] == 4
+        scaled = await ask(session, "PUT", f"{BASE}/f/scale", json={"min": 1, "max": 9})
+        assert (scaled["min"], scaled["max"], scaled["provisioned"]) == (1, 9, [])
+        for qualifier in ("live", "2"):
+            where = f"{BASE}/f/provisioned/{qualifier}"
+            scaled = await ask(session, "PUT", where, json={"count": 1})
+        (two, live) = scaled["provisioned"]
+        assert (live["qualifier"], live["requested"], live["available"]) == ("live", 1, 1)
+        assert (two["qualifier"], two["status"]) == ("2", "READY")
+        await ask(session, "DELETE", f"{BASE}/f/provisioned/2", 204)
+        assert (await ask(session, "PUT", f"{BASE}/f/scale", json={"max": 0}))["max"] is None
 
     async def second(session: aiohttp.ClientSession, running: Services) -> None:
         (shown,) = await ask(session, "GET", BASE)
         assert shown == await ask(session, "GET", f"{BASE}/f")
         assert [v["version"] for v in shown["versions"]] == ["$LATEST", "2", "1"]
         assert [a["name"] for a in shown["aliases"]] == ["live"] and shown["reserved"] == 4
+        assert (shown["min"], shown["max"]) == (1, None)
+        assert [p["qualifier"] for p in shown["provisioned"]] == ["live"]
         answer = await ask(session, "POST", f"{BASE}/f/invoke?qualifier=2", data=b'{"a": 1}')
         assert answer["payload"] == {"a": 1} and answer["version"] == "2"
         assert set(answer) == {
@@ -167,6 +179,14 @@ BAD = [
     ("PUT", "/f/aliases/3", b'{"versions": {"$LATEST": 1}}', 400, "not the name of an alias"),
     ("PUT", "/f/concurrency", b"{}", 400, "reserved"),
     ("PUT", "/f/concurrency", b'{"reserved": -1}', 400, "reserved"),
+    ("PUT", "/f/scale", b'{"min": -1}', 400, "min"),
+    ("PUT", "/f/scale", b'{"min": 3, "max": 2}', 400, "3 instances, and its max is 2"),
+    ("PUT", "/f/scale", b'{"min": 101}', 400, "functions.concurrency is 100"),
+    ("PUT", "/g/scale", b'{"min": 1}', 404, "no function g"),
+    ("PUT", "/f/provisioned/$LATEST", b'{"count": 1}', 400, "nothing is provisioned"),
+    ("PUT", "/f/provisioned/none", b'{"count": 1}', 404, "no version or alias none"),
+    ("PUT", "/f/provisioned/none", b'{"count": 0}', 400, "count"),
+    ("DELETE", "/f/provisioned/9", b"", 404, "nothing is provisioned for f:9"),
     ("POST", "/f/versions", b'{"digest": "x"}', 400, "digest"),
     ("DELETE", "/f?version=$LATEST", b"", 400, "cannot be removed alone"),
     ("DELETE", "/f?version=", b"", 400, "neither a version"),

@@ -49,6 +49,19 @@ FUNCTION = {
     "versions": [VERSION, {**VERSION, "version": "2"}, {**VERSION, "version": "1"}],
     "aliases": [{"name": "live", "versions": {"1": 0.9, "2": 0.1}, "description": ""}],
     "reserved": None,
+    "min": 1,
+    "max": 12,
+    "provisioned": [
+        {
+            "qualifier": "live",
+            "requested": 5,
+            "allocated": 4,
+            "available": 3,
+            "status": "FAILED",
+            "reason": "its init fails: no",
+            "changed": "2026-01-01T00:00:00.000Z",
+        }
+    ],
     "instances": {"paused": 2, "busy": 0},
     "created": "2026-01-01T00:00:00.000Z",
 }
@@ -86,6 +99,9 @@ def _functions(daemon: Daemon) -> None:
     daemon.on("PUT", "/v1/functions/hello/aliases/live", FUNCTION["aliases"][0])  # type: ignore[index]
     daemon.on("DELETE", "/v1/functions/hello/aliases/live", b"", 204)
     daemon.on("PUT", "/v1/functions/hello/concurrency", {**FUNCTION, "reserved": 5})
+    daemon.on("PUT", "/v1/functions/hello/scale", {**FUNCTION, "min": 2, "max": 9})
+    daemon.on("PUT", "/v1/functions/hello/provisioned/live", FUNCTION)
+    daemon.on("DELETE", "/v1/functions/hello/provisioned/2", None)
     daemon.on("POST", "/v1/functions/hello/invoke", ANSWER)
     daemon.on("GET", "/v1/functions/hello/events", [EVENT])
     daemon.on("DELETE", "/v1/functions/hello/events", b"", 204)
@@ -224,7 +240,8 @@ def test_show(daemon: Daemon, capsys: Capture) -> None:
     """Its settings, versions and aliases; nothing of it steers a terminal."""
     assert main(["function", "show", "hello"]) == 0
     text = capsys.readouterr().out
-    for expected in ("abababababab", "STAGE", "2 paused", "live", "1=0.9 2=0.1", "$LATEST"):
+    parts = ("abababababab", "STAGE", "2 paused", "live", "1=0.9 2=0.1", "$LATEST", "12")
+    for expected in (*parts, "3/5", "failed", "its init fails: no"):
         assert expected in text
     assert "\x1b" not in text
     assert main(["function", "show", "hello", "-o", "json"]) == 0
@@ -281,6 +298,26 @@ CHANGES = [
         ["reserve", "hello", "none"],
         ("PUT", "/v1/functions/hello/concurrency", {}, b'{"reserved": null}'),
         ("", "hello: reserved none\n"),
+    ),
+    (
+        ["scale", "hello", "--min", "2", "--max", "9"],
+        ("PUT", "/v1/functions/hello/scale", {}, b'{"min": 2, "max": 9}'),
+        ("", "hello: min 2, max 9\n"),
+    ),
+    (
+        ["scale", "hello", "--max", "none"],
+        ("PUT", "/v1/functions/hello/scale", {}, b'{"max": 0}'),
+        ("", "hello: min 2, max 9\n"),
+    ),
+    (
+        ["scale", "hello:live", "--min", "3"],
+        ("PUT", "/v1/functions/hello/provisioned/live", {}, b'{"count": 3}'),
+        ("", "hello:live: min 3\n"),
+    ),
+    (
+        ["scale", "hello:2", "--min", "0"],
+        ("DELETE", "/v1/functions/hello/provisioned/2", {}, b""),
+        ("", "hello:2: min 0\n"),
     ),
     (
         ["events", "hello", "--retry", "e-1"],

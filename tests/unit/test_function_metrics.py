@@ -22,7 +22,7 @@ def test_names_and_zeros() -> None:
     for outcome in ("ok", "error", "timeout", "failed"):
         labels = f'function="f",outcome="{outcome}",version="3"'
         assert f"templated_invocations_total{{{labels}}} 0.0" in lines
-    for reason in ("queue", "concurrency", "reserved"):
+    for reason in ("queue", "concurrency", "reserved", "max"):
         labels = f'function="f",reason="{reason}"'
         assert f"templated_function_throttles_total{{{labels}}} 0.0" in lines
     for start in ("warm", "pool", "direct"):

@@ -8,7 +8,7 @@ from collections import deque
 from templated.model.function import Version
 from templated.model.units import seconds
 from templated.services.functions.backoff import Backoff, Pace
-from templated.services.functions.instance import Instance
+from templated.services.functions.instance import InitError, Instance
 from templated.services.reports.function_metrics import VersionMetrics
 
 Waiter = asyncio.Future[Instance]
@@ -83,6 +83,19 @@ class Crew:
         """Seconds in which no instance is begun ahead of requests, after failures."""
         return max(self.broken.wait, self.hindered.wait)
 
+    @property
+    def problem(self) -> str:
+        """How the last instance failed; empty once one works."""
+        error = self.broken.error or self.hindered.error
+        return "" if error is None else reason(error)
+
     def may_end(self) -> bool:
         """Whether an instance may end because no request has come for long."""
         return DRIVEN not in self.aims and len(self.members) > self.aim
+
+
+def reason(error: BaseException) -> str:
+    """Why there is no instance, in words."""
+    if isinstance(error, InitError) and error.why:
+        return f"its init fails: {error.why}"
+    return str(error) or type(error).__name__

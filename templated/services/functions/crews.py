@@ -21,20 +21,22 @@ class Supply:
     """The instances of a version and what is asked of them, as a scaler sees it."""
 
     version: Version
-    running: int
+    running: int = 0
     """Requests under way, those that wait for an instance among them."""
-    waiting: int
+    waiting: int = 0
     """Requests that wait for an instance."""
-    up: int
+    up: int = 0
     """Instances that serve or rest."""
-    resting: int
-    starting: int
-    aim: int
+    resting: int = 0
+    starting: int = 0
+    aim: int = 0
     """How many instances there should be, whoever said so."""
-    kept: int
+    kept: int = 0
     """How many of them users have asked to keep: they are not trimmed."""
-    pause: float
+    pause: float = 0.0
     """Seconds in which none is begun ahead, since the last ones failed."""
+    problem: str = ""
+    """How the last one failed; empty once one works."""
 
 
 class Crews:
@@ -161,6 +163,11 @@ class Crews:
         """What there is of each version that has had a request or an aim."""
         return [_supply(crew) for crew in self._crews.values()]
 
+    def supply(self, version: Version) -> Supply:
+        """What there is of one version: nothing of one that no request and no aim has asked for."""
+        crew = self._known(version)
+        return Supply(version=version) if crew is None else _supply(crew)
+
     # --- what changes -----------------------------------------------------------------------
 
     def changed(self, version: Version) -> None:
@@ -242,4 +249,5 @@ def _supply(crew: Crew) -> Supply:
         aim=crew.aim,
         kept=crew.kept,
         pause=crew.pause,
+        problem=crew.problem,
     )

@@ -15,6 +15,7 @@ from templated.model.function import (
     EventView,
     FunctionView,
     InvokeView,
+    ProvisionedView,
     Version,
     VersionView,
 )
@@ -49,6 +50,14 @@ class Invokes(Protocol):
 
     def counts(self, name: str) -> Mapping[str, int]:
         """How many instances a function has, by the value of their InstanceState."""
+        ...
+
+
+class Keeps(Protocol):
+    """Keeps instances ready."""
+
+    def views(self, name: str) -> tuple[ProvisionedView, ...]:
+        """What is provisioned of a function, and how far that is. Raises NotFound."""
         ...
 
 
@@ -123,17 +132,23 @@ class Functions:
     logs: Logs
     code: Codes
     uploads: Uploads
+    kept: Keeps
 
     def view(self, name: str) -> FunctionView:
         """A function as users see it. Raises NotFound."""
-        return function_view(self.registry, self.router.counts(name), name)
+        return function_view(self.registry, self.router.counts(name), self.kept.views(name), name)
 
     def views(self) -> list[FunctionView]:
         """All functions as users see them, by name."""
         return [self.view(name) for name in self.registry.names()]
 
 
-def function_view(registry: Registry, counts: Mapping[str, int], name: str) -> FunctionView:
+def function_view(
+    registry: Registry,
+    counts: Mapping[str, int],
+    provisioned: tuple[ProvisionedView, ...],
+    name: str,
+) -> FunctionView:
     """A function as users see it; `counts` are its instances by state. Raises NotFound."""
     latest = registry.latest(name)
     settings = latest.settings
@@ -151,6 +166,9 @@ def function_view(registry: Registry, counts: Mapping[str, int], name: str) -> F
             for a in registry.aliases(name)
         ),
         reserved=registry.reserved(name),
+        min=registry.least(name),
+        max=registry.maximum(name),
+        provisioned=provisioned,
         instances=dict(counts),
         created=registry.created(name),
     )

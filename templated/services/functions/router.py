@@ -112,11 +112,11 @@ class Router:
         try:
             shared = self._bounds.enter(name)
             if shared is None:
-                await self._bounds.wait(name)
+                shared = await self._bounds.wait(name)
         except Throttled as error:
             self._metrics.throttles.labels(name, error.reason).inc()
             raise
-        return shared is not False
+        return shared
 
     async def _let_in(self, request: Request, *, shared: bool) -> Outcome:
         crew = request.crew

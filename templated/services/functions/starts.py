@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from templated.errors import Busy, GuestError, StartError
 from templated.model.function import Version
 from templated.services.functions.backoff import Pace
-from templated.services.functions.crew import Crew
+from templated.services.functions.crew import Crew, reason
 from templated.services.functions.instance import InitError, Instance, NotBegun
 from templated.services.functions.instances import Instances
 from templated.services.reports.events import EventBus
@@ -249,7 +249,7 @@ class Starts:
             version=crew.version.label,
             failures=failures,
             seconds=round(crew.pause, 1),
-            reason=_reason(error),
+            reason=reason(error),
         )
 
     def _wake(self, crew: Crew, wait: float) -> None:
@@ -296,10 +296,6 @@ def _own(error: BaseException) -> bool:
     if isinstance(error, StartError):
         return error.phase == "attach" and error.reason == GuestError.code
     return isinstance(error, InitError)
-
-
-def _reason(error: BaseException) -> str:
-    return error.why if isinstance(error, InitError) else str(error) or type(error).__name__
 
 
 def _repeated(crew: Crew) -> BaseException:

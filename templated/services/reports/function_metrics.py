@@ -17,7 +17,7 @@ OUTCOMES = ("ok", "error", "timeout", "failed")
 """How an invocation ended: the function answered; it failed; it took too long; it was us."""
 STARTS = ("warm", "pool", "direct")
 PHASES = ("route", "start", "attach", "init", "run")
-REASONS = ("queue", "concurrency", "reserved")
+REASONS = ("queue", "concurrency", "reserved", "max")
 """The bounds by which requests are refused."""
 _CODE_OUTCOMES = {"l1": ("hit", "miss", "damaged"), "l2": ("hit", "miss", "error")}
 # Seconds. An invocation of an initialised instance takes milliseconds, and may take minutes.
