@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -33,11 +34,25 @@ def function() -> None:
     """
 
 
+def _waiting(function: Callable[..., None]) -> Callable[..., None]:
+    """Options of what moves requests to other code."""
+    wait = click.option(
+        "--wait",
+        "patience",
+        metavar="SECONDS",
+        type=click.IntRange(0, 3600),
+        help="How long instances may take to be ready before. Default: 60.",
+    )
+    now = click.option("--now", is_flag=True, help="Do not wait for instances.")
+    return wait(now(function))
+
+
 DEPLOY_EXAMPLES = """
 templated function deploy hello --code ./hello --handler app.handler
 templated function deploy hello --code hello.zip --template python-fn --timeout 10s
 templated function deploy hello --env STAGE=test --env LEVEL=2   # the code stays
 templated function deploy native --code ./out --runtime provided # runs its bootstrap
+templated function deploy hello --code ./hello --now             # no instance is waited for
 """
 
 
@@ -59,6 +74,7 @@ templated function deploy native --code ./out --runtime provided # runs its boot
 @click.option("--env", metavar="K=V", multiple=True, help="A variable; all of them are replaced.")
 @click.option("--timeout", metavar="TIME", help="For one request, as 30s or 30. Default: 30s.")
 @click.option("--description", metavar="TEXT", help="What it is for.")
+@_waiting
 @click.pass_obj
 def deploy(
     settings: Settings,
@@ -70,11 +86,17 @@ def deploy(
     env: tuple[str, ...],
     timeout: str | None,
     description: str | None,
+    patience: int | None,
+    now: bool,
 ) -> None:
     """Make a function, or change its $LATEST.
 
     What is not given stays as it is. Requests that run end on the code that they began with.
+
+    Where the code before has instances, they serve until as many of the new one are ready. When
+    that fails, or takes longer than --wait, requests go to the new code all the same.
     """
+    from templated.cli.shift import follow_deploy
     from templated.cli.upload import archive
 
     check_function_name(name)
@@ -90,8 +112,10 @@ def deploy(
             env=variables,
             timeout=_duration(timeout),
             description=description,
+            ready=0 if now else patience,
+            background=True,
         )
-        view = settings.client().json(request)
+        view = follow_deploy(settings, settings.client().json(request))
     if not settings.table:
         render.dump(view, settings)
     elif settings.quiet:
@@ -159,6 +183,7 @@ def show(settings: Settings, name: str) -> None:
             ("min", view["min"]),
             ("max", view["max"] or "none"),
             ("instances", instances or "none"),
+            *_update(view["update"]),
             ("created", view["created"]),
         ]
     )
@@ -173,6 +198,14 @@ def show(settings: Settings, name: str) -> None:
         click.echo()
         headers = ("PROVISIONED", "READY", "STATUS", "REASON")
         render.table(headers, map(_provisioned, view["provisioned"]))
+
+
+def _update(update: dict[str, Any] | None) -> list[tuple[str, object]]:
+    """Of a change of $LATEST that is under way, or did not go as it should."""
+    if update is None or (update["done"] and not update["problem"]):
+        return []
+    ready = f"{update['ready']} of {update['wanted']} instances of the new code are ready"
+    return [("update", update["problem"] if update["done"] else ready)]
 
 
 def _provisioned(view: dict[str, Any]) -> tuple[object, ...]:
@@ -248,7 +281,9 @@ def publish(settings: Settings, name: str, description: str | None) -> None:
 ALIAS_EXAMPLES = """
 templated function alias hello live 1
 templated function alias hello live 1=0.9 2=0.1   # one request in ten goes to version 2
+templated function alias hello live 1=0.5 2=0.5
 templated function alias hello live 2
+templated function alias hello live 1 --now       # back, whether instances are ready or not
 """
 
 
@@ -257,17 +292,28 @@ templated function alias hello live 2
 @click.argument("alias")
 @click.argument("versions", metavar="VERSION[=WEIGHT] [VERSION=WEIGHT]", nargs=-1, required=True)
 @click.option("--description", metavar="TEXT", help="What it is for.")
+@_waiting
 @click.pass_obj
 def alias_(
-    settings: Settings, name: str, alias: str, versions: tuple[str, ...], description: str | None
+    settings: Settings,
+    name: str,
+    alias: str,
+    versions: tuple[str, ...],
+    description: str | None,
+    patience: int | None,
+    now: bool,
 ) -> None:
     """Point an alias at one version, or at two by weights that add up to 1.
 
-    Requests that come from then on are routed by it.
+    A version that gets more requests than before has its instances ready first: as many as its
+    part needs of those that serve now. When that fails, or takes longer than --wait, the alias
+    stays as it was. Requests that come after the move are routed by it.
     """
     weights = _parsed_weights(versions)
     check_function_name(name)
-    view = settings.client().json(requests.set_alias(name, alias, weights, description=description))
+    ready = 0 if now else patience
+    request = requests.set_alias(name, alias, weights, description=description, ready=ready)
+    view = settings.client().json(request)
     if settings.table:
         click.echo(f"{name}:{view['name']}: {_weights(view['versions'])}")
     else:

@@ -239,6 +239,18 @@ class ProvisionedView(Struct, frozen=True, kw_only=True):
     changed: str
 
 
+class UpdateView(Struct, frozen=True, kw_only=True):
+    """How requests move to a new `$LATEST`: the one before serves until instances are ready."""
+
+    done: bool
+    """Requests go to the new one."""
+    wanted: int
+    """How many instances are to be ready before."""
+    ready: int
+    problem: str = ""
+    """Why requests go to it though they were not."""
+
+
 class VersionView(Struct, frozen=True, kw_only=True):
     """A version as users see it. Of the environment the names alone: values may be secrets."""
 
@@ -284,6 +296,8 @@ class FunctionView(Struct, frozen=True, kw_only=True):
     provisioned: tuple[ProvisionedView, ...]
     instances: dict[str, int]
     """How many instances it has, by state."""
+    update: UpdateView | None = None
+    """The last change of `$LATEST`, where one before it had instances."""
     created: str
 
 

@@ -40,6 +40,7 @@ from templated.services.functions.logs import FunctionLogs
 from templated.services.functions.queue import EventQueue
 from templated.services.functions.registry import Registry
 from templated.services.functions.router import Router
+from templated.services.functions.shifts import Shifts
 from templated.services.functions.starts import Room
 from templated.services.functions.uploads import Uploads
 from templated.services.functions.zone import Zone
@@ -192,12 +193,14 @@ class _Functions:
         self._cache.needed = self._registry.needed
         self._logs = FunctionLogs(layout.function_logs, size_bytes(config.functions.log_size))
         self._router = self._make_router(context, templates, clones, metrics)
+        self._shifts = Shifts(self._registry, self._crews, self._tasks, context.events)
         self._kept = Kept(self._registry, self._crews)
         self._queue = EventQueue(rows, self._registry, self._router, context.events)
         self._uploads = Uploads(layout.incoming)
-        self._registry.on_changed.append(self._router.changed)
+        self._registry.on_changed += [metrics.expect, self._shifts.changed]
         self._registry.on_kept.append(self._kept.changed)
         self._registry.on_removed += [self._router.removed, self._queue.removed, self._removed]
+        self._registry.on_removed.append(self._shifts.removed)
         self.functions = Functions(
             registry=self._registry,
             router=self._router,
@@ -206,6 +209,7 @@ class _Functions:
             code=self._cache,
             uploads=self._uploads,
             kept=self._kept,
+            shifts=self._shifts,
         )
 
     def _make_router(

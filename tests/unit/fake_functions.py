@@ -17,12 +17,14 @@ from templated.errors import InvalidRequest, NotFound
 from templated.journal import EventRow, FunctionRows, now
 from templated.model.code import CodeCheck, CodeFreed, CodeRow
 from templated.model.function import (
+    Alias,
     CodeView,
     EventView,
     InvokeView,
     Provisioned,
     ProvisionedView,
     Readiness,
+    UpdateView,
 )
 from templated.services.daemon import Services
 from templated.services.functions.allotment import Capacity
@@ -140,6 +142,46 @@ class FakeKept:
         )
 
 
+class FakeShifts:
+    """Moves at once; a function in `updating` is not done with its change."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self.updating: dict[str, UpdateView] = {}
+        self.hurried: list[tuple[str, float]] = []
+        self.moved: list[float | None] = []
+        self.settling = 0
+
+    def update(self, name: str) -> UpdateView | None:
+        """As a test has set it."""
+        return self.updating.get(name)
+
+    def hurry(self, name: str, seconds: float) -> None:
+        """Note it."""
+        self.hurried.append((name, seconds))
+
+    async def settled(self, name: str) -> None:
+        """Note it."""
+        self.settling += 1
+
+    async def move(
+        self,
+        name: str,
+        alias: str,
+        versions: Mapping[str, float],
+        *,
+        description: str | None = None,
+        within: float | None = None,
+    ) -> Alias:
+        """Moved."""
+        self.moved.append(within)
+        return await self._registry.set_alias(name, alias, versions, description=description)
+
+    def follow(self, wanted: Alias) -> None:
+        """It follows."""
+        self._registry.release(wanted)
+
+
 class FakeQueue:
     """Keeps events in the journal, and never runs them."""
 
@@ -220,5 +262,6 @@ async def with_functions(running: Services) -> Services:
         code=code,
         uploads=uploads,
         kept=FakeKept(registry),
+        shifts=FakeShifts(registry),
     )
     return dataclasses.replace(running, functions=functions)

@@ -324,7 +324,7 @@ def test_an_init_that_always_fails_makes_no_storm() -> None:
         assert len(world.made) == 8
         events = [e for e in world.events.recent() if e.type == "function.backing_off"]
         assert [e.details["failures"] for e in events] == [1]
-        assert events[0].subject == "f" and events[0].details["reason"] == "no module named app"
+        assert events[0].subject == "f" and "no module named app" in str(events[0].details)
         assert world.counted("templated_function_start_failures", **F) == 1
         crew = world.crews.of(version())
         crew.broken.until = 0.0  # the time has come

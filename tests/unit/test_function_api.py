@@ -24,7 +24,7 @@ from templated.services.daemon import Services
 from templated.services.functions.functions import Functions
 from templated.services.functions.uploads import Uploads
 from tests.unit.fake_daemon import play, run
-from tests.unit.fake_functions import FakeCode, FakeRouter, with_functions
+from tests.unit.fake_functions import FakeCode, FakeRouter, FakeShifts, with_functions
 from tests.unit.test_api import client, error_of
 
 BASE = "/v1/functions"
@@ -86,6 +86,7 @@ def test_the_life_of_a_function(tmp_path: Path) -> None:
         version = await ask(session, "POST", f"{BASE}/f/versions", 201, json={"description": "d"})
         assert (version["version"], version["description"]) == ("1", "d")
         changed = await ask(session, "PUT", f"{BASE}/f?settings=%7B%22timeout%22:%229s%22%7D")
+        assert changed["update"] is None
         assert changed["timeout_s"] == 9.0 and changed["code"] == made["code"]
         await ask(session, "POST", f"{BASE}/f/versions", 201)
         alias = {"versions": {"1": 0.9, "2": 0.1}, "description": "x"}
@@ -93,6 +94,12 @@ def test_the_life_of_a_function(tmp_path: Path) -> None:
             "name": "live",
             **alias,
         }
+        shifts = running.functions.shifts
+        assert isinstance(shifts, FakeShifts)
+        assert (shifts.hurried, shifts.settling, shifts.moved) == ([("f", 60)] * 2, 2, [60])
+        await ask(session, "PUT", f"{BASE}/f?ready=0&background=true")
+        await ask(session, "PUT", f"{BASE}/f/aliases/live?ready=5", json=alias)
+        assert (shifts.hurried[2:], shifts.settling, shifts.moved[1:]) == ([("f", 0)], 2, [5])
         reserved = await ask(session, "PUT", f"{BASE}/f/concurrency", json={"reserved": 4})
         assert reserved["reserved"] == 4
         scaled = await ask(session, "PUT", f"{BASE}/f/scale", json={"min": 1, "max": 9})
@@ -179,6 +186,8 @@ BAD = [
     ("PUT", "/f/aliases/3", b'{"versions": {"$LATEST": 1}}', 400, "not the name of an alias"),
     ("PUT", "/f/concurrency", b"{}", 400, "reserved"),
     ("PUT", "/f/concurrency", b'{"reserved": -1}', 400, "reserved"),
+    ("PUT", "/f?ready=x", b"", 400, "ready is not a number"),
+    ("PUT", "/f/aliases/live?ready=9999", b'{"versions": {"$LATEST": 1}}', 400, "0 and 3600"),
     ("PUT", "/f/scale", b'{"min": -1}', 400, "min"),
     ("PUT", "/f/scale", b'{"min": 3, "max": 2}', 400, "3 instances, and its max is 2"),
     ("PUT", "/f/scale", b'{"min": 101}', 400, "functions.concurrency is 100"),

@@ -63,6 +63,7 @@ FUNCTION = {
         }
     ],
     "instances": {"paused": 2, "busy": 0},
+    "update": None,
     "created": "2026-01-01T00:00:00.000Z",
 }
 ANSWER = {
@@ -162,6 +163,41 @@ def test_deploy_a_zip(daemon: Daemon, tmp_path: Path, capsys: Capture) -> None:
     }
     output = capsys.readouterr()
     assert json.loads(output.out) == FUNCTION and output.err == ""
+
+
+def test_deploy_where_instances_serve(
+    daemon: Daemon, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How far the new ones are is told until requests go to them, and why it was not waited for."""
+    problem = "its init fails: no"
+    steps = [
+        {"done": False, "wanted": 3, "ready": 1, "problem": ""},
+        {"done": False, "wanted": 3, "ready": 1, "problem": ""},
+        {"done": False, "wanted": 3, "ready": 2, "problem": ""},
+        {"done": True, "wanted": 3, "ready": 2, "problem": problem},
+    ]
+
+    def passes(_: float) -> None:
+        daemon.on("GET", "/v1/functions/hello", {**FUNCTION, "update": steps.pop(0)})
+
+    monkeypatch.setattr("templated.cli.shift.time.sleep", passes)
+    update = {**steps[0], "ready": 0}
+    daemon.on("PUT", "/v1/functions/hello", {**FUNCTION, "update": update})
+    assert main(["function", "deploy", "hello", "--timeout", "3", "--wait", "9"]) == 0
+    query = parse_qs(urlsplit(daemon.requests[0][1]).query)
+    assert (query["ready"], query["background"]) == (["9"], ["true"])
+    assert capsys.readouterr().err.splitlines() == [
+        "hello: 0 of 3 instances of the new code are ready",
+        "hello: 1 of 3 instances of the new code are ready",
+        "hello: 2 of 3 instances of the new code are ready",
+        "hello: requests go to the new code",
+        f"warning: requests go to the new code of hello, but {problem}",
+    ]
+    assert main(["function", "show", "hello"]) == 0
+    assert problem in capsys.readouterr().out
+    daemon.on("PUT", "/v1/functions/hello", FUNCTION)
+    assert main(["-q", "function", "deploy", "hello", "--timeout", "3", "--now"]) == 0
+    assert [r for r in daemon.requests if r[0] == "PUT"][-1][1].count("ready=0") == 1
 
 
 def test_deploy_settings_alone(daemon: Daemon, capsys: Capture) -> None:
@@ -282,6 +318,16 @@ CHANGES = [
     (
         ["alias", "hello", "live", "1", "2=0.1"],
         ("PUT", "/v1/functions/hello/aliases/live", {}, b'{"versions": {"1": 0.9, "2": 0.1}}'),
+        ("hello:live: 1=0.9 2=0.1\n", ""),
+    ),
+    (
+        ["alias", "hello", "live", "1", "--now"],
+        ("PUT", "/v1/functions/hello/aliases/live", {"ready": "0"}, b'{"versions": {"1": 1.0}}'),
+        ("hello:live: 1=0.9 2=0.1\n", ""),
+    ),
+    (
+        ["alias", "hello", "live", "1", "--wait", "5"],
+        ("PUT", "/v1/functions/hello/aliases/live", {"ready": "5"}, b'{"versions": {"1": 1.0}}'),
         ("hello:live: 1=0.9 2=0.1\n", ""),
     ),
     (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,8 @@ import pytest
 from botocore.exceptions import ClientError
 
 from templated.errors import Busy, HostError, Throttled
-from templated.model.function import MAX_CODE, DeployRequest, Runtime
-from tests.unit.fake_functions import FakeCode, FakeRouter
+from templated.model.function import MAX_CODE, DeployRequest, Runtime, UpdateView
+from tests.unit.fake_functions import FakeCode, FakeRouter, FakeShifts
 from tests.unit.lambda_client import ROLE, Gate, create, refusal, talk, zipped
 
 pytestmark = pytest.mark.usefixtures("no_blocking_calls")
@@ -92,6 +93,29 @@ def test_code_and_settings_change(tmp_path: Path) -> None:
             FunctionName="hello", ZipFile=zipped("z"), Publish=True
         )
         assert (published["Version"], published["FunctionArn"]) == ("1", f"{ARN}:1")
+
+    talk(tmp_path, work)
+
+
+def test_an_update_whose_instances_are_not_ready(tmp_path: Path) -> None:
+    """It is answered at once, and the waiter waits; numbered versions have nothing to wait for."""
+
+    def work(gate: Gate) -> None:
+        client, shifts = gate.client(), gate.functions.shifts
+        assert isinstance(shifts, FakeShifts)
+        create(client, Publish=True)
+        shifts.updating["hello"] = UpdateView(done=False, wanted=3, ready=1)
+        made = client.update_function_code(FunctionName="hello", ZipFile=zipped("y"))
+        assert made["LastUpdateStatus"] == "InProgress" and made["State"] == "Active"
+        assert made["LastUpdateStatusReason"].startswith("1 of 3 instances are ready")
+        shown = client.get_function_configuration(FunctionName="hello", Qualifier="1")
+        assert shown["LastUpdateStatus"] == "Successful"
+        ready = threading.Timer(0.3, shifts.updating.clear)
+        ready.start()
+        waiter = client.get_waiter("function_updated_v2")
+        waiter.wait(FunctionName="hello", WaiterConfig={"Delay": 0.2, "MaxAttempts": 50})
+        ready.join()
+        assert shifts.updating == {} and shifts.hurried == []
 
     talk(tmp_path, work)
 

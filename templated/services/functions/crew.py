@@ -44,6 +44,13 @@ class Crew:
         self.hindered = Backoff(pace)
         """What else keeps instances from being there ahead of requests."""
         self.retry: asyncio.TimerHandle | None = None
+        self.news = asyncio.Event()
+        """Set, and replaced by another one, whenever its instances change."""
+
+    def tell(self) -> None:
+        """Its instances have changed, or a start of one has failed."""
+        news, self.news = self.news, asyncio.Event()
+        news.set()
 
     def waiter(self) -> Waiter | None:
         """The request that has waited longest, which no longer waits then."""

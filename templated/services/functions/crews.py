@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,6 +16,11 @@ from templated.services.functions.instances import Instances
 from templated.services.functions.starts import Room, Starts, named
 from templated.services.reports.events import EventBus
 from templated.services.reports.function_metrics import FunctionMetrics
+
+# An instance that was used in the last so many seconds is of use still.
+_LATELY = 60.0
+# One failure may be chance.
+_HOPELESS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,25 +63,38 @@ class Crews:
         self._pace = room.pace
         self._current = current
         self._crews: dict[tuple[str, int], Crew] = {}
+        self._next: dict[tuple[str, int], Crew] = {}
         self._retired: set[Crew] = set()
         self._starts = Starts(self, instances, events, room, self.offer, self.done)
+        self._asked = itertools.count()
         self._closing = False
         metrics.count_crews(self._aims, self._failures)
 
     def __iter__(self) -> Iterator[Crew]:
-        """All crews, also those that have retired and are not done."""
-        return iter([*self._crews.values(), *self._retired])
+        """All crews, also those that do not serve yet, or have retired and are not done."""
+        return iter([*self._crews.values(), *self._next.values(), *self._retired])
 
     def of(self, version: Version) -> Crew:
-        """The crew of a version as it is now; that of an earlier `$LATEST` retires."""
+        """The crew that serves a version as it is now.
+
+        That of an earlier `$LATEST` serves on while it is held; otherwise it retires.
+        """
         key = version.function, version.number
         crew = self._crews.get(key)
         if crew is not None and (crew.version is version or crew.version == version):
             return crew
-        if crew is not None:
-            self._retire(crew)
-        crew = self._crews[key] = Crew(version, self._metrics.expect(version), self._pace)
+        following = self._next.get(key)
+        if crew is not None and following is not None and following.version == version:
+            if crew.strength:
+                return crew
+            self.switch(version)  # nothing of the earlier one is left to serve
+            return following
+        self.changed(version)
+        crew = self._crews[key] = self._crew(version)
         return crew
+
+    def _crew(self, version: Version) -> Crew:
+        return Crew(version, self._metrics.expect(version), self._pace)
 
     async def get(self, crew: Crew) -> Instance:
         """An instance for a request, which must `offer` it again: the one that was used last,
@@ -152,8 +172,9 @@ class Crews:
         return len(chosen)
 
     def _known(self, version: Version) -> Crew | None:
-        crew = self._crews.get((version.function, version.number))
-        return crew if crew is not None and crew.version == version else None
+        key = version.function, version.number
+        crews = self._crews.get(key), self._next.get(key)
+        return next((crew for crew in crews if crew is not None and crew.version == version), None)
 
     def room(self, function: str) -> int:
         """How many more instances of a function there may be, with nothing that ends for them."""
@@ -161,34 +182,94 @@ class Crews:
 
     def supplies(self) -> list[Supply]:
         """What there is of each version that has had a request or an aim."""
-        return [_supply(crew) for crew in self._crews.values()]
+        return [_supply(crew) for crew in (*self._crews.values(), *self._next.values())]
 
     def supply(self, version: Version) -> Supply:
         """What there is of one version: nothing of one that no request and no aim has asked for."""
         crew = self._known(version)
         return Supply(version=version) if crew is None else _supply(crew)
 
+    def demand(self, version: Version) -> int:
+        """How many instances of a version are of use: the requests under way, and those that have
+        rested only for a moment."""
+        crew = self._known(version)
+        if crew is None:
+            return 0
+        since = asyncio.get_running_loop().time() - _LATELY
+        return crew.running + sum(instance.used >= since for instance in crew.resting)
+
+    async def readied(self, version: Version, count: int) -> str:
+        """Have so many instances of a version, and wait for them; returns why they will not be
+        there, or nothing once they are. Whoever calls bounds the wait.
+
+        An init that fails more than once will go on to. What has come up stays as without this.
+        """
+        crew = self._known(version) or self.of(version)
+        source = f"ready-{next(self._asked)}"
+        crew.aims[source] = count
+        self._starts.grow_soon()
+        try:
+            while len(crew.members) < count:
+                if crew.retired or self._closing:
+                    return "it was changed or removed meanwhile"
+                if crew.broken.failures >= _HOPELESS:
+                    return crew.problem
+                await crew.news.wait()
+            return ""
+        finally:
+            crew.aims.pop(source, None)
+
     # --- what changes -----------------------------------------------------------------------
 
     def changed(self, version: Version) -> None:
         """A version is new, or `$LATEST` is another one from now on."""
-        crew = self._crews.get((version.function, version.number))
-        if crew is not None and crew.version != version:
-            del self._crews[version.function, version.number]
-            self._retire(crew)
+        key = version.function, version.number
+        for crews in (self._crews, self._next):
+            crew = crews.get(key)
+            if crew is not None and crew.version != version:
+                del crews[key]
+                self._retire(crew)
+
+    def hold(self, version: Version) -> Version | None:
+        """`$LATEST` is another one, and the one that has instances serves on until `switch`.
+
+        Returns that one, or None when there is nothing to hold: `changed` does then.
+        """
+        key = version.function, version.number
+        crew, following = self._crews.get(key), self._next.pop(key, None)
+        if following is not None:
+            self._retire(following)
+        if crew is None or crew.version == version or not crew.strength:
+            return None
+        self._next[key] = self._crew(version)
+        return crew.version
+
+    def held(self, version: Version) -> bool:
+        """Whether an earlier one serves in place of this version."""
+        following = self._next.get((version.function, version.number))
+        return following is not None and following.version == version
+
+    def switch(self, version: Version) -> None:
+        """What was held for this version serves no more requests, and this one does."""
+        key = version.function, version.number
+        if self.held(version):
+            following = self._next.pop(key)
+            self._retire(self._crews[key])
+            self._crews[key] = following
+            following.tell()
 
     def removed(self, function: str, number: int | None) -> list[Instance]:
         """A version is gone, or with None all of a function; who waits for an instance fails.
 
         Returns the instances that are being ended.
         """
-        gone = [key for key in self._crews if key[0] == function and number in (None, key[1])]
         ending: list[Instance] = []
-        for key in gone:
-            crew = self._crews.pop(key)
-            ending += crew.resting
-            crew.refuse(_removed(crew.version))
-            self._retire(crew)
+        for crews in (self._crews, self._next):
+            for key in [k for k in crews if k[0] == function and number in (None, k[1])]:
+                crew = crews.pop(key)
+                ending += crew.resting
+                crew.refuse(_removed(crew.version))
+                self._retire(crew)
         return ending
 
     def _retire(self, crew: Crew) -> None:
@@ -198,6 +279,7 @@ class Crews:
             crew.retry.cancel()
         for instance in list(crew.resting):
             self._instances.end(instance, f"{named(crew.version)} has changed, or is gone")
+        crew.tell()
         self.done(crew)
 
     def done(self, crew: Crew) -> None:
@@ -206,19 +288,25 @@ class Crews:
             self._retired.discard(crew)
 
     def _aims(self) -> dict[tuple[str, ...], int]:
-        return {_labels(crew): crew.aim for crew in self._crews.values() if crew.aims}
+        found: Counter[tuple[str, ...]] = Counter()
+        for crew in self:
+            if crew.aims and not crew.retired:
+                found[_labels(crew)] += crew.aim
+        return found
 
     def _failures(self) -> dict[tuple[str, ...], int]:
-        return {
-            _labels(crew): max(crew.broken.failures, crew.hindered.failures)
-            for crew in self._crews.values()
-        }
+        found: dict[tuple[str, ...], int] = {}
+        # Of two that are called $LATEST the one that comes.
+        for crew in (*self._crews.values(), *self._next.values()):
+            found[_labels(crew)] = max(crew.broken.failures, crew.hindered.failures)
+        return found
 
     async def close(self) -> None:
         """End all instances, and start none; who waits for one fails. Raises nothing."""
         self._closing = True
         for crew in self:
             crew.refuse(closing())
+            crew.tell()
         await self._starts.close()
         await self._instances.close()
 

@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from templated.errors import HostError, InvalidRequest, NotFound
-from templated.journal import FunctionRow
-from templated.model.function import LATEST, Alias, Provisioned, Version
+from templated.journal import FunctionRow, now
+from templated.model.function import LATEST, Alias, CodeView, Provisioned, Settings, Version
 from templated.services.functions.settings import pointed
 
 _SHOWN = 70
@@ -25,6 +27,8 @@ class Record:
     aliases: dict[str, Alias] = field(default_factory=dict)
     provisioned: dict[str, Provisioned] = field(default_factory=dict)
     """By version or alias."""
+    held: dict[str, Alias] = field(default_factory=dict)
+    """Where requests go still, for an alias that points elsewhere by now."""
 
     @property
     def latest(self) -> Version:
@@ -65,6 +69,28 @@ class Record:
 def shared(weights: Mapping[str, float], count: float) -> dict[str, int]:
     """`count` instances by the weights of versions, each rounded up."""
     return {label: math.ceil(round(weight * count, _DIGITS)) for label, weight in weights.items()}
+
+
+def latest_of(name: str, settings: Settings, code: CodeView) -> Version:
+    """`$LATEST` of a function, changed now."""
+    return Version(function=name, number=0, settings=settings, code=code, created=now())
+
+
+def details(version: Version) -> dict[str, object]:
+    """What an event says of a version."""
+    code = version.code
+    return {
+        "version": version.label,
+        "template": version.settings.template,
+        "digest": code.digest,
+        "bytes": code.bytes,
+    }
+
+
+def same(one: Version, other: Version) -> bool:
+    """Whether a number need not be spent: the description alone makes no other version."""
+    plain = [replace(version.settings, description="") for version in (one, other)]
+    return plain[0] == plain[1] and one.code == other.code
 
 
 def owner(found: dict[str, Record], name: str) -> Record:

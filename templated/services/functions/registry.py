@@ -20,13 +20,20 @@ from templated.model.function import (
     CodeView,
     DeployRequest,
     Provisioned,
-    Settings,
     Version,
     check_function_name,
     check_qualifier,
 )
 from templated.services.functions.allotment import Capacity, require_room, require_sense
-from templated.services.functions.record import Record, check_fit, owner
+from templated.services.functions.record import (
+    Record,
+    check_fit,
+    details,
+    latest_of,
+    owner,
+    same,
+    shared,
+)
 from templated.services.functions.settings import listed, merged, pointed, strict
 from templated.services.reports.events import EventBus
 
@@ -71,7 +78,7 @@ class Registry:
         self._users: Counter[str] = Counter()
         # Code that was admitted and is in no version yet.
         self._admitted: Counter[str] = Counter()
-        self.on_changed: list[Callable[[Version], None]] = []
+        self.on_changed: list[Callable[[Version], object]] = []
         """Told of a version that is new, or of `$LATEST` when it is another."""
         self.on_removed: list[Callable[[str, int | None], Awaitable[None]]] = []
         """Told of a function and the number that went, None for all of it; awaited."""
@@ -124,10 +131,10 @@ class Registry:
                 raise InvalidRequest("a new function needs code", hint="send its files as a zip")
             if archive is None:
                 assert latest is not None
-                return await self._change(_latest(name, settings, latest.code))
+                return await self._change(latest_of(name, settings, latest.code))
             code = await self._code.admit(archive)
             with self._kept(code.digest):
-                return await self._change(_latest(name, settings, code))
+                return await self._change(latest_of(name, settings, code))
 
     async def _change(self, latest: Version) -> Version:
         async def write() -> Version:
@@ -135,7 +142,7 @@ class Registry:
             row = FunctionRow(name=latest.function, reserved=None, created=latest.created)
             function = self._functions.setdefault(latest.function, Record(row))
             function.versions[0] = latest
-            self._events.emit("function.deployed", latest.function, **_details(latest))
+            self._events.emit("function.deployed", latest.function, **details(latest))
             self._tell(latest)
             self._tell_kept(latest.function)
             return latest
@@ -165,7 +172,7 @@ class Registry:
                     hint="it was deployed again meanwhile",
                 )
             newest = next(iter(function.numbered()), None)
-            if newest is not None and _same(newest, latest):
+            if newest is not None and same(newest, latest):
                 return newest
             settings = latest.settings
             if description is not None:
@@ -175,7 +182,7 @@ class Registry:
     async def _number(self, copy: Version) -> Version:
         made = await self._rows.publish(copy)
         self._functions[made.function].versions[made.number] = made
-        self._events.emit("function.published", made.function, **_details(made))
+        self._events.emit("function.published", made.function, **details(made))
         self._tell(made)
         return made
 
@@ -188,10 +195,12 @@ class Registry:
         description: str | None = None,
         new: bool | None = None,
         expected: Alias | None = None,
+        hold: bool = False,
     ) -> Alias:
         """Point an alias at one version, or at two by weight; the first is the one it names.
 
-        `new` and `expected` as for a deploy. Raises InvalidRequest, NotFound, Conflict; leaves it
+        `new` and `expected` as for a deploy; `hold`: requests go where they went until `release`,
+        or the end of the daemon. Raises InvalidRequest, NotFound, Conflict; leaves it
         as it was.
         """
         async with self._alone(name):
@@ -208,12 +217,21 @@ class Registry:
 
             async def write() -> None:
                 await self._rows.set_alias(wanted)
+                routed = function.held.pop(alias, old)
+                if hold and routed is not None:
+                    function.held[alias] = routed
                 function.aliases[alias] = wanted
                 self._events.emit("function.alias", name, alias=alias, versions=wanted.versions)
                 self._tell_kept(name)
 
             await _whole(write())
             return wanted
+
+    def release(self, wanted: Alias) -> None:
+        """Let requests go where an alias points, if it does still."""
+        function = self._functions.get(wanted.function)
+        if function is not None and function.aliases.get(wanted.name) == wanted:
+            function.held.pop(wanted.name, None)
 
     async def remove_alias(self, name: str, alias: str) -> None:
         """Remove an alias. Raises NotFound; leaves it when the journal cannot be written."""
@@ -226,6 +244,7 @@ class Registry:
                 await self._rows.drop_alias(name, alias)
                 del function.aliases[alias]
                 function.provisioned.pop(alias, None)
+                function.held.pop(alias, None)
                 self._events.emit("function.removed", name, alias=alias)
                 self._tell_kept(name)
 
@@ -393,6 +412,15 @@ class Registry:
         aliases = self._function(name).aliases
         return [aliases[alias] for alias in sorted(aliases)]
 
+    def pointed(self, name: str, alias: str, versions: Mapping[str, float]) -> Alias:
+        """An alias as `set_alias` would make it. Raises what that raises for `versions`."""
+        return pointed(name, alias, versions, "", self._function(name).labels())
+
+    def routed(self, name: str, alias: str) -> Alias | None:
+        """Where an alias's requests go now; None when there is none. Raises NotFound."""
+        function = self._function(name)
+        return function.held.get(alias) or function.aliases.get(alias)
+
     def reserved(self, name: str) -> int | None:
         """How many requests may run at once; None: no bound of its own. Raises NotFound."""
         return self._function(name).row.reserved
@@ -417,6 +445,12 @@ class Registry:
         shares = function.shares(provisioned.qualifier, provisioned.count)
         return [(self._found(function, label), count) for label, count in shares.items()]
 
+    def kept_by(self, alias: Alias, label: str) -> int:
+        """How many instances of a version are to be ready for what is provisioned for an alias,
+        once it points where `alias` does."""
+        one = self._function(alias.function).provisioned.get(alias.name)
+        return 0 if one is None else shared(alias.versions, one.count).get(label, 0)
+
     def kept(self, version: Version) -> int:
         """How many instances of a version are to be ready; 0 for one that is gone."""
         function = self._functions.get(version.function)
@@ -431,7 +465,7 @@ class Registry:
         alias = self._alias(function, qualifier)
         if alias is None:
             return self._found(function, qualifier or LATEST)
-        return self._found(function, self._drawn(alias))
+        return self._found(function, self._drawn(function.held.get(alias.name, alias)))
 
     def needed(self) -> set[str]:
         """The digests of all code that a version has, or is about to have."""
@@ -472,7 +506,8 @@ class Registry:
         version = None if label in function.aliases else self._found(function, label)
         if version is None:
             raise InvalidRequest(f"{label} is an alias, not a version", hint="remove the alias")
-        named = [alias for alias in function.aliases.values() if label in alias.versions]
+        aliases = (*function.aliases.values(), *function.held.values())
+        named = [alias for alias in aliases if label in alias.versions]
         if named:
             raise Conflict(
                 f"the alias {named[0].name} points at version {label} of {version.function}",
@@ -539,24 +574,3 @@ async def _whole(work: Coroutine[Any, Any, T]) -> T:
 def _still(found: object, expected: object) -> None:
     if expected is not None and found != expected:
         raise Changed("it was changed meanwhile", hint="look at it again, and try again")
-
-
-def _latest(name: str, settings: Settings, code: CodeView) -> Version:
-    return Version(function=name, number=0, settings=settings, code=code, created=now())
-
-
-def _details(version: Version) -> dict[str, object]:
-    """What an event says of a version."""
-    code = version.code
-    return {
-        "version": version.label,
-        "template": version.settings.template,
-        "digest": code.digest,
-        "bytes": code.bytes,
-    }
-
-
-def _same(one: Version, other: Version) -> bool:
-    """Whether a number need not be spent: the description alone makes no other version."""
-    plain = [replace(version.settings, description="") for version in (one, other)]
-    return plain[0] == plain[1] and one.code == other.code

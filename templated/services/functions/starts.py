@@ -191,6 +191,7 @@ class Starts:
             self._came_up(crew, outcome, ahead=ahead)
         else:
             self._failed(crew, outcome, began)
+        crew.tell()
         self.attend(crew)
 
     async def _started(self, crew: Crew) -> Instance | BaseException:
