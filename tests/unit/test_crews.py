@@ -39,7 +39,7 @@ def test_instances_ahead_of_requests() -> None:
         await until(lambda: world.states() == {"paused": 3})
         seen = supply(world)
         assert (seen.up, seen.resting, seen.starting, seen.aim) == (3, 3, 0, 3)
-        assert [clone.vm.machine.steps for clone in world.made] == [["pause"]] * 3
+        await until(lambda: [c.vm.machine.steps for c in world.made] == [["pause"]] * 3)
         view = (await world.ask(1)).view
         assert view.start == "warm" and list(view.phases_ms) == ["route", "run"]
         assert len(world.made) == 3

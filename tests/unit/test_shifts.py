@@ -274,8 +274,11 @@ def test_what_is_kept_follows_a_deploy(tmp_path: Any) -> None:
         await rig.deploy()
         await rig.registry.scale("f", least=2)
         await until(lambda: house.served() == ["f:$LATEST"] * 2)
+        for instance in house.crews.of(rig.registry.latest("f")).resting:
+            instance.used -= 3600.0  # nobody has asked for long: there is no demand
         new = await rig.deploy(content=b"2")
         await house.shifts.settled("f")
+        assert house.shifts.update("f") == UpdateView(done=True, wanted=2, ready=2)
         await until(lambda: house.codes() == {new.code.digest} and len(house.world.clones) == 2)
         await house.close()
 

@@ -210,7 +210,9 @@ class Crews:
         self._starts.grow_soon()
         try:
             while len(crew.members) < count:
-                if crew.retired or self._closing:
+                if self._closing:
+                    return closing().message
+                if crew.retired:
                     return "it was changed or removed meanwhile"
                 if crew.broken.failures >= _HOPELESS:
                     return crew.problem

@@ -76,7 +76,8 @@ class Shifts:
             if not version.number:
                 self._updates.pop(version.function, None)
             return
-        wanted = self._fitting(version, max(1, self._crews.demand(before)))
+        count = max(1, self._crews.demand(before), self._registry.kept(version))
+        wanted = self._fitting(version, count)
         deadline = asyncio.get_running_loop().time() + self._patience
         update = _Update(version, UpdateView(done=False, wanted=wanted, ready=0), deadline)
         self._updates[version.function] = update
