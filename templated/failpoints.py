@@ -107,16 +107,8 @@ _WRITES = (
 )
 READS = (
     *("clones", "free_slots", "pool_sizes", "generations", "active"),
-    *(
-        "functions",
-        "versions",
-        "aliases",
-        "provisioned",
-        "due_events",
-        "next_due",
-        "events",
-        "event_counts",
-    ),
+    *("functions", "versions", "aliases", "provisioned"),
+    *("due_events", "next_due", "events", "event_counts"),
 )
 _NETWORK = (
     *("open", "find", "list", "bridge", "tap", "label", "enslave", "up", "persist", "delete"),

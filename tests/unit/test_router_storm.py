@@ -71,12 +71,22 @@ class Chaos:
                 if self.happens(0.02):
                     clone.vm.machine.fail["pause"] = HypervisorError("QEMU refuses")
             if self.happens(0.1):
-                name = self.random.choice(NAMES)
-                new = version(name, code=self.random.choice("abcdef"))
-                self.world.versions.found[name, "$LATEST"] = new
-                self.world.router.changed(new)
+                self.deploy()
             if self.happens(0.1):
                 self.scale()
+
+    def deploy(self) -> None:
+        """Other code, at once or while the code before serves; and the end of that."""
+        world, name = self.world, self.random.choice(NAMES)
+        new = version(name, code=self.random.choice("abcdef"))
+        world.versions.found[name, "$LATEST"] = new
+        if self.happens(0.5):
+            world.router.changed(new)
+        elif not world.crews.hold(new):
+            world.crews.changed(new)
+        for found in world.versions.found.values():
+            if self.happens(0.5):
+                world.crews.switch(found)
 
     def scale(self) -> None:
         """More or fewer instances ahead of requests."""
