@@ -118,7 +118,10 @@ class Versions(Protocol):
         """All functions."""
 
     def reserved(self, name: str) -> int | None:
-        """How many requests of a function may run at once."""
+        """How many requests of a function may run at once, and do whatever others do."""
+
+    def maximum(self, name: str) -> int | None:
+        """How many instances a function may have, and so requests that run at once."""
 
 
 Phases = Mapping[str, float]

@@ -84,8 +84,13 @@ class Request:
         return self._timed_out(instance, self.call.timeout)
 
     def not_initialised(self, error: InitError) -> Outcome:
-        """What comes of a handler that could not be loaded for this request."""
-        self.routed(error.instance)
+        """What comes of a handler that could not be loaded, for this request or shortly before."""
+        if error.wait:
+            self.start = error.instance.start
+            self.phases_ms = {"route": ms_since(self.arrived)}
+            self.printed.line(f"The init failed before; it is tried again in {error.wait:.1f} s")
+        else:
+            self.routed(error.instance)
         self.report()
         if error.timed_out:
             return self._timed_out(error.instance, error.timeout)

@@ -17,13 +17,14 @@ from collections.abc import Mapping
 from templated.errors import GuestError, TemplatedError, Throttled
 from templated.model.function import LATEST, Version
 from templated.services.functions.bounds import Bounds
-from templated.services.functions.crews import Crews, closing, named
+from templated.services.functions.crews import Crews, closing
 from templated.services.functions.instance import InitError, NotBegun, TooLong
 from templated.services.functions.instances import Instances
 from templated.services.functions.parts import Call, Versions
 from templated.services.functions.payloads import checked
 from templated.services.functions.printed import Printed, Prints
 from templated.services.functions.request import Outcome, Request, ms_since
+from templated.services.functions.starts import named
 from templated.services.reports.function_metrics import FunctionMetrics
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Router:
         self,
         versions: Versions,
         instances: Instances,
+        crews: Crews,
         bounds: Bounds,
         metrics: FunctionMetrics,
         logs: Prints,
@@ -51,7 +53,7 @@ class Router:
         self._metrics = metrics
         self._logs = logs
         self._arns = arns
-        self._crews = Crews(instances, metrics, bounds.concurrency)
+        self._crews = crews
         self._requests: set[asyncio.Task[Outcome]] = set()
         self._closing = False
         metrics.count(self._count_instances, self._count_requests)
@@ -110,11 +112,11 @@ class Router:
         try:
             shared = self._bounds.enter(name)
             if shared is None:
-                await self._bounds.wait(name)
+                shared = await self._bounds.wait(name)
         except Throttled as error:
             self._metrics.throttles.labels(name, error.reason).inc()
             raise
-        return shared is not False
+        return shared
 
     async def _let_in(self, request: Request, *, shared: bool) -> Outcome:
         crew = request.crew
