@@ -1,0 +1,1 @@
+"""Demand, forecasts, policy: pure, without I/O and without a clock of its own."""

@@ -1,0 +1,316 @@
+"""Learns call chains, and says what a start leads to.
+
+A request that names the run that made it is an edge at once. Where nothing names it, timing does:
+see `suspects`. When a function starts, what it leads to is expected, and what that leads to in
+turn. Lags are counted from when the caller's handler began, which a cold start does not move, to
+when the callee's request arrived, so that what is learned holds once the callee is kept warm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+from templated.scaling.chains import saved
+from templated.scaling.chains.edges import REMEMBERED, Edge, Outcome, at_once
+from templated.scaling.chains.expected import Expected, expectations
+from templated.scaling.chains.suspects import REACH, Peak, Suspect
+
+HORIZON = 60.0
+"""The longest lag of a call that is known to be one, in seconds."""
+# Arrivals of one function that are closer than this, in seconds, are one as far as timing goes.
+_SAME = 0.25
+# Functions that are looked at as new suspects, for one arrival.
+_LOOKED_AT = 64
+# What begins that many times as often as another arrives does not lead to it in enough runs.
+_BUSIER = 4.0
+_SMOOTH = 0.25
+# Calls of one function that one run is followed for.
+_CALLS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """How much is remembered."""
+
+    functions: int = 4096
+    edges: int = 4096
+    callees: int = 16
+    """Edges from one function; as many to one."""
+    runs: int = 32
+    """Runs of one function that are followed at once; others are not counted at all."""
+    suspects: int = 24
+    """Of one function."""
+    age: float = 14 * 86400.0
+    """Seconds after which an edge that was not confirmed counts no more."""
+
+
+class _Run(NamedTuple):
+    began: float
+    calls: dict[str, list[float]]
+    """The lags of what it led to, by function."""
+
+
+@dataclass(eq=False, slots=True)
+class _Function:
+    callees: dict[str, Edge] = field(default_factory=dict)
+    callers: dict[str, Edge] = field(default_factory=dict)
+    runs: dict[Hashable, _Run] = field(default_factory=dict)
+    took: float | None = None
+    """Seconds that a request runs, smoothed."""
+    # For what timing says: its own windows, and whom it seems to follow.
+    windows: int = 0
+    opened: float | None = None
+    gap: float | None = None
+    """Seconds between windows, smoothed."""
+    suspects: dict[str, Suspect] = field(default_factory=dict)
+    looked: int = 0
+    arrived: float | None = None
+    pause: float | None = None
+    """Seconds between arrivals, smoothed."""
+
+
+class Chains:
+    """What is known of calls between functions, which any strings name.
+
+    It is told of each request when it `arrived`, when its handler `began` and, if possible, when
+    it `ended`. Times are in seconds, by any clock that all calls share; lags that a jump of it
+    makes up are left out. Nothing here raises.
+    """
+
+    def __init__(self, bounds: Bounds = Bounds()) -> None:
+        self._bounds = bounds
+        # What was used last is last, and edges that were confirmed last.
+        self._functions: dict[str, _Function] = {}
+        self._edges: dict[tuple[str, str], Edge] = {}
+        # Functions by when their window was opened, the last one last.
+        self._windows: dict[str, float] = {}
+
+    # --- learning -------------------------------------------------------------------------------
+
+    def arrived(
+        self, function: str, now: float, *, caller: str | None = None, run: Hashable = None
+    ) -> None:
+        """A request came. `caller` made it, in its `run`, where that is known."""
+        callee = self._function(function)
+        if caller is None:
+            self._attribute(callee, now)
+            self._suspect(function, callee, now)
+            return
+        known = self._functions.get(caller)
+        followed = known.runs.get(run) if known else None
+        if known is None or followed is None or not 0 <= now - followed.began <= HORIZON:
+            return
+        edge = known.callees.get(function)
+        if edge is None:
+            edge = self._add(Edge(caller, function, True, now))
+        edge.traced = True
+        self._confirm(edge, followed, now)
+
+    def began(self, function: str, now: float, run: Hashable = None) -> None:
+        """The handler of a request began; `run` names it in what it will call."""
+        caller = self._function(function)
+        self._settle(caller, now)
+        if len(caller.runs) < self._bounds.runs:
+            caller.runs[object() if run is None else run] = _Run(now, {})
+        if caller.opened is None or not 0 <= now - caller.opened < REACH:
+            caller.gap = _smoothed(caller.gap, caller.opened, now)
+            caller.opened = now
+            caller.windows += 1
+            self._windows.pop(function, None)
+            self._windows[function] = now
+
+    def ended(self, function: str, seconds: float) -> None:
+        """A request ran for so long: what runs one after the other needs one instance."""
+        known = self._functions.get(function)
+        if known is not None and 0 <= seconds < float("inf"):
+            took = seconds if known.took is None else known.took
+            known.took = took + _SMOOTH * (seconds - took)
+
+    # --- asking ---------------------------------------------------------------------------------
+
+    def expected(self, function: str, now: float, *, least: float = 0.3) -> tuple[Expected, ...]:
+        """What a run of `function` that begins now leads to, the earliest first.
+
+        Asked when its request arrives, the times are the earliest that there may be. What is less
+        sure than `least` is left out.
+        """
+
+        def callees(name: str) -> Iterator[Edge]:
+            known = self._functions.get(name)
+            for edge in known.callees.values() if known else ():
+                if now - edge.seen <= self._bounds.age:
+                    yield edge
+
+        return expectations(callees, function, now, least)
+
+    def edges(self, function: str | None = None) -> list[Edge]:
+        """All edges, or those from and to one function."""
+        return [e for e in self._edges.values() if function in (None, e.caller, e.callee)]
+
+    # --- keeping --------------------------------------------------------------------------------
+
+    def forget(self, function: str) -> None:
+        """It is gone, with all edges from it and to it."""
+        known = self._functions.pop(function, None)
+        if known is not None:
+            for edge in (*known.callees.values(), *known.callers.values()):
+                self._drop(edge)
+        self._windows.pop(function, None)
+
+    def save(self, now: float) -> dict[str, Any]:
+        """All edges, as what JSON can hold. Suspects and runs under way are not kept."""
+        age = self._bounds.age
+        return saved.save([e for e in self._edges.values() if now - e.seen <= age], now)
+
+    def load(self, plain: Mapping[str, Any], now: float) -> None:
+        """Add saved edges, as old as they were then. What is broken is left out."""
+        for edge in saved.load(plain, now):
+            if (edge.caller, edge.callee) not in self._edges:
+                self._add(edge)
+
+    # --- runs -----------------------------------------------------------------------------------
+
+    def _settle(self, caller: _Function, now: float) -> None:
+        """Count the runs of which nothing more is to come."""
+        runs = caller.runs
+        while runs:
+            key, run = next(iter(runs.items()))
+            age = now - run.began
+            if 0 <= age <= HORIZON:
+                return
+            del runs[key]
+            if age > 0:
+                self._count(caller, run)
+
+    def _count(self, caller: _Function, run: _Run) -> None:
+        for edge in list(caller.callees.values()):
+            lags = run.calls.get(edge.callee)
+            callee = self._functions[edge.callee]
+            edge.ran(Outcome(min(lags), max(lags), at_once(lags, callee.took)) if lags else None)
+            if edge.rare:
+                self._drop(edge)
+
+    def _confirm(self, edge: Edge, run: _Run, now: float) -> None:
+        lags = run.calls.setdefault(edge.callee, [])
+        if len(lags) < _CALLS:
+            lags.append(now - run.began)
+        edge.seen = now
+        # To the end, where what was confirmed last is.
+        key = edge.caller, edge.callee
+        self._edges.pop(key)
+        self._edges[key] = edge
+
+    # --- by timing ------------------------------------------------------------------------------
+
+    def _attribute(self, callee: _Function, now: float) -> None:
+        """Give an arrival to the run of each function that it seems to follow."""
+        for edge in callee.callers.values():
+            if edge.traced:
+                continue
+            runs = self._functions[edge.caller].runs.values()
+            fit = [run for run in runs if edge.fits(now - run.began)]
+            if fit:
+                self._confirm(edge, min(fit, key=lambda r: len(r.calls.get(edge.callee, ()))), now)
+
+    def _suspect(self, function: str, callee: _Function, now: float) -> None:
+        """Look for the function that an arrival follows."""
+        if callee.arrived is not None and 0 <= now - callee.arrived < _SAME:
+            return
+        callee.pause = _smoothed(callee.pause, callee.arrived, now)
+        callee.arrived = now
+        self._look(function, callee, now)
+        for name, suspect in list(callee.suspects.items()):
+            caller = self._functions.get(name)
+            if (
+                caller is None
+                or caller.opened is None
+                or name in callee.callers
+                or suspect.hopeless(caller.windows)
+            ):
+                del callee.suspects[name]
+            elif 0 <= now - caller.opened < REACH:
+                peak = suspect.hit(now - caller.opened, caller.windows)
+                if peak is not None:
+                    del callee.suspects[name]
+                    self._believe(name, function, peak, now)
+
+    def _look(self, function: str, callee: _Function, now: float) -> None:
+        """Add suspects, while there is room. They are looked at in turn when there are many."""
+        windows, suspects = self._windows, callee.suspects
+        while windows and now - windows[oldest := next(iter(windows))] >= REACH:
+            del windows[oldest]
+        room = self._bounds.suspects - len(suspects)
+        if room <= 0 or not windows:
+            return
+        skipped = callee.looked * _LOOKED_AT % len(windows) if len(windows) > _LOOKED_AT else 0
+        callee.looked += 1
+        for name in islice(reversed(windows), skipped, skipped + _LOOKED_AT):
+            if name == function or name in suspects or name in callee.callers:
+                continue
+            caller = self._functions[name]
+            if caller.gap and callee.pause and callee.pause > _BUSIER * caller.gap:
+                continue
+            suspects[name] = Suspect(caller.windows)
+            room -= 1
+            if not room:
+                return
+
+    def _believe(self, caller: str, callee: str, peak: Peak, now: float) -> None:
+        edge = self._add(Edge(caller, callee, False, now))
+        # What was seen of it before, as far as a histogram tells.
+        runs = min(peak.seen, REMEMBERED)
+        hits = min(round(peak.found / peak.seen * runs), runs)
+        edge.ran(*[None] * (runs - hits), *[Outcome(peak.first, peak.last, 1)] * hits)
+        # Of the runs under way it is not known what they have led to.
+        self._functions[caller].runs.clear()
+
+    # --- bounds ---------------------------------------------------------------------------------
+
+    def _function(self, name: str) -> _Function:
+        known = self._functions.pop(name, None)
+        if known is None:
+            known = _Function()
+            if len(self._functions) >= self._bounds.functions:
+                self._evict()
+        self._functions[name] = known
+        return known
+
+    def _evict(self) -> None:
+        """Forget a function that was not used for long, rather one that has no edges."""
+        # The last one is in use.
+        oldest = list(islice(self._functions, min(16, len(self._functions) - 1)))
+        for name in oldest:
+            known = self._functions[name]
+            if not known.callees and not known.callers:
+                self.forget(name)
+                return
+        self.forget(oldest[0])
+
+    def _add(self, edge: Edge) -> Edge:
+        caller, callee = self._function(edge.caller), self._function(edge.callee)
+        for same in (caller.callees, callee.callers):
+            if len(same) >= self._bounds.callees:
+                self._drop(min(same.values(), key=lambda known: (known.sure, known.seen)))
+        if len(self._edges) >= self._bounds.edges:
+            self._drop(next(iter(self._edges.values())))
+        caller.callees[edge.callee] = callee.callers[edge.caller] = edge
+        self._edges[edge.caller, edge.callee] = edge
+        return edge
+
+    def _drop(self, edge: Edge) -> None:
+        self._edges.pop((edge.caller, edge.callee), None)
+        caller, callee = self._functions.get(edge.caller), self._functions.get(edge.callee)
+        if caller is not None:
+            caller.callees.pop(edge.callee, None)
+        if callee is not None:
+            callee.callers.pop(edge.caller, None)
+
+
+def _smoothed(old: float | None, since: float | None, now: float) -> float | None:
+    """A mean of times between, with the one since then; a clock that went back adds nothing."""
+    if since is None or now <= since:
+        return old
+    return now - since if old is None else old + _SMOOTH * (now - since - old)
