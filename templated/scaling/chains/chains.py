@@ -22,6 +22,8 @@ HORIZON = 60.0
 """The longest lag of a call that is known to be one, in seconds."""
 # Arrivals of one function that are closer than this, in seconds, are one as far as timing goes.
 _SAME = 0.25
+# What arrives more often than every so many seconds is warm anyway: nobody is suspected.
+_BUSY = 10.0
 # Functions that are looked at as new suspects, for one arrival.
 _LOOKED_AT = 64
 # What begins that many times as often as another arrives does not lead to it in enough runs.
@@ -131,11 +133,13 @@ class Chains:
 
     # --- asking ---------------------------------------------------------------------------------
 
-    def expected(self, function: str, now: float, *, least: float = 0.3) -> tuple[Expected, ...]:
-        """What a run of `function` that begins now leads to, the earliest first.
+    def expected(
+        self, function: str, now: float, *, wait: float = 0.0, least: float = 0.3
+    ) -> tuple[Expected, ...]:
+        """What a request of `function` that arrives now leads to, the earliest first.
 
-        Asked when its request arrives, the times are the earliest that there may be. What is less
-        sure than `least` is left out.
+        Its handler begins at the latest `wait` seconds from now: 0 when an instance is free, else
+        what a start takes. What is less sure than `least` is left out.
         """
 
         def callees(name: str) -> Iterator[Edge]:
@@ -144,7 +148,7 @@ class Chains:
                 if now - edge.seen <= self._bounds.age:
                     yield edge
 
-        return expectations(callees, function, now, least)
+        return expectations(callees, function, (now, now + wait), least)
 
     def edges(self, function: str | None = None) -> list[Edge]:
         """All edges, or those from and to one function."""
@@ -190,7 +194,7 @@ class Chains:
             lags = run.calls.get(edge.callee)
             callee = self._functions[edge.callee]
             edge.ran(Outcome(min(lags), max(lags), at_once(lags, callee.took)) if lags else None)
-            if edge.rare:
+            if edge.rare or edge.by_chance(callee.pause):
                 self._drop(edge)
 
     def _confirm(self, edge: Edge, run: _Run, now: float) -> None:
@@ -221,21 +225,20 @@ class Chains:
             return
         callee.pause = _smoothed(callee.pause, callee.arrived, now)
         callee.arrived = now
+        if callee.pause is not None and callee.pause < _BUSY:
+            return
         self._look(function, callee, now)
         for name, suspect in list(callee.suspects.items()):
             caller = self._functions.get(name)
-            if (
-                caller is None
-                or caller.opened is None
-                or name in callee.callers
-                or suspect.hopeless(caller.windows)
-            ):
+            if caller is None or caller.opened is None or name in callee.callers:
                 del callee.suspects[name]
             elif 0 <= now - caller.opened < REACH:
                 peak = suspect.hit(now - caller.opened, caller.windows)
                 if peak is not None:
                     del callee.suspects[name]
                     self._believe(name, function, peak, now)
+            elif suspect.hopeless(caller.windows):
+                del callee.suspects[name]
 
     def _look(self, function: str, callee: _Function, now: float) -> None:
         """Add suspects, while there is room. They are looked at in turn when there are many."""

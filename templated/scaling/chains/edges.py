@@ -15,6 +15,9 @@ REMEMBERED = 16
 _MARGIN, _LEAST_MARGIN = 0.25, 0.005
 # Quantile of the normal distribution for the lower bound of a share: one-sided 90 %.
 _Z = 1.28
+# Starts that timing alone gives to an edge: of lags so much shorter and longer than the usual one,
+# and, since short ones vary more, so many seconds beside that.
+_SHORTER, _LONGER, _OFF = 0.4, 2.0, 0.05
 # An edge that is that rare is none, once enough runs have been seen.
 _RARE, _ENOUGH = 0.1, 10
 
@@ -76,8 +79,18 @@ class Edge:
         self.count = max(hit.most for hit in hits)
 
     def fits(self, lag: float) -> bool:
-        """Whether a start that nobody is known to have made may be one of this edge."""
-        return self.first * 0.5 <= lag <= self.last * 1.5 + 0.1
+        """Whether a start that nobody is known to have made may be one of this edge.
+
+        Measured by the usual lag, not by the extremes: those would drift apart.
+        """
+        return _SHORTER * self.typical - _OFF <= lag <= _LONGER * self.typical + _OFF
+
+    def by_chance(self, pause: float | None) -> bool:
+        """Whether a callee that arrives every `pause` seconds would seem to follow as often."""
+        if self.traced or not pause:
+            return False
+        span = (_LONGER - _SHORTER) * self.typical + 2 * _OFF
+        return self.sure < -math.expm1(-span / pause)
 
 
 def at_once(lags: Sequence[float], took: float | None) -> int:

@@ -61,9 +61,13 @@ class _Way:
 
 
 def expectations(
-    callees: Callable[[str], Iterable[Edge]], function: str, now: float, least: float
+    callees: Callable[[str], Iterable[Edge]],
+    function: str,
+    begins: tuple[float, float],
+    least: float,
 ) -> tuple[Expected, ...]:
-    """What a run that begins now leads to, the earliest first; a circle is followed once."""
+    """What a run that begins between two times leads to, the earliest first; a circle is followed
+    once."""
     found: dict[str, list[_Way]] = {}
     todo, looked = [_Way((function,))], 0
     for way in todo:
@@ -80,8 +84,8 @@ def expectations(
         Expected(
             function=way.path[-1],
             count=way.count,
-            begin=now + way.first,
-            end=now + way.last,
+            begin=begins[0] + way.first,
+            end=begins[1] + way.last,
             sure=way.sure,
             reason=way.reason(),
             traced=way.traced,

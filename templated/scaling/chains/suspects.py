@@ -1,7 +1,7 @@
 """Who seems to call whom, by timing alone.
 
 Where nothing says who called a function, those that began shortly before are suspects, each with a
-histogram of lags (a cross-correlogram). An unrelated function starts as often at one lag as at any
+histogram of lags (a cross-correlogram). An unrelated function is as likely at one lag as at any
 other, so that the rest of the histogram tells what chance makes of a peak: how busy the two are
 need not be known.
 """
@@ -12,7 +12,7 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
-REACH = 10.0
+REACH = 20.0
 """The longest lag that is looked at, in seconds."""
 # Bins of lags grow by this factor, the first is 5 ms: a lag of 5 s is as stable as one of 50 ms
 # when both vary by a tenth.
@@ -24,18 +24,14 @@ _EDGES.append(REACH)
 _BINS = len(_EDGES) - 1
 # A peak is at most so many bins wide: its longest lag is 2.7 times its shortest.
 _WIDEST = 3
-_FEWEST = 4
-"""Windows with a hit before anything is believed."""
-_SHARE = 0.4
-"""Of the windows that a peak needs; what follows less often is not worth an instance."""
+# Windows with a hit before anything is believed, and the share of them that a peak needs: what
+# follows less often is not worth an instance.
+_FEWEST, _SHARE = 4, 0.4
 # How unlikely chance must be, as the logarithm of its odds: e**-16 is one in nine million, since
 # each pair is looked at again with every start.
 _SURPRISE = 16.0
-# Windows that a peak is looked for in; after which the past of the counts is halved; after which
-# one with few hits is let off.
-_KEPT, _HALVE, _TRIAL, _HOPELESS = 32, 64, 8, 0.25
-# Spans of lags that a function is in by chance in half of all windows tell nothing.
-_COMMON = 0.5
+# Windows that are remembered; after which one with few hits is let off.
+_KEPT, _TRIAL, _HOPELESS = 32, 8, 0.25
 
 
 @dataclass(frozen=True)
@@ -57,68 +53,69 @@ class Suspect:
     numbered from 1 by whom they belong to.
     """
 
-    __slots__ = ("_counted", "_counts", "_first", "_windows")
+    __slots__ = ("_counts", "_first", "_windows")
 
     def __init__(self, window: int) -> None:
         self._first = window
-        self._counts = bytearray(_BINS)
-        self._counted = window - 1
-        # Of each window with a hit, the bins that were hit, as bits: a burst counts once.
-        self._windows: dict[int, int] = {}
+        self._counts = [0] * _BINS
+        # The bins that were hit in each window with a hit, the oldest first.
+        self._windows: dict[int, list[int]] = {}
 
     def hit(self, lag: float, window: int) -> Peak | None:
         """Count a start, `lag` seconds (0 to `REACH`) into the open window; the peak if one stands
         out there now."""
-        at = min(bisect_right(_EDGES, lag), _BINS) - 1
-        if window - self._counted >= _HALVE or self._counts[at] == 255:
-            self._counted += (window - self._counted) // 2
-            self._counts = bytearray(count // 2 for count in self._counts)
-        self._counts[at] += 1
-        windows = self._windows
-        while windows and (oldest := next(iter(windows))) <= window - _KEPT:
-            del windows[oldest]
-        windows[window] = windows.get(window, 0) | 1 << at
-        return self._peak(at, window) if len(windows) >= _FEWEST else None
+        self._forget(window)
+        counts, at = self._counts, min(bisect_right(_EDGES, lag), _BINS) - 1
+        self._windows.setdefault(window, []).append(at)
+        counts[at] += 1
+        least = max(_FEWEST, _SHARE * self._seen(window))
+        # What is near may be all of a peak.
+        if sum(counts[max(at - _WIDEST + 1, 0) : at + _WIDEST]) < least:
+            return None
+        return self._peak(at, window, least)
 
     def hopeless(self, window: int) -> bool:
         """Whether it has had its time, and follows too seldom."""
-        seen = min(window - self._first + 1, _KEPT)
-        hits = sum(1 for number in self._windows if number > window - _KEPT)
-        return seen >= _TRIAL and hits < _HOPELESS * seen
+        self._forget(window)
+        seen = self._seen(window)
+        return seen >= _TRIAL and len(self._windows) < _HOPELESS * seen
 
-    def _peak(self, at: int, window: int) -> Peak | None:
+    def _forget(self, window: int) -> None:
+        windows = self._windows
+        while windows and (oldest := next(iter(windows))) <= window - _KEPT:
+            for at in windows.pop(oldest):
+                self._counts[at] -= 1
+
+    def _seen(self, window: int) -> int:
+        return min(window - self._first + 1, _KEPT)
+
+    def _peak(self, at: int, window: int, least: float) -> Peak | None:
         """The most surprising peak of those that have the bin `at`."""
         counts, best, most = self._counts, None, _SURPRISE
-        total, counted = sum(counts), window - self._counted
-        seen = min(window - self._first + 1, _KEPT)
+        total, seen = sum(counts), self._seen(window)
         for width in range(1, _WIDEST + 1):
             for first in range(max(at - width + 1, 0), min(at, _BINS - width) + 1):
+                inside = sum(counts[first : first + width])
                 begin, end = _EDGES[first], _EDGES[first + width]
-                others = total - sum(counts[first : first + width])
-                chance = _chance(others, end - begin, counted)
-                if chance > _COMMON:
+                if _surprise(inside, total - inside, (end - begin) / REACH) < most:
                     continue
-                bits = ((1 << width) - 1) << first
-                found = sum(1 for hits in self._windows.values() if hits & bits)
-                share = found / seen
-                if found < _FEWEST or share < _SHARE:
-                    continue
-                surprise = seen * _divergence(share, chance)
-                if surprise >= most:
+                # Once more with each window counting once, however many there were in it.
+                found = self._found(first, first + width)
+                surprise = _surprise(found, total - inside, (end - begin) / REACH)
+                if found >= least and surprise >= most:
                     best, most = Peak(begin, end, found, seen), surprise
         return best
 
-
-def _chance(others: int, span: float, windows: int) -> float:
-    """How likely a hit in a span of lags is, going by the hits in all others; with one more of
-    them, so that none seen is not none possible."""
-    return -math.expm1(-(others + 1) * span / (windows * (REACH - span)))
+    def _found(self, first: int, last: int) -> int:
+        return sum(1 for hits in self._windows.values() if any(first <= at < last for at in hits))
 
 
-def _divergence(share: float, chance: float) -> float:
-    """What one window adds to the surprise (Chernoff's bound on the tail of a binomial)."""
-    if share <= chance:
+def _surprise(inside: int, outside: int, part: float) -> float:
+    """How unlikely so many hits are inside of a part of the histogram, had each hit fallen
+    anywhere (Chernoff's bound on the tail of a binomial, as a logarithm)."""
+    total = inside + outside
+    share = inside / total
+    if share <= part:
         return 0.0
-    if share >= 1:
-        return -math.log(chance)
-    return share * math.log(share / chance) + (1 - share) * math.log((1 - share) / (1 - chance))
+    rest = outside * math.log((1 - share) / (1 - part)) if outside else 0.0
+    return inside * math.log(share / part) + rest

@@ -1,0 +1,1 @@
+"""Measures `templated.scaling` on a virtual clock."""
