@@ -33,7 +33,7 @@ def load(plain: Mapping[str, Any], now: float) -> Iterator[Edge]:
     for row in rows if isinstance(rows, list) else ():
         try:
             yield _edge(row, now)
-        except (KeyError, TypeError, ValueError, OverflowError):
+        except (LookupError, TypeError, ValueError, OverflowError):
             continue
 
 

@@ -64,6 +64,7 @@ class Traces:
 
         What is no header of Lambda is ignored, and nothing of it is passed on.
         """
+        self._make_room(now)
         root, parent, sampled = _parsed(header)
         if root:
             segment, caller = os.urandom(8).hex(), self._caller(root, parent)
@@ -72,7 +73,6 @@ class Traces:
             root, segment = f"1-{int(time.time()):08x}-{drawn[16:]}", drawn[:16]
             caller = None
         span = Span(function, root, segment, parent, sampled, caller, now)
-        self._make_room(now)
         self._spans[segment] = span
         self._running.setdefault(root, []).append(span)
         return span
@@ -112,7 +112,7 @@ def _parsed(header: str) -> tuple[str, str, str]:
         return "", "", "0"
     fields = {}
     for part in header.split(";"):
-        name, _, value = part.strip().partition("=")
+        name, _, value = part.strip(" ").partition("=")
         fields[name] = value
     root, sampled = fields.get("Root", ""), fields.get("Sampled", "")
     if not _ROOT.fullmatch(root):
