@@ -14,6 +14,8 @@ from typing import Any
 import botocore.handlers
 import pytest
 
+from templated.scaling.chains import Agenda, Chains
+from templated.services.functions.foreseen import Foreseen
 from templated.services.functions.traces import MAX_HEADER, Caller, Span, Traces
 from tests.unit.fake_instances import World, play, version
 from tests.unit.function_guest import Caller as Host
@@ -153,6 +155,33 @@ def test_the_router_tells_of_each_request() -> None:
         assert not world.router._traces._running
 
     play(scenario, version())
+
+
+@pytest.mark.usefixtures("no_blocking_calls")
+def test_what_requests_lead_to_is_foreseen() -> None:
+    """Through the router: `f` calls `g`, and the second time that is known before."""
+
+    async def scenario(world: World) -> None:
+        chains, agenda = Chains(), Agenda()
+        foreseen = Foreseen(chains, agenda, lambda function: 5.0)
+        world.router.watchers.append(foreseen)
+        horizon = time.perf_counter()
+        for _ in range(3):
+            await world.ask(1)
+            order = world.made[0].vm.agent.orders[-1]
+            await world.router.invoke("g", None, b"1", trace=order.trace)
+            await asyncio.sleep(0)
+        # The runs are over when so much time has passed.
+        chains.began("f", horizon + 100)
+        (edge,) = chains.edges()
+        assert (edge.caller, edge.callee, edge.traced, edge.share) == ("f", "g", True, 1.0)
+        await world.ask(1)
+        await asyncio.sleep(0)
+        wanted = agenda.wanted("g", time.perf_counter())
+        assert wanted is not None and wanted.count == 1 and wanted.reason.startswith("f calls it")
+        assert not foreseen._began
+
+    play(scenario, version(), version("g"))
 
 
 def test_the_gateway_takes_and_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
