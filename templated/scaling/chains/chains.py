@@ -8,7 +8,7 @@ when the callee's request arrived, so that what is learned holds once the callee
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -24,8 +24,9 @@ HORIZON = 60.0
 _SAME = 0.25
 # What arrives more often than every so many seconds is warm anyway: nobody is suspected.
 _BUSY = 10.0
-# Functions that are looked at as new suspects, for one arrival.
-_LOOKED_AT = 64
+# Functions that may become suspects are taken from so many that began of late, and have to have
+# begun before so many arrivals in a row.
+_SIEVE, _SIEVED = 128, 3
 # What begins that many times as often as another arrives does not lead to it in enough runs.
 _BUSIER = 4.0
 _SMOOTH = 0.25
@@ -68,6 +69,9 @@ class _Function:
     gap: float | None = None
     """Seconds between windows, smoothed."""
     suspects: dict[str, Suspect] = field(default_factory=dict)
+    sieve: set[str] | None = None
+    """Functions that the last `sieved` arrivals have followed."""
+    sieved: int = 0
     looked: int = 0
     arrived: float | None = None
     pause: float | None = None
@@ -241,25 +245,37 @@ class Chains:
                 del callee.suspects[name]
 
     def _look(self, function: str, callee: _Function, now: float) -> None:
-        """Add suspects, while there is room. They are looked at in turn when there are many."""
-        windows, suspects = self._windows, callee.suspects
-        while windows and now - windows[oldest := next(iter(windows))] >= REACH:
-            del windows[oldest]
-        room = self._bounds.suspects - len(suspects)
-        if room <= 0 or not windows:
-            return
-        skipped = callee.looked * _LOOKED_AT % len(windows) if len(windows) > _LOOKED_AT else 0
-        callee.looked += 1
-        for name in islice(reversed(windows), skipped, skipped + _LOOKED_AT):
-            if name == function or name in suspects or name in callee.callers:
+        """Add suspects, while there is room."""
+        room = self._bounds.suspects - len(callee.suspects)
+        for name in islice(self._followed(callee, room, now), room):
+            caller = self._functions.get(name)
+            if caller is None or name == function or name in callee.callers:
                 continue
-            caller = self._functions[name]
             if caller.gap and callee.pause and callee.pause > _BUSIER * caller.gap:
                 continue
-            suspects[name] = Suspect(caller.windows)
-            room -= 1
-            if not room:
-                return
+            callee.suspects.setdefault(name, Suspect(caller.windows))
+
+    def _followed(self, callee: _Function, room: int, now: float) -> Iterable[str]:
+        """Functions that an arrival follows: when those are many, and only then, such as the
+        arrivals before have followed, too."""
+        windows = self._windows
+        while windows and now - windows[oldest := next(iter(windows))] >= REACH:
+            del windows[oldest]
+        if room <= 0:
+            return ()
+        if not callee.sieve:
+            if len(windows) <= room:
+                return reversed(windows)
+            # In turn, when they are more than that.
+            skipped = callee.looked * _SIEVE % len(windows) if len(windows) > _SIEVE else 0
+            callee.looked += 1
+            callee.sieve = set(islice(reversed(windows), skipped, skipped + _SIEVE))
+            callee.sieved = 1
+            return ()
+        left = {name for name in callee.sieve if name in windows}
+        callee.sieved += 1
+        callee.sieve = left if callee.sieved < _SIEVED else None
+        return () if callee.sieve else left
 
     def _believe(self, caller: str, callee: str, peak: Peak, now: float) -> None:
         edge = self._add(Edge(caller, callee, False, now))

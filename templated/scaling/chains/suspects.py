@@ -31,7 +31,7 @@ _FEWEST, _SHARE = 4, 0.4
 # each pair is looked at again with every start.
 _SURPRISE = 16.0
 # Windows that are remembered; after which one with few hits is let off.
-_KEPT, _TRIAL, _HOPELESS = 32, 8, 0.25
+_KEPT, _TRIAL, _HOPELESS = 32, 5, 0.4
 
 
 @dataclass(frozen=True)
