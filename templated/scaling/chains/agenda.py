@@ -52,7 +52,7 @@ class Agenda:
             return None
         counts: dict[str, int] = {}
         for source, one in due:
-            counts[source] = counts.get(source, 0) + one.count
+            counts[source] = counts.get(source, 0) + one.at_once
         surest = max((one for _, one in due), key=lambda one: one.sure)
         return Wanted(
             count=max(counts.values()),

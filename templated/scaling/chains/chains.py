@@ -8,6 +8,7 @@ when the callee's request arrived, so that what is learned holds once the callee
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 from templated.scaling.chains import saved
 from templated.scaling.chains.edges import REMEMBERED, Edge, Outcome, at_once
 from templated.scaling.chains.expected import Expected, expectations
+from templated.scaling.chains.recent import Recent
 from templated.scaling.chains.suspects import REACH, Peak, Suspect
 
 HORIZON = 60.0
@@ -27,6 +29,8 @@ _BUSY = 10.0
 # Functions that may become suspects are taken from so many that began of late, and have to have
 # begun before so many arrivals in a row.
 _SIEVE, _SIEVED = 128, 3
+# Arrivals after which those without prospects are let off.
+_TURNS = 8
 # What begins that many times as often as another arrives does not lead to it in enough runs.
 _BUSIER = 4.0
 _SMOOTH = 0.25
@@ -44,7 +48,7 @@ class Bounds:
     """Edges from one function; as many to one."""
     runs: int = 32
     """Runs of one function that are followed at once; others are not counted at all."""
-    suspects: int = 24
+    suspects: int = 16
     """Of one function."""
     age: float = 14 * 86400.0
     """Seconds after which an edge that was not confirmed counts no more."""
@@ -73,6 +77,7 @@ class _Function:
     """Functions that the last `sieved` arrivals have followed."""
     sieved: int = 0
     looked: int = 0
+    turn: int = 0
     arrived: float | None = None
     pause: float | None = None
     """Seconds between arrivals, smoothed."""
@@ -88,11 +93,12 @@ class Chains:
 
     def __init__(self, bounds: Bounds = Bounds()) -> None:
         self._bounds = bounds
-        # What was used last is last, and edges that were confirmed last.
-        self._functions: dict[str, _Function] = {}
-        self._edges: dict[tuple[str, str], Edge] = {}
-        # Functions by when their window was opened, the last one last.
-        self._windows: dict[str, float] = {}
+        # What was used last is last, and edges that were confirmed last. A plain dict would find
+        # its first entry the more slowly the more were moved away from there.
+        self._functions: OrderedDict[str, _Function] = OrderedDict()
+        self._edges: OrderedDict[tuple[str, str], Edge] = OrderedDict()
+        # Functions whose window is open.
+        self._open = Recent(REACH)
 
     # --- learning -------------------------------------------------------------------------------
 
@@ -125,8 +131,7 @@ class Chains:
             caller.gap = _smoothed(caller.gap, caller.opened, now)
             caller.opened = now
             caller.windows += 1
-            self._windows.pop(function, None)
-            self._windows[function] = now
+            self._open.add(function, now)
 
     def ended(self, function: str, seconds: float) -> None:
         """A request ran for so long: what runs one after the other needs one instance."""
@@ -166,7 +171,6 @@ class Chains:
         if known is not None:
             for edge in (*known.callees.values(), *known.callers.values()):
                 self._drop(edge)
-        self._windows.pop(function, None)
 
     def save(self, now: float) -> dict[str, Any]:
         """All edges, as what JSON can hold. Suspects and runs under way are not kept."""
@@ -206,10 +210,7 @@ class Chains:
         if len(lags) < _CALLS:
             lags.append(now - run.began)
         edge.seen = now
-        # To the end, where what was confirmed last is.
-        key = edge.caller, edge.callee
-        self._edges.pop(key)
-        self._edges[key] = edge
+        self._edges.move_to_end((edge.caller, edge.callee))
 
     # --- by timing ------------------------------------------------------------------------------
 
@@ -231,17 +232,29 @@ class Chains:
         callee.arrived = now
         if callee.pause is not None and callee.pause < _BUSY:
             return
+        callee.turn += 1
+        if callee.turn % _TURNS == 0:
+            self._let_off(callee)
         self._look(function, callee, now)
+        peaks = []
+        for name, suspect in callee.suspects.items():
+            caller = self._functions.get(name)
+            if caller is not None and caller.opened is not None:
+                lag = now - caller.opened
+                if 0 <= lag < REACH:
+                    peak = suspect.hit(lag, caller.windows)
+                    if peak is not None:
+                        peaks.append((name, peak))
+        for name, peak in peaks:
+            del callee.suspects[name]
+            if name not in callee.callers:
+                self._believe(name, function, peak, now)
+
+    def _let_off(self, callee: _Function) -> None:
+        """Make room for others than those that have had their time."""
         for name, suspect in list(callee.suspects.items()):
             caller = self._functions.get(name)
-            if caller is None or caller.opened is None or name in callee.callers:
-                del callee.suspects[name]
-            elif 0 <= now - caller.opened < REACH:
-                peak = suspect.hit(now - caller.opened, caller.windows)
-                if peak is not None:
-                    del callee.suspects[name]
-                    self._believe(name, function, peak, now)
-            elif suspect.hopeless(caller.windows):
+            if caller is None or name in callee.callers or suspect.hopeless(caller.windows):
                 del callee.suspects[name]
 
     def _look(self, function: str, callee: _Function, now: float) -> None:
@@ -258,21 +271,19 @@ class Chains:
     def _followed(self, callee: _Function, room: int, now: float) -> Iterable[str]:
         """Functions that an arrival follows: when those are many, and only then, such as the
         arrivals before have followed, too."""
-        windows = self._windows
-        while windows and now - windows[oldest := next(iter(windows))] >= REACH:
-            del windows[oldest]
         if room <= 0:
             return ()
+        names = self._open.names(now)
         if not callee.sieve:
-            if len(windows) <= room:
-                return reversed(windows)
+            if len(names) <= room:
+                return names
             # In turn, when they are more than that.
-            skipped = callee.looked * _SIEVE % len(windows) if len(windows) > _SIEVE else 0
+            skipped = callee.looked * _SIEVE % len(names) if len(names) > _SIEVE else 0
             callee.looked += 1
-            callee.sieve = set(islice(reversed(windows), skipped, skipped + _SIEVE))
+            callee.sieve = set(names[skipped : skipped + _SIEVE])
             callee.sieved = 1
             return ()
-        left = {name for name in callee.sieve if name in windows}
+        left = callee.sieve.intersection(names)
         callee.sieved += 1
         callee.sieve = left if callee.sieved < _SIEVED else None
         return () if callee.sieve else left
@@ -289,18 +300,19 @@ class Chains:
     # --- bounds ---------------------------------------------------------------------------------
 
     def _function(self, name: str) -> _Function:
-        known = self._functions.pop(name, None)
+        known = self._functions.get(name)
         if known is None:
-            known = _Function()
-            if len(self._functions) >= self._bounds.functions:
+            known = self._functions[name] = _Function()
+            if len(self._functions) > self._bounds.functions:
                 self._evict()
-        self._functions[name] = known
+        else:
+            self._functions.move_to_end(name)
         return known
 
     def _evict(self) -> None:
         """Forget a function that was not used for long, rather one that has no edges."""
-        # The last one is in use.
-        oldest = list(islice(self._functions, min(16, len(self._functions) - 1)))
+        # The last two are in use.
+        oldest = list(islice(self._functions, min(16, len(self._functions) - 2)))
         for name in oldest:
             known = self._functions[name]
             if not known.callees and not known.callers:

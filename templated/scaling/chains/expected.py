@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
 
 from templated.scaling.chains.edges import Edge
 
@@ -11,53 +12,46 @@ from templated.scaling.chains.edges import Edge
 _DEEPEST, _EDGES, _MOST = 4, 128, 1000
 
 
-@dataclass(frozen=True)
-class Expected:
+class Expected(NamedTuple):
     """Requests that a run will probably lead to."""
 
     function: str
-    count: int
-    """How many at once, at most."""
+    at_once: int
+    """How many at most."""
     begin: float
     end: float
     """Between these they will arrive, by the clock of the question."""
     sure: float
     """A lower bound of how likely that is, 0 to 1."""
-    reason: str
+    lag: float
+    """The usual one, in seconds after the run began."""
+    path: tuple[str, ...]
+    """From the function that runs, to this one."""
     traced: bool
     """Whether all calls in between are known to be calls."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Way:
-    """From a run to a function."""
-
-    path: tuple[str, ...]
-    first: float = 0.0
-    last: float = 0.0
-    typical: float = 0.0
-    count: int = 1
-    sure: float = 1.0
-    traced: bool = True
-
-    def along(self, edge: Edge) -> _Way:
-        return _Way(
-            path=(*self.path, edge.callee),
-            first=self.first + edge.first,
-            last=self.last + edge.last,
-            typical=self.typical + edge.typical,
-            count=min(self.count * edge.count, _MOST),
-            sure=self.sure * edge.sure,
-            traced=self.traced and edge.traced,
-        )
-
+    @property
     def reason(self) -> str:
-        begin, *between, _ = self.path
+        """Why, in words."""
+        first, *between, _ = self.path
         way = f" by way of {', '.join(between)}" if between else ""
-        lag = f"{self.typical:.2g} s" if self.typical < 1 else f"{self.typical:.1f} s"
+        lag = f"{self.lag:.2g} s" if self.lag < 1 else f"{self.lag:.1f} s"
         if self.traced:
-            return f"{begin} calls it{way} in {lag}"
-        return f"it follows {begin}{way} after {lag}"
+            return f"{first} calls it{way} in {lag}"
+        return f"it follows {first}{way} after {lag}"
+
+    def along(self, edge: Edge) -> Expected:
+        """What follows from that by one more call."""
+        return Expected(
+            edge.callee,
+            min(self.at_once * edge.count, _MOST),
+            self.begin + edge.first,
+            self.end + edge.last,
+            self.sure * edge.sure,
+            self.lag + edge.typical,
+            (*self.path, edge.callee),
+            self.traced and edge.traced,
+        )
 
 
 def expectations(
@@ -68,10 +62,11 @@ def expectations(
 ) -> tuple[Expected, ...]:
     """What a run that begins between two times leads to, the earliest first; a circle is followed
     once."""
-    found: dict[str, list[_Way]] = {}
-    todo, looked = [_Way((function,))], 0
+    found: dict[str, list[Expected]] = {}
+    looked = 0
+    todo = [Expected(function, 1, *begins, 1.0, 0.0, (function,), True)]
     for way in todo:
-        for edge in callees(way.path[-1]):
+        for edge in callees(way.function):
             looked += 1
             if way.sure * edge.sure < least or edge.callee in way.path:
                 continue
@@ -79,39 +74,27 @@ def expectations(
             _add(found.setdefault(edge.callee, []), further)
             if len(further.path) <= _DEEPEST and looked < _EDGES:
                 todo.append(further)
-    ways = sorted((way for same in found.values() for way in same), key=lambda way: way.first)
-    return tuple(
-        Expected(
-            function=way.path[-1],
-            count=way.count,
-            begin=begins[0] + way.first,
-            end=begins[1] + way.last,
-            sure=way.sure,
-            reason=way.reason(),
-            traced=way.traced,
-        )
-        for way in ways
-    )
+    every = [one for same in found.values() for one in same]
+    return tuple(sorted(every, key=_begin))
 
 
-def _add(ways: list[_Way], other: _Way) -> None:
+_begin = attrgetter("begin")
+
+
+def _add(ways: list[Expected], other: Expected) -> None:
     """Join ways that lead to the same function in the same time.
 
     Calls that are known to be ones add up. What only follows was perhaps seen twice, once by way
     of another, and counts once.
     """
     for at, way in enumerate(ways):
-        if way.first <= other.last and other.first <= way.last:
-            surer = max(way, other, key=lambda one: one.sure)
+        if way.begin <= other.end and other.begin <= way.end:
+            surer = max(way, other, key=attrgetter("sure"))
             both = way.traced and other.traced
-            ways[at] = _Way(
-                path=surer.path,
-                first=min(way.first, other.first),
-                last=max(way.last, other.last),
-                typical=surer.typical,
-                count=way.count + other.count if both else max(way.count, other.count),
-                sure=surer.sure,
-                traced=surer.traced,
+            ways[at] = surer._replace(
+                at_once=way.at_once + other.at_once if both else max(way.at_once, other.at_once),
+                begin=min(way.begin, other.begin),
+                end=max(way.end, other.end),
             )
             return
     ways.append(other)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections import OrderedDict
 from typing import NamedTuple
 
 HEADER = "X-Amzn-Trace-Id"
@@ -55,7 +56,7 @@ class Traces:
     def __init__(self, most: int = _MOST, age: float = _AGE) -> None:
         self._most, self._age = most, age
         # The oldest first.
-        self._spans: dict[str, Span] = {}
+        self._spans: OrderedDict[str, Span] = OrderedDict()
         self._running: dict[str, list[Span]] = {}
         """Those under way, by root."""
 
@@ -99,11 +100,11 @@ class Traces:
     def _make_room(self, now: float) -> None:
         spans = self._spans
         while spans:
-            oldest = next(iter(spans.values()))
+            oldest = spans[next(iter(spans))]
             # Also when the clock went back: then it is from the future.
             if len(spans) < self._most and 0 <= now - oldest.arrived <= self._age:
                 return
-            del spans[oldest.segment]
+            spans.popitem(last=False)
 
 
 def _parsed(header: str) -> tuple[str, str, str]:
