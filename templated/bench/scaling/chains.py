@@ -40,7 +40,11 @@ class World:
     jitter: float = 0.2
     """Of a lag, each time, up and down."""
     starts: tuple[float, float] = (0.06, 0.15)
-    """An instance's start from a pool, and a direct one; either is as likely."""
+    """An instance's start from the pool, and a direct one. Requests that wait take from the pool
+    while there is something in it, and so does what is started ahead, when it is urgent."""
+    pool: int = 8
+    refill: float = 1.0
+    """Of one member, one after the other."""
     stray: float = 1 / 1800
     """Calls of each B and C by others, per second."""
     lead: float = 0.2
@@ -72,14 +76,15 @@ class _Instances:
 class _Simulation:
     def __init__(self, world: World, seed: int, runs: int, mode: str) -> None:
         self.world, self.mode, self.runs = world, mode, runs
-        # Two of them: what comes from outside is the same in all modes.
-        self._load, self._random = random.Random(seed), random.Random(seed + 1)  # noqa: S311
+        self._load = random.Random(seed)  # noqa: S311  # to be repeated, not to be secret
         self.chains, self.agenda = Chains(), Agenda()
         self._calls: dict[str, _Call] = {}
         self._instances: dict[str, _Instances] = {}
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = itertools.count()
-        self.now = 0.0
+        self.now = self.waited = 0.0
+        self._refilled: list[float] = []
+        """When members that were taken from the pool will have been replaced."""
         self.starts = {"b": [0, 0], "c": [0, 0]}
         """By place in a chain: all, warm."""
         self.cold_runs: set[tuple[str, int]] = set()
@@ -155,6 +160,7 @@ class _Simulation:
         if run is not None and run >= LEARNING and place in self.starts:
             self.starts[place][0] += 1
             self.starts[place][1] += not wait
+            self.waited += wait
             if wait:
                 self.cold_runs.add((function[2:], run))
         self._at(self.now + wait, self._begin, function, run)
@@ -174,7 +180,7 @@ class _Simulation:
         self.agenda.add(function, expected)
         for one in expected:
             due = max(one.begin - self.world.lead, self.now)
-            self._at(due, self._prepare, one.function)
+            self._at(due, self._prepare, one.function, one.begin)
 
     def _begin(self, function: str, run: int | None) -> None:
         number = next(self._order)
@@ -212,12 +218,24 @@ class _Simulation:
             _, since, first = instances.resting.pop()
             self.idle += (self.now - since) * first
             return 0.0
-        start = self._random.choice(self.world.starts)
+        if instances.starting and instances.starting[0][0] < self.now + self.world.starts[0]:
+            return instances.starting.pop(0)[0] - self.now
+        start = self._start(urgent=True)
         if instances.starting and instances.starting[0][0] < self.now + start:
             return instances.starting.pop(0)[0] - self.now
         return start
 
-    def _prepare(self, function: str) -> None:
+    def _start(self, *, urgent: bool) -> float:
+        """Seconds that the start of one more instance takes."""
+        pooled, direct = self.world.starts
+        self._refilled = [at for at in self._refilled if at > self.now]
+        if not urgent or len(self._refilled) >= self.world.pool:
+            return direct
+        last = self._refilled[-1] if self._refilled else self.now
+        self._refilled.append(last + self.world.refill)
+        return pooled
+
+    def _prepare(self, function: str, begin: float) -> None:
         wanted = self.agenda.wanted(function, self.now, self.world.lead)
         if wanted is None:
             return
@@ -225,7 +243,7 @@ class _Simulation:
         there = len(instances.resting) + len(instances.starting) + instances.busy
         for _ in range(wanted.count - there):
             self.prewarmed += 1
-            ready = self.now + self._random.choice(self.world.starts)
+            ready = self.now + self._start(urgent=begin - self.now < self.world.starts[1])
             instances.starting.append((ready, max(wanted.until, ready)))
         instances.starting.sort()
 
@@ -251,6 +269,7 @@ class _Simulation:
             **{place: round(warm / max(all_, 1), 4) for place, (all_, warm) in self.starts.items()},
             "runs": round(1 - len(self.cold_runs) / max(measured, 1), 4),
             "starts": sum(all_ for all_, _ in self.starts.values()),
+            "wait_ms": round(self.waited / sum(all_ for all_, _ in self.starts.values()) * 1e3, 2),
         }
         if self.mode == "without":
             return figures
@@ -277,11 +296,12 @@ def _timer(function: str) -> bool:
 def run(seed: int = 1, runs: int = 1000, world: World = World()) -> dict[str, Any]:
     """Each chain `runs` times, in each of `MODES`, with the same load.
 
-    For each mode the shares of warm starts of `b` and `c` and of `runs` in which all of them were
-    warm, once a chain ran `LEARNING` times; how many instances were started ahead, which part of
-    them unused, and how long each waited; edges that are acted upon, of them false ones, between
-    functions that have nothing to do with each other, and those between timers, which do follow
-    each other; what a request costs, in microseconds of CPU.
+    For each mode the shares of warm starts of `b` and `c`, and of `runs` in which all of them were
+    warm, once a chain ran `LEARNING` times, and how long they waited for an instance; how many
+    instances were started ahead, which part of them unused, and how long each waited; edges that
+    are acted upon, of them false ones, between functions that have nothing to do with each other,
+    and those between timers, which do follow each other; what a request costs, in microseconds of
+    CPU.
     """
     figures: dict[str, Any] = {"kind": "chains", "seed": seed, "runs": runs}
     for mode in MODES:
@@ -323,6 +343,7 @@ def chains(settings: Settings, runs: int, seed: int, count: int, noise: int) -> 
 
 
 _COLUMNS = {
+    "wait_ms": "WAIT MS",
     "prewarmed": "STARTED AHEAD",
     "unused": "UNUSED",
     "idle_s_each": "WAITED S",
