@@ -334,6 +334,17 @@ def test_a_cause_among_many() -> None:
     assert pairs(played(starts)) == {("a", "b")}
 
 
+def test_suspects_are_bounded() -> None:
+    chains = Chains(Bounds(functions=60, suspects=5, all_suspects=40))
+    played(poisson(drawn(1), "f-0", 0.05, 2000), chains)
+    starts = [s for n in range(80) for s in poisson(drawn(n), f"f-{n}", 1 / 30, 2000)]
+    for start in sorted(starts):
+        played([start], chains)
+        suspects = [len(known.suspects) for known in chains._functions.values()]
+        assert sum(suspects) == chains._suspects <= 40 and max(suspects) <= 5
+    assert chains._suspects > 0
+
+
 # --- clocks, and what is kept ---------------------------------------------------------------------
 
 

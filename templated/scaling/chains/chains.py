@@ -49,7 +49,8 @@ class Bounds:
     runs: int = 32
     """Runs of one function that are followed at once; others are not counted at all."""
     suspects: int = 16
-    """Of one function."""
+    """Of one function; in all at most `all_suspects`."""
+    all_suspects: int = 16384
     age: float = 14 * 86400.0
     """Seconds after which an edge that was not confirmed counts no more."""
 
@@ -99,6 +100,7 @@ class Chains:
         self._edges: OrderedDict[tuple[str, str], Edge] = OrderedDict()
         # Functions whose window is open.
         self._open = Recent(REACH)
+        self._suspects = 0
 
     # --- learning -------------------------------------------------------------------------------
 
@@ -169,6 +171,7 @@ class Chains:
         """It is gone, with all edges from it and to it."""
         known = self._functions.pop(function, None)
         if known is not None:
+            self._suspects -= len(known.suspects)
             for edge in (*known.callees.values(), *known.callers.values()):
                 self._drop(edge)
 
@@ -246,7 +249,7 @@ class Chains:
                     if peak is not None:
                         peaks.append((name, peak))
         for name, peak in peaks:
-            del callee.suspects[name]
+            self._acquit(callee, name)
             if name not in callee.callers:
                 self._believe(name, function, peak, now)
 
@@ -255,18 +258,25 @@ class Chains:
         for name, suspect in list(callee.suspects.items()):
             caller = self._functions.get(name)
             if caller is None or name in callee.callers or suspect.hopeless(caller.windows):
-                del callee.suspects[name]
+                self._acquit(callee, name)
+
+    def _acquit(self, callee: _Function, name: str) -> None:
+        del callee.suspects[name]
+        self._suspects -= 1
 
     def _look(self, function: str, callee: _Function, now: float) -> None:
         """Add suspects, while there is room."""
         room = self._bounds.suspects - len(callee.suspects)
+        room = min(room, self._bounds.all_suspects - self._suspects)
         for name in islice(self._followed(callee, room, now), room):
             caller = self._functions.get(name)
-            if caller is None or name == function or name in callee.callers:
+            known = name == function or name in callee.callers or name in callee.suspects
+            if caller is None or known:
                 continue
             if caller.gap and callee.pause and callee.pause > _BUSIER * caller.gap:
                 continue
-            callee.suspects.setdefault(name, Suspect(caller.windows))
+            callee.suspects[name] = Suspect(caller.windows)
+            self._suspects += 1
 
     def _followed(self, callee: _Function, room: int, now: float) -> Iterable[str]:
         """Functions that an arrival follows: when those are many, and only then, such as the

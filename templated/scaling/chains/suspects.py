@@ -9,6 +9,7 @@ need not be known.
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import bisect_right
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ while _EDGES[-1] * _FACTOR < REACH:
     _EDGES.append(_EDGES[-1] * _FACTOR)
 _EDGES.append(REACH)
 _BINS = len(_EDGES) - 1
+_BIN = [bytes((at,)) for at in range(_BINS)]
 # A peak is at most so many bins wide: its longest lag is 2.7 times its shortest.
 _WIDEST = 3
 # Windows with a hit before anything is believed, and the share of them that a peak needs: what
@@ -30,6 +32,8 @@ _FEWEST, _SHARE = 4, 0.4
 # How unlikely chance must be, as the logarithm of its odds: e**-16 is one in nine million, since
 # each pair is looked at again with every start.
 _SURPRISE = 16.0
+# Hits of one window that count: more there cannot be, unless its clock is set back again and again.
+_MOST = 255
 # Windows that are remembered; after which one with few hits is let off.
 _KEPT, _TRIAL, _HOPELESS = 32, 5, 0.4
 
@@ -57,16 +61,19 @@ class Suspect:
 
     def __init__(self, window: int) -> None:
         self._first = window
-        self._counts = [0] * _BINS
+        self._counts = array("H", bytes(2 * _BINS))
         # The bins that were hit in each window with a hit, the oldest first.
-        self._windows: dict[int, list[int]] = {}
+        self._windows: dict[int, bytes] = {}
 
     def hit(self, lag: float, window: int) -> Peak | None:
         """Count a start, `lag` seconds (0 to `REACH`) into the open window; the peak if one stands
         out there now."""
         self._forget(window)
         counts, at = self._counts, min(bisect_right(_EDGES, lag), _BINS) - 1
-        self._windows.setdefault(window, []).append(at)
+        hits = self._windows.get(window, b"")
+        if len(hits) >= _MOST:
+            return None
+        self._windows[window] = hits + _BIN[at]
         counts[at] += 1
         least = max(_FEWEST, _SHARE * self._seen(window))
         # What is near may be all of a peak.
