@@ -25,6 +25,7 @@ from templated.model.function import (
 from templated.model.socket import LOG_HEADER
 from templated.services.functions.functions import Functions, version_view
 from templated.services.functions.shifts import PATIENCE
+from templated.services.functions.traces import HEADER
 
 _CHUNK = 1 << 18
 # Seconds that instances of another version may take to be ready.
@@ -137,11 +138,11 @@ async def invoke_function(request: web.Request) -> web.Response:
     later = flag(request, "event")
     note(target=f"{name}:{qualifier}" if qualifier else name, detail="event" if later else "")
     payload = await _payload(request)
+    trace = request.headers.get(HEADER, "")
     if later:
-        return json_answer(
-            Accepted(id=await functions.queue.enqueue(name, qualifier, payload)), 202
-        )
-    outcome = await functions.router.invoke(name, qualifier, payload)
+        event = await functions.queue.enqueue(name, qualifier, payload, trace=trace)
+        return json_answer(Accepted(id=event), 202)
+    outcome = await functions.router.invoke(name, qualifier, payload, trace=trace)
     answer = json_answer(outcome.view)
     if flag(request, "tail"):
         answer.headers[LOG_HEADER] = base64.b64encode(outcome.log).decode()

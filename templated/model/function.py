@@ -317,6 +317,8 @@ class InvokeView(Struct, frozen=True, kw_only=True):
     phases_ms: dict[str, float]
     """route, start, attach, init, run: those that there were."""
     total_ms: float
+    trace: str = ""
+    """The root of its trace id: the same for all requests that it led to."""
 
 
 class Accepted(Struct, frozen=True, kw_only=True):

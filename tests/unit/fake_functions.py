@@ -90,11 +90,14 @@ class FakeRouter:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self.error: Exception | None = None
+        self.trace = "1-5759e988-bd862e3fe1be46a994272793"
+        self.traces: list[str] = []
 
     async def invoke(
         self, name: str, qualifier: str | None, payload: bytes, *, trace: str = ""
     ) -> Ran:
         """An echo."""
+        self.traces.append(trace)
         payload = await checked(payload)
         version = self._registry.resolve(name, qualifier)
         if self.error is not None:
@@ -110,6 +113,7 @@ class FakeRouter:
             start="warm",
             phases_ms={"route": 0.1, "run": 1.5},
             total_ms=1.6,
+            trace=self.trace,
         )
         return Ran(view, b"START\nprinted\x1b[2J\n")
 
@@ -188,7 +192,9 @@ class FakeQueue:
     def __init__(self, registry: Registry, rows: FunctionRows) -> None:
         self._registry, self._rows = registry, rows
 
-    async def enqueue(self, name: str, qualifier: str | None, payload: bytes) -> str:
+    async def enqueue(
+        self, name: str, qualifier: str | None, payload: bytes, *, trace: str = ""
+    ) -> str:
         """Kept."""
         payload = await checked(payload)
         self._registry.resolve(name, qualifier)

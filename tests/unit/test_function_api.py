@@ -124,8 +124,12 @@ def test_the_life_of_a_function(tmp_path: Path) -> None:
         assert answer["payload"] == {"a": 1} and answer["version"] == "2"
         assert set(answer) == {
             *("status", "error", "payload", "version", "instance", "start"),
-            *("phases_ms", "total_ms"),
+            *("phases_ms", "total_ms", "trace"),
         }
+        trace = {"X-Amzn-Trace-Id": "Root=1"}
+        await ask(session, "POST", f"{BASE}/f/invoke", data=b"1", headers=trace)
+        router: Any = running.functions.router
+        assert router.traces == ["", "Root=1"]
         error = await ask(session, "DELETE", f"{BASE}/f?version=2", 409)
         assert "alias live" in error["error"]["message"]
         await ask(session, "DELETE", f"{BASE}/f/aliases/live", 204)

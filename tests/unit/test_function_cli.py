@@ -75,6 +75,7 @@ ANSWER = {
     "start": "warm",
     "phases_ms": {"route": 0.1, "run": 2.0},
     "total_ms": 2.1,
+    "trace": "1-5759e988-bd862e3fe1be46a994272793",
 }
 EVENT = {
     "id": "e-1",

@@ -101,7 +101,9 @@ class Moves(Protocol):
 class Queue(Protocol):
     """Runs requests later: the queue of events."""
 
-    async def enqueue(self, name: str, qualifier: str | None, payload: bytes) -> str:
+    async def enqueue(
+        self, name: str, qualifier: str | None, payload: bytes, *, trace: str = ""
+    ) -> str:
         """Accept an event and return its id. Raises NotFound or Throttled; leaves nothing then."""
         ...
 

@@ -14,6 +14,7 @@ from templated.services.functions.instance import InitError, Instance
 from templated.services.functions.parts import Call
 from templated.services.functions.payloads import answered, exited, timed_out, timeout_line
 from templated.services.functions.printed import Printed
+from templated.services.functions.traces import Span
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Request:
 
     crew: Crew
     call: Call
+    span: Span
     printed: Printed
     arrived: float
     """By `time.perf_counter`."""
@@ -115,6 +117,7 @@ class Request:
             start=self.start,
             phases_ms=phases,
             total_ms=round(total, 3),
+            trace=self.span.root,
         )
         return Outcome(view, self.printed.last)
 
