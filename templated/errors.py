@@ -102,7 +102,7 @@ class Busy(TemplatedError):
 class Throttled(Busy):
     """A bound of functions is reached: `reason` names it, `retry_after` is in seconds.
 
-    Reasons: `queue`, `concurrency`, `reserved`. Nothing of the request was begun.
+    Reasons: `queue`, `concurrency`, `reserved`, `max`. Nothing of the request was begun.
     """
 
     def __init__(self, message: str, *, reason: str, retry_after: float = 1.0, hint: str = ""):

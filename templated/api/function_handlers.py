@@ -17,13 +17,19 @@ from templated.model.function import (
     AliasView,
     ConcurrencyRequest,
     DeployRequest,
+    ProvisionRequest,
     PublishRequest,
+    ScaleRequest,
     check_qualifier,
 )
 from templated.model.socket import LOG_HEADER
 from templated.services.functions.functions import Functions, version_view
+from templated.services.functions.shifts import PATIENCE
+from templated.services.functions.traces import HEADER
 
 _CHUNK = 1 << 18
+# Seconds that instances of another version may take to be ready.
+_LONGEST = 3600
 
 
 async def list_functions(request: web.Request) -> web.Response:
@@ -36,6 +42,7 @@ async def show_function(request: web.Request) -> web.Response:
 
 async def deploy_function(request: web.Request) -> web.Response:
     functions, name = _functions(request), _name(request)
+    patience = number(request, "ready", int(PATIENCE), _LONGEST)
     wanted = decoded(request.query.get("settings") or "{}", DeployRequest, "settings")
     # Which settings, not what they are: values of the environment may be secrets.
     given = [key for key in wanted.__struct_fields__ if getattr(wanted, key) is not None]
@@ -43,6 +50,9 @@ async def deploy_function(request: web.Request) -> web.Response:
     async with functions.uploads.receive(request.content.iter_chunked(_CHUNK)) as archive:
         note(target=name, detail=" ".join(["code", *given] if archive else given))
         await functions.registry.deploy(name, wanted, archive)
+    functions.shifts.hurry(name, patience)
+    if not flag(request, "background"):
+        await functions.shifts.settled(name)
     return json_answer(functions.view(name))
 
 
@@ -67,8 +77,12 @@ async def set_alias(request: web.Request) -> web.Response:
     alias = request.match_info["alias"]
     weights = " ".join(f"{label}={weight:g}" for label, weight in wanted.versions.items())
     note(target=_name(request), detail=f"{alias} {weights}")
-    made = await _functions(request).registry.set_alias(
-        _name(request), alias, wanted.versions, description=wanted.description
+    made = await _functions(request).shifts.move(
+        _name(request),
+        alias,
+        wanted.versions,
+        description=wanted.description,
+        within=number(request, "ready", int(PATIENCE), _LONGEST),
     )
     return json_answer(
         AliasView(name=made.name, versions=made.versions, description=made.description)
@@ -90,6 +104,32 @@ async def set_concurrency(request: web.Request) -> web.Response:
     return json_answer(functions.view(_name(request)))
 
 
+async def scale_function(request: web.Request) -> web.Response:
+    functions, wanted = _functions(request), await body_of(request, ScaleRequest)
+    given = {"min": wanted.min, "max": wanted.max}
+    note(
+        target=_name(request),
+        detail=" ".join(f"{k} {v}" for k, v in given.items() if v is not None),
+    )
+    await functions.registry.scale(_name(request), least=wanted.min, most=wanted.max)
+    return json_answer(functions.view(_name(request)))
+
+
+async def provision_function(request: web.Request) -> web.Response:
+    functions, wanted = _functions(request), await body_of(request, ProvisionRequest)
+    qualifier = check_qualifier(request.match_info["qualifier"])
+    note(target=_name(request), detail=f"{qualifier} {wanted.count}")
+    await functions.registry.provision(_name(request), qualifier, wanted.count)
+    return json_answer(functions.view(_name(request)))
+
+
+async def unprovision_function(request: web.Request) -> web.Response:
+    qualifier = check_qualifier(request.match_info["qualifier"])
+    note(target=_name(request), detail=f"{qualifier} none")
+    await _functions(request).registry.provision(_name(request), qualifier, None)
+    return web.Response(status=204)
+
+
 async def invoke_function(request: web.Request) -> web.Response:
     functions, name = _functions(request), _name(request)
     qualifier = request.query.get("qualifier") or None
@@ -98,11 +138,11 @@ async def invoke_function(request: web.Request) -> web.Response:
     later = flag(request, "event")
     note(target=f"{name}:{qualifier}" if qualifier else name, detail="event" if later else "")
     payload = await _payload(request)
+    trace = request.headers.get(HEADER, "")
     if later:
-        return json_answer(
-            Accepted(id=await functions.queue.enqueue(name, qualifier, payload)), 202
-        )
-    outcome = await functions.router.invoke(name, qualifier, payload)
+        event = await functions.queue.enqueue(name, qualifier, payload, trace=trace)
+        return json_answer(Accepted(id=event), 202)
+    outcome = await functions.router.invoke(name, qualifier, payload, trace=trace)
     answer = json_answer(outcome.view)
     if flag(request, "tail"):
         answer.headers[LOG_HEADER] = base64.b64encode(outcome.log).decode()

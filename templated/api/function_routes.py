@@ -15,13 +15,20 @@ from templated.model.function import (
     EventView,
     FunctionView,
     InvokeView,
+    ProvisionRequest,
     PublishRequest,
+    ScaleRequest,
     VersionView,
 )
 from templated.model.socket import LOG_HEADER
 
 _NAME = "/v1/functions/{name}"
-_SETTINGS = {"settings": "a DeployRequest as JSON; what it leaves out stays as it is"}
+_READY = "seconds that instances may take to be ready before requests go to them; 0: at once"
+_SETTINGS = {
+    "settings": "a DeployRequest as JSON; what it leaves out stays as it is",
+    "ready": f"{_READY}; then they go to them in any case",
+    "background": "true: answer before requests go to the new code",
+}
 _VERSION = {"version": "remove this version alone"}
 _INVOKE = {
     "qualifier": "a version or an alias; $LATEST by default",
@@ -64,6 +71,7 @@ FUNCTION_ROUTES: tuple[Route, ...] = (
         "Point an alias at one version, or at two",
         AliasView,
         body=AliasRequest,
+        query={"ready": f"{_READY}; then the alias stays as it was"},
         needs=Role.ADMIN,
     ),
     delete(f"{_NAME}/aliases/{{alias}}", h.remove_alias, "Remove an alias", needs=Role.ADMIN),
@@ -73,6 +81,28 @@ FUNCTION_ROUTES: tuple[Route, ...] = (
         "Set how many requests may run at once",
         FunctionView,
         body=ConcurrencyRequest,
+        needs=Role.ADMIN,
+    ),
+    put(
+        f"{_NAME}/scale",
+        h.scale_function,
+        "Set how many instances are kept, and how many there may be",
+        FunctionView,
+        body=ScaleRequest,
+        needs=Role.ADMIN,
+    ),
+    put(
+        f"{_NAME}/provisioned/{{qualifier}}",
+        h.provision_function,
+        "Keep instances ready for a version or an alias",
+        FunctionView,
+        body=ProvisionRequest,
+        needs=Role.ADMIN,
+    ),
+    delete(
+        f"{_NAME}/provisioned/{{qualifier}}",
+        h.unprovision_function,
+        "Keep none ready for a version or an alias any more",
         needs=Role.ADMIN,
     ),
     post(

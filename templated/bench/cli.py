@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from templated.bench.profile import profile
+from templated.bench.scaling.cli import scaling
 from templated.cli.options import Group, Settings
 from templated.errors import InvalidRequest
 
@@ -72,6 +73,7 @@ def bench() -> None:
 
 
 bench.add_command(profile)
+bench.add_command(scaling)
 
 _template = click.option(
     "--template", metavar="T", default=None, help="Default: the only one built."

@@ -26,6 +26,10 @@ class FunctionFigures:
     throttles: int
     running: int
     instances: dict[str, int]
+    aim: int
+    """How many instances there should be, where somebody has said so."""
+    failing: int
+    """How often in a row instances could not be started."""
 
 
 def functions(scrape: Scrape, before: Scrape | None, window: float) -> list[FunctionFigures]:
@@ -55,6 +59,8 @@ def _figures(name: str, scrape: Scrape, before: Scrape | None, window: float) ->
         throttles=throttles[name],
         running=_now(scrape, "templated_function_concurrency", name, "function")[name],
         instances=dict(_now(scrape, "templated_instances", name, "state")),
+        aim=_now(scrape, "templated_function_aim", name, "function")[name],
+        failing=_now(scrape, "templated_function_start_failures", name, "function")[name],
     )
 
 

@@ -1,7 +1,8 @@
-"""`function deploy | ls | show | rm | publish | alias | unalias | reserve | logs | events`."""
+"""`function deploy | ls | show | rm | publish | alias | unalias | reserve | scale | logs | ...`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -11,7 +12,9 @@ from templated.cli.completion import function_names, template_names
 from templated.cli.options import Group, Settings
 from templated.client import requests
 from templated.errors import InvalidRequest
-from templated.model.names import LATEST, check_function_name
+from templated.model.names import LATEST, check_function_name, check_qualifier
+
+_COUNT = click.IntRange(min=0)
 
 GROUP_EXAMPLES = """
 templated function deploy hello --code ./hello --handler app.handler
@@ -31,11 +34,25 @@ def function() -> None:
     """
 
 
+def _waiting(function: Callable[..., None]) -> Callable[..., None]:
+    """Options of what moves requests to other code."""
+    wait = click.option(
+        "--wait",
+        "patience",
+        metavar="SECONDS",
+        type=click.IntRange(0, 3600),
+        help="How long instances may take to be ready before. Default: 60.",
+    )
+    now = click.option("--now", is_flag=True, help="Do not wait for instances.")
+    return wait(now(function))
+
+
 DEPLOY_EXAMPLES = """
 templated function deploy hello --code ./hello --handler app.handler
 templated function deploy hello --code hello.zip --template python-fn --timeout 10s
 templated function deploy hello --env STAGE=test --env LEVEL=2   # the code stays
 templated function deploy native --code ./out --runtime provided # runs its bootstrap
+templated function deploy hello --code ./hello --now             # no instance is waited for
 """
 
 
@@ -57,6 +74,7 @@ templated function deploy native --code ./out --runtime provided # runs its boot
 @click.option("--env", metavar="K=V", multiple=True, help="A variable; all of them are replaced.")
 @click.option("--timeout", metavar="TIME", help="For one request, as 30s or 30. Default: 30s.")
 @click.option("--description", metavar="TEXT", help="What it is for.")
+@_waiting
 @click.pass_obj
 def deploy(
     settings: Settings,
@@ -68,11 +86,17 @@ def deploy(
     env: tuple[str, ...],
     timeout: str | None,
     description: str | None,
+    patience: int | None,
+    now: bool,
 ) -> None:
     """Make a function, or change its $LATEST.
 
     What is not given stays as it is. Requests that run end on the code that they began with.
+
+    Where the code before has instances, they serve until as many of the new one are ready. When
+    that fails, or takes longer than --wait, requests go to the new code all the same.
     """
+    from templated.cli.shift import follow_deploy
     from templated.cli.upload import archive
 
     check_function_name(name)
@@ -88,8 +112,10 @@ def deploy(
             env=variables,
             timeout=_duration(timeout),
             description=description,
+            ready=0 if now else patience,
+            background=True,
         )
-        view = settings.client().json(request)
+        view = follow_deploy(settings, settings.client().json(request))
     if not settings.table:
         render.dump(view, settings)
     elif settings.quiet:
@@ -154,7 +180,10 @@ def show(settings: Settings, name: str) -> None:
             *_settings(view),
             ("variables", " ".join(env)),
             ("reserved", reserved),
+            ("min", view["min"]),
+            ("max", view["max"] or "none"),
             ("instances", instances or "none"),
+            *_update(view["update"]),
             ("created", view["created"]),
         ]
     )
@@ -165,6 +194,27 @@ def show(settings: Settings, name: str) -> None:
         click.echo()
         aliases = [(a["name"], _weights(a["versions"]), a["description"]) for a in view["aliases"]]
         render.table(("ALIAS", "VERSIONS", "DESCRIPTION"), aliases)
+    if view["provisioned"]:
+        click.echo()
+        headers = ("PROVISIONED", "READY", "STATUS", "REASON")
+        render.table(headers, map(_provisioned, view["provisioned"]))
+
+
+def _update(update: dict[str, Any] | None) -> list[tuple[str, object]]:
+    """Of a change of $LATEST that is under way, or did not go as it should."""
+    if update is None or (update["done"] and not update["problem"]):
+        return []
+    ready = f"{update['ready']} of {update['wanted']} instances of the new code are ready"
+    return [("update", update["problem"] if update["done"] else ready)]
+
+
+def _provisioned(view: dict[str, Any]) -> tuple[object, ...]:
+    return (
+        view["qualifier"],
+        f"{view['available']}/{view['requested']}",
+        view["status"].lower().replace("_", " "),
+        view["reason"] or None,
+    )
 
 
 def _settings(view: dict[str, Any]) -> list[tuple[str, object]]:
@@ -231,7 +281,9 @@ def publish(settings: Settings, name: str, description: str | None) -> None:
 ALIAS_EXAMPLES = """
 templated function alias hello live 1
 templated function alias hello live 1=0.9 2=0.1   # one request in ten goes to version 2
+templated function alias hello live 1=0.5 2=0.5
 templated function alias hello live 2
+templated function alias hello live 1 --now       # back, whether instances are ready or not
 """
 
 
@@ -240,17 +292,28 @@ templated function alias hello live 2
 @click.argument("alias")
 @click.argument("versions", metavar="VERSION[=WEIGHT] [VERSION=WEIGHT]", nargs=-1, required=True)
 @click.option("--description", metavar="TEXT", help="What it is for.")
+@_waiting
 @click.pass_obj
 def alias_(
-    settings: Settings, name: str, alias: str, versions: tuple[str, ...], description: str | None
+    settings: Settings,
+    name: str,
+    alias: str,
+    versions: tuple[str, ...],
+    description: str | None,
+    patience: int | None,
+    now: bool,
 ) -> None:
     """Point an alias at one version, or at two by weights that add up to 1.
 
-    Requests that come from then on are routed by it.
+    A version that gets more requests than before has its instances ready first: as many as its
+    part needs of those that serve now. When that fails, or takes longer than --wait, the alias
+    stays as it was. Requests that come after the move are routed by it.
     """
     weights = _parsed_weights(versions)
     check_function_name(name)
-    view = settings.client().json(requests.set_alias(name, alias, weights, description=description))
+    ready = 0 if now else patience
+    request = requests.set_alias(name, alias, weights, description=description, ready=ready)
+    view = settings.client().json(request)
     if settings.table:
         click.echo(f"{name}:{view['name']}: {_weights(view['versions'])}")
     else:
@@ -308,6 +371,68 @@ def reserve(settings: Settings, name: str, count: str) -> None:
     view = settings.client().json(requests.set_concurrency(check_function_name(name), wanted))
     if settings.table:
         settings.note(f"{name}: reserved {count}")
+    else:
+        render.dump(view, settings)
+
+
+SCALE_EXAMPLES = """
+templated function scale hello --min 2            # of $LATEST, always ready
+templated function scale hello --max 10           # more requests than that wait
+templated function scale hello:live --min 5       # of what an alias points at, or a version
+templated function scale hello --min 0 --max none
+"""
+
+
+@function.command("scale", examples=SCALE_EXAMPLES)
+@click.argument("name", metavar="NAME[:VERSION|ALIAS]", shell_complete=function_names)
+@click.option("--min", "least", metavar="N", type=_COUNT, help="Instances that are kept ready.")
+@click.option("--max", "most", metavar="N|none", help="Instances that there may be at once.")
+@click.pass_obj
+def scale(settings: Settings, name: str, least: int | None, most: str | None) -> None:
+    """Set how many instances of a function are kept ready, and how many there may be.
+
+    What is kept is started in the background, also after a start of the daemon and a deploy, and
+    replaced when it ends. Without a version or an alias, --min is of $LATEST, and --max of all
+    versions together. What is not given stays as it is.
+    """
+    function, colon, given = name.partition(":")
+    check_function_name(function)
+    if least is None and most is None:
+        raise InvalidRequest("nothing to set", hint="give --min or --max")
+    if colon:
+        _provision(settings, function, check_qualifier(given), least, most)
+        return
+    request = requests.scale_function(function, least=least, most=_bound(most))
+    view = settings.client().json(request)
+    if settings.table:
+        settings.note(f"{function}: min {view['min']}, max {view['max'] or 'none'}")
+    else:
+        render.dump(view, settings)
+
+
+def _bound(text: str | None) -> int | None:
+    """0 for none, which a bound cannot be."""
+    if text is None or text == "none":
+        return None if text is None else 0
+    if not text.isdecimal() or int(text) == 0:
+        raise InvalidRequest(f"{text!r} is no bound", hint="as in --max 5, or --max none")
+    return int(text)
+
+
+def _provision(
+    settings: Settings, name: str, qualifier: str, count: int | None, most: str | None
+) -> None:
+    if most is not None or count is None:
+        raise InvalidRequest(
+            "--max is of all versions of a function", hint=f"as in: scale {name} --max 5"
+        )
+    if count == 0:
+        settings.client().json(requests.unprovision_function(name, qualifier))
+        settings.note(f"{name}:{qualifier}: min 0")
+        return
+    view = settings.client().json(requests.provision_function(name, qualifier, count))
+    if settings.table:
+        settings.note(f"{name}:{qualifier}: min {count}")
     else:
         render.dump(view, settings)
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from templated.cli.figures import Frame
+from templated.cli.function_figures import FunctionFigures
 from templated.cli.render import details, milliseconds, printable
 
 _TWO_COLUMNS = 130
@@ -123,13 +124,22 @@ def _functions(frame: Frame, width: int) -> Table | None:
             Text(str(f.failed), "red" if f.failed else ""),
             str(f.cold_starts),
             Text(str(f.throttles), "yellow" if f.throttles else ""),
-            ", ".join(f"{count} {state}" for state, count in sorted(f.instances.items())),
+            ", ".join(_instances(f)),
         )
         for f in frame.functions[:_FUNCTIONS]
     ]
     numbers = ("PER S", "P50", "P99", "COUNT", "FAILED", "COLD", "REFUSED")
     headers = ("REQUESTS OF", *numbers, "INSTANCES")
     return _table(headers, _fitting(headers, rows, width)) if rows else None
+
+
+def _instances(figures: FunctionFigures) -> Iterator[str]:
+    for state, count in sorted(figures.instances.items()):
+        yield f"{count} {state}"
+    if figures.aim:
+        yield f"aim {figures.aim}"
+    if figures.failing:
+        yield f"{figures.failing} starts failed in a row"
 
 
 def _pools(frame: Frame) -> Table | None:

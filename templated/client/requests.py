@@ -320,9 +320,13 @@ def deploy_function(
     env: Mapping[str, str] | None = None,
     timeout: str | None = None,
     description: str | None = None,
+    ready: int | None = None,
+    background: bool = False,
 ) -> Request[FunctionView]:
     """Make a function, or change its `$LATEST`; running requests end on the code they began with.
 
+    Where the code before has instances, they serve until as many of the new one are ready, for
+    `ready` seconds at most (60; 0: not at all). `background`: the answer does not wait for that.
     `code` is a zip, or an open file with one, of `size` bytes if that is known; without it the
     code stays as it is, and so does every setting that is None. `env` replaces all variables.
     """
@@ -334,7 +338,11 @@ def deploy_function(
         "timeout": timeout,
         "description": description,
     }
-    query = {"settings": json.dumps(_given(settings), separators=(",", ":"))}
+    query = {
+        "settings": json.dumps(_given(settings), separators=(",", ":")),
+        "ready": ready,
+        "background": "true" if background else None,
+    }
     return Request("PUT", "functions", name, query=query, content=code, size=size, timeout=LONG)
 
 
@@ -356,11 +364,21 @@ def publish_function(
 
 
 def set_alias(
-    name: str, alias: str, versions: Mapping[str, float], *, description: str | None = None
+    name: str,
+    alias: str,
+    versions: Mapping[str, float],
+    *,
+    description: str | None = None,
+    ready: int | None = None,
 ) -> Request[AliasView]:
-    """Point an alias at one version, or at two by weights that add up to 1."""
-    body = {"versions": dict(versions), "description": description}
-    return Request("PUT", "functions", name, "aliases", alias, body=body, timeout=LONG)
+    """Point an alias at one version, or at two by weights that add up to 1.
+
+    A version that gets more requests has its instances ready before, within `ready` seconds (60;
+    0: it is not waited for); otherwise the alias stays as it was.
+    """
+    body, query = {"versions": dict(versions), "description": description}, {"ready": ready}
+    parts = "functions", name, "aliases", alias
+    return Request("PUT", *parts, query=query, body=body, timeout=LONG)
 
 
 def remove_alias(name: str, alias: str) -> Request[None]:
@@ -372,6 +390,26 @@ def set_concurrency(name: str, reserved: int | None) -> Request[FunctionView]:
     """Set how many requests of a function may run at once; None: as many as there may be in all."""
     content = json.dumps({"reserved": reserved}).encode()
     return Request("PUT", "functions", name, "concurrency", content=content, timeout=LONG)
+
+
+def scale_function(
+    name: str, *, least: int | None = None, most: int | None = None
+) -> Request[FunctionView]:
+    """Set how many instances of `$LATEST` are kept ready (0: none), and how many there may be of
+    all versions (0: no bound of its own); None leaves a number as it is."""
+    body = {"min": least, "max": most}
+    return Request("PUT", "functions", name, "scale", body=body, timeout=LONG)
+
+
+def provision_function(name: str, qualifier: str, count: int) -> Request[FunctionView]:
+    """Keep so many instances ready for a numbered version, or for an alias."""
+    body = {"count": count}
+    return Request("PUT", "functions", name, "provisioned", qualifier, body=body, timeout=LONG)
+
+
+def unprovision_function(name: str, qualifier: str) -> Request[None]:
+    """Keep none ready for a version or an alias any more."""
+    return Request("DELETE", "functions", name, "provisioned", qualifier, timeout=LONG)
 
 
 def invoke_function(

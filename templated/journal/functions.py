@@ -19,6 +19,7 @@ from templated.model.function import (
     Alias,
     EventState,
     FunctionName,
+    Provisioned,
     Version,
 )
 
@@ -31,6 +32,7 @@ settings = excluded.settings, digest = excluded.digest, bytes = excluded.bytes,
 created = excluded.created
 """
 _SET_ALIAS = "INSERT OR REPLACE INTO aliases VALUES (?, ?, ?, ?)"
+_UNPROVISION = "DELETE FROM provisioned WHERE function = ? AND qualifier = ?"
 _ADD_EVENT = "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _DUE = "SELECT * FROM events WHERE state = 'queued' AND due <= ? ORDER BY due, id LIMIT ?"
 # Without the payloads, which may be large.
@@ -46,6 +48,10 @@ class FunctionRow(Struct, frozen=True, kw_only=True):
     reserved: Annotated[int, Meta(ge=0, le=LAST_NUMBER)] | None
     """How many of its requests may run at once; None: as many as there may be in all."""
     created: str
+    least: Annotated[int, Meta(ge=0, le=LAST_NUMBER)] = 0
+    """How many instances of `$LATEST` are kept ready."""
+    most: Annotated[int, Meta(ge=1, le=LAST_NUMBER)] | None = None
+    """How many instances there may be of all versions; None: it has no bound of its own."""
 
 
 class FunctionRows:
@@ -80,7 +86,7 @@ class FunctionRows:
         """Write what `$LATEST` is now, and its function if that is new."""
 
         def work(db: sqlite3.Connection) -> None:
-            sql = "INSERT OR IGNORE INTO functions VALUES (?, NULL, ?)"
+            sql = "INSERT OR IGNORE INTO functions VALUES (?, NULL, ?, 0, NULL)"
             db.execute(sql, (latest.function, latest.created))
             db.execute(_SET, _values(latest, 0))
 
@@ -112,14 +118,23 @@ class FunctionRows:
         await self._journal.run("set_alias", work)
 
     async def drop_alias(self, function: str, name: str) -> None:
-        """Forget an alias."""
-        sql = "DELETE FROM aliases WHERE function = ? AND name = ?"
-        await self._journal.run("drop_alias", _executor(sql, function, name))
+        """Forget an alias, and what was provisioned for it."""
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM aliases WHERE function = ? AND name = ?", (function, name))
+            db.execute(_UNPROVISION, (function, name))
+
+        await self._journal.run("drop_alias", work)
 
     async def drop_version(self, function: str, number: int) -> None:
-        """Forget a version; its number stays used."""
-        sql = "DELETE FROM versions WHERE function = ? AND number = ?"
-        await self._journal.run("drop_version", _executor(sql, function, number))
+        """Forget a version, and what was provisioned for it; its number stays used."""
+
+        def work(db: sqlite3.Connection) -> None:
+            sql = "DELETE FROM versions WHERE function = ? AND number = ?"
+            db.execute(sql, (function, number))
+            db.execute(_UNPROVISION, (function, str(number)))
+
+        await self._journal.run("drop_version", work)
 
     async def drop_function(self, function: str) -> None:
         """Forget a function with its versions, aliases and events; its numbers stay used."""
@@ -130,6 +145,32 @@ class FunctionRows:
         """Write how many requests of a function may run at once."""
         sql = "UPDATE functions SET reserved = ? WHERE name = ?"
         await self._journal.run("reserve", _executor(sql, count, function))
+
+    async def scale(self, function: str, least: int, most: int | None) -> None:
+        """Write how many instances are kept, and how many there may be."""
+        sql = "UPDATE functions SET least = ?, most = ? WHERE name = ?"
+        await self._journal.run("scale", _executor(sql, least, most, function))
+
+    async def provisioned(self) -> list[Provisioned]:
+        """What is provisioned for versions and aliases of all functions."""
+        sql = "SELECT * FROM provisioned ORDER BY function, qualifier"
+        return await self._journal.run(
+            "provisioned", lambda db: [read({**r}, Provisioned) for r in db.execute(sql)]
+        )
+
+    async def provision(self, row: Provisioned) -> None:
+        """Write what is provisioned for a version or an alias. NotFound without its function."""
+        values = (row.function, row.qualifier, row.count, row.changed)
+
+        def work(db: sqlite3.Connection) -> None:
+            with _owned(row.function):
+                db.execute("INSERT OR REPLACE INTO provisioned VALUES (?, ?, ?, ?)", values)
+
+        await self._journal.run("provision", work)
+
+    async def unprovision(self, function: str, qualifier: str) -> None:
+        """Forget what is provisioned for a version or an alias."""
+        await self._journal.run("unprovision", _executor(_UNPROVISION, function, qualifier))
 
     # --- asynchronous events ------------------------------------------------------------------
 

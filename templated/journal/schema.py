@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-VERSION = 4
-BEFORE = 3
-"""The version that can be brought to this one; 1 and 2 were never released."""
+VERSION = 5
 
-_FUNCTIONS = """
+_PROVISIONED = """
+CREATE TABLE provisioned (
+    function TEXT NOT NULL REFERENCES functions(name) ON DELETE CASCADE,
+    qualifier TEXT NOT NULL,
+    count INTEGER NOT NULL,
+    changed TEXT NOT NULL,
+    PRIMARY KEY (function, qualifier)
+) STRICT;
+"""
+_FUNCTIONS = (
+    """
 CREATE TABLE functions (
     name TEXT PRIMARY KEY,
     reserved INTEGER,
-    created TEXT NOT NULL
+    created TEXT NOT NULL,
+    least INTEGER NOT NULL DEFAULT 0,
+    most INTEGER
 ) STRICT;
 CREATE TABLE versions (
     function TEXT NOT NULL REFERENCES functions(name) ON DELETE CASCADE,
@@ -46,6 +56,8 @@ CREATE TABLE events (
 CREATE INDEX events_due ON events (state, due);
 CREATE INDEX events_of ON events (function);
 """
+    + _PROVISIONED
+)
 
 SCHEMA = (
     """
@@ -94,5 +106,11 @@ CREATE TABLE pools (
 )
 """`numbers` outlives a function: one of the same name later gets no number a second time."""
 
-MIGRATION = f"ALTER TABLE clones ADD COLUMN function TEXT NOT NULL DEFAULT ''; {_FUNCTIONS}"
-"""From version BEFORE to this one."""
+MIGRATIONS = {
+    3: f"ALTER TABLE clones ADD COLUMN function TEXT NOT NULL DEFAULT ''; {_FUNCTIONS}",
+    4: f"""
+ALTER TABLE functions ADD COLUMN least INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE functions ADD COLUMN most INTEGER;
+{_PROVISIONED}""",
+}
+"""From each version that can be brought to this one; 1 and 2 were never released."""

@@ -264,8 +264,8 @@ class Journal:
         # One transaction each: a file with tables and no version could never be opened again.
         if version == 0:  # a new file
             _upgrade(db, schema.SCHEMA)
-        elif version == schema.BEFORE:
-            _upgrade(db, schema.MIGRATION)
+        elif version in schema.MIGRATIONS:
+            _upgrade(db, schema.MIGRATIONS[version])
         elif version != schema.VERSION:
             raise HostError(
                 f"the journal {self._path} has version {version}, not {schema.VERSION}",

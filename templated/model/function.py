@@ -102,6 +102,16 @@ class Alias(Struct, frozen=True, kw_only=True):
     description: Annotated[str, Meta(max_length=256)] = ""
 
 
+class Provisioned(Struct, frozen=True, kw_only=True):
+    """Instances that are kept ready for a numbered version, or for an alias."""
+
+    function: FunctionName
+    qualifier: Annotated[str, Meta(min_length=1, max_length=128)]
+    count: Annotated[int, Meta(ge=1, le=10000)]
+    changed: str
+    """RFC 3339, UTC."""
+
+
 class InstanceState(enum.Enum):
     """Where an instance is in its life."""
 
@@ -190,6 +200,57 @@ class ConcurrencyRequest(Struct, frozen=True, kw_only=True, forbid_unknown_field
     """None: as many as there may be in all."""
 
 
+class ScaleRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Set how many instances of a function are kept, and how many there may be."""
+
+    min: Annotated[int, Meta(ge=0, le=10000)] | None = None
+    """Of `$LATEST`, kept ready; 0: none, None: as it is."""
+    max: Annotated[int, Meta(ge=0, le=10000)] | None = None
+    """Of all versions together; 0: no bound of its own, None: as it is."""
+
+
+class ProvisionRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Keep instances ready for a numbered version, or for an alias."""
+
+    count: Annotated[int, Meta(ge=1, le=10000)]
+
+
+class Readiness(enum.StrEnum):
+    """How far instances that are to be kept are; as Lambda words it."""
+
+    READY = "READY"
+    IN_PROGRESS = "IN_PROGRESS"
+    FAILED = "FAILED"
+    """The last tries have failed; they go on, later and later."""
+
+
+class ProvisionedView(Struct, frozen=True, kw_only=True):
+    """What is provisioned for a version or an alias, and what of it is there."""
+
+    qualifier: str
+    requested: int
+    allocated: int
+    """Those that are there, or come up."""
+    available: int
+    """Those that are there."""
+    status: Readiness
+    reason: str = ""
+    """Why it has failed."""
+    changed: str
+
+
+class UpdateView(Struct, frozen=True, kw_only=True):
+    """How requests move to a new `$LATEST`: the one before serves until instances are ready."""
+
+    done: bool
+    """Requests go to the new one."""
+    wanted: int
+    """How many instances are to be ready before."""
+    ready: int
+    problem: str = ""
+    """Why requests go to it though they were not."""
+
+
 class VersionView(Struct, frozen=True, kw_only=True):
     """A version as users see it. Of the environment the names alone: values may be secrets."""
 
@@ -228,8 +289,15 @@ class FunctionView(Struct, frozen=True, kw_only=True):
     aliases: tuple[AliasView, ...]
     reserved: int | None
     """How many of its requests may run at once; None: as many as there may be in all."""
+    min: int
+    """How many instances of `$LATEST` are kept ready."""
+    max: int | None
+    """How many instances there may be of all versions; None: it has no bound of its own."""
+    provisioned: tuple[ProvisionedView, ...]
     instances: dict[str, int]
     """How many instances it has, by state."""
+    update: UpdateView | None = None
+    """The last change of `$LATEST`, where one before it had instances."""
     created: str
 
 
@@ -249,6 +317,8 @@ class InvokeView(Struct, frozen=True, kw_only=True):
     phases_ms: dict[str, float]
     """route, start, attach, init, run: those that there were."""
     total_ms: float
+    trace: str = ""
+    """The root of its trace id: the same for all requests that it led to."""
 
 
 class Accepted(Struct, frozen=True, kw_only=True):

@@ -28,15 +28,20 @@ from templated.services.clones.guest import Guests
 from templated.services.clones.recovery import recover
 from templated.services.clones.registry import Clones
 from templated.services.context import Context
+from templated.services.functions.allotment import Capacity
 from templated.services.functions.bounds import Bounds
 from templated.services.functions.cache import CodeCache
+from templated.services.functions.crews import Crews
 from templated.services.functions.functions import Functions
 from templated.services.functions.instance import Timing
 from templated.services.functions.instances import Instances
+from templated.services.functions.kept import Kept
 from templated.services.functions.logs import FunctionLogs
 from templated.services.functions.queue import EventQueue
 from templated.services.functions.registry import Registry
 from templated.services.functions.router import Router
+from templated.services.functions.shifts import Shifts
+from templated.services.functions.starts import Room
 from templated.services.functions.uploads import Uploads
 from templated.services.functions.zone import Zone
 from templated.services.host import Host
@@ -181,14 +186,21 @@ class _Functions:
         self._tasks = tasks
         size = size_bytes(config.code.cache_size)
         self._cache = CodeCache(layout.code, size, self._zone, metrics)
-        self._registry = Registry(rows, context.events, self._cache, templates.takers)
+        capacity = Capacity(concurrency=config.functions.concurrency, clones=config.limits.clones)
+        self._registry = Registry(
+            rows, context.events, self._cache, templates.takers, capacity=capacity
+        )
         self._cache.needed = self._registry.needed
         self._logs = FunctionLogs(layout.function_logs, size_bytes(config.functions.log_size))
         self._router = self._make_router(context, templates, clones, metrics)
+        self._shifts = Shifts(self._registry, self._crews, self._tasks, context.events)
+        self._kept = Kept(self._registry, self._crews)
         self._queue = EventQueue(rows, self._registry, self._router, context.events)
         self._uploads = Uploads(layout.incoming)
-        self._registry.on_changed.append(self._router.changed)
+        self._registry.on_changed += [metrics.expect, self._shifts.changed]
+        self._registry.on_kept.append(self._kept.changed)
         self._registry.on_removed += [self._router.removed, self._queue.removed, self._removed]
+        self._registry.on_removed.append(self._shifts.removed)
         self.functions = Functions(
             registry=self._registry,
             router=self._router,
@@ -196,6 +208,8 @@ class _Functions:
             logs=self._logs,
             code=self._cache,
             uploads=self._uploads,
+            kept=self._kept,
+            shifts=self._shifts,
         )
 
     def _make_router(
@@ -213,9 +227,15 @@ class _Functions:
             gateway.region,
             templates.memory,
         )
+        # Half of the turns are always left to requests.
+        ahead = max(1, context.config.limits.concurrent_starts // 2)
+        room = Room(most=limits.concurrency, ahead=ahead, of_function=self._registry.maximum)
+        self._crews = Crews(instances, context.events, metrics, room, self._registry.current)
         bounds = Bounds(self._registry, limits.concurrency, limits.queue)
         arns = f"arn:aws:lambda:{gateway.region}:{gateway.account}:function"
-        return Router(self._registry, instances, bounds, metrics, self._logs, arns=arns)
+        return Router(
+            self._registry, instances, self._crews, bounds, metrics, self._logs, arns=arns
+        )
 
     async def open(self) -> None:
         """Know what an earlier daemon knew. Raises HostError when the journal cannot be read."""
@@ -225,6 +245,7 @@ class _Functions:
         for name in self._registry.names():
             for version in (self._registry.latest(name), *self._registry.versions(name)):
                 self._router.changed(version)
+        self._kept.open()
         await self._logs.prune(self._registry.names())
         await self._queue.open()
         self._tasks.spawn(self._logs.run(), "writing the logs of functions")

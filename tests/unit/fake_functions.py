@@ -16,8 +16,18 @@ from templated.drivers.code import CodeFile
 from templated.errors import InvalidRequest, NotFound
 from templated.journal import EventRow, FunctionRows, now
 from templated.model.code import CodeCheck, CodeFreed, CodeRow
-from templated.model.function import CodeView, EventView, InvokeView
+from templated.model.function import (
+    Alias,
+    CodeView,
+    EventView,
+    InvokeView,
+    Provisioned,
+    ProvisionedView,
+    Readiness,
+    UpdateView,
+)
 from templated.services.daemon import Services
+from templated.services.functions.allotment import Capacity
 from templated.services.functions.functions import Functions
 from templated.services.functions.payloads import checked
 from templated.services.functions.registry import Registry
@@ -80,11 +90,14 @@ class FakeRouter:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self.error: Exception | None = None
+        self.trace = "1-5759e988-bd862e3fe1be46a994272793"
+        self.traces: list[str] = []
 
     async def invoke(
         self, name: str, qualifier: str | None, payload: bytes, *, trace: str = ""
     ) -> Ran:
         """An echo."""
+        self.traces.append(trace)
         payload = await checked(payload)
         version = self._registry.resolve(name, qualifier)
         if self.error is not None:
@@ -100,6 +113,7 @@ class FakeRouter:
             start="warm",
             phases_ms={"route": 0.1, "run": 1.5},
             total_ms=1.6,
+            trace=self.trace,
         )
         return Ran(view, b"START\nprinted\x1b[2J\n")
 
@@ -108,13 +122,79 @@ class FakeRouter:
         return {"busy": 0, "paused": 1}
 
 
+class FakeKept:
+    """What is provisioned is there at once; that of an alias named `slow` never is."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def views(self, name: str) -> tuple[ProvisionedView, ...]:
+        """All there."""
+        return tuple(map(self._view, self._registry.provisioned(name)))
+
+    def _view(self, one: Provisioned) -> ProvisionedView:
+        slow, failed = one.qualifier == "slow", one.qualifier == "broken"
+        late = Readiness.FAILED if failed else Readiness.IN_PROGRESS
+        return ProvisionedView(
+            qualifier=one.qualifier,
+            requested=one.count,
+            allocated=one.count,
+            available=0 if slow or failed else one.count,
+            status=late if slow or failed else Readiness.READY,
+            reason="its init fails: no" if failed else "",
+            changed=one.changed,
+        )
+
+
+class FakeShifts:
+    """Moves at once; a function in `updating` is not done with its change."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self.updating: dict[str, UpdateView] = {}
+        self.hurried: list[tuple[str, float]] = []
+        self.moved: list[float | None] = []
+        self.settling = 0
+
+    def update(self, name: str) -> UpdateView | None:
+        """As a test has set it."""
+        return self.updating.get(name)
+
+    def hurry(self, name: str, seconds: float) -> None:
+        """Note it."""
+        self.hurried.append((name, seconds))
+
+    async def settled(self, name: str) -> None:
+        """Note it."""
+        self.settling += 1
+
+    async def move(
+        self,
+        name: str,
+        alias: str,
+        versions: Mapping[str, float],
+        *,
+        description: str | None = None,
+        within: float | None = None,
+    ) -> Alias:
+        """Moved."""
+        self.moved.append(within)
+        return await self._registry.set_alias(name, alias, versions, description=description)
+
+    def follow(self, wanted: Alias) -> None:
+        """It follows."""
+        self._registry.release(wanted)
+
+
 class FakeQueue:
     """Keeps events in the journal, and never runs them."""
 
     def __init__(self, registry: Registry, rows: FunctionRows) -> None:
         self._registry, self._rows = registry, rows
 
-    async def enqueue(self, name: str, qualifier: str | None, payload: bytes) -> str:
+    async def enqueue(
+        self, name: str, qualifier: str | None, payload: bytes, *, trace: str = ""
+    ) -> str:
         """Kept."""
         payload = await checked(payload)
         self._registry.resolve(name, qualifier)
@@ -175,7 +255,8 @@ async def with_functions(running: Services) -> Services:
     """The services with functions."""
     context = running.context
     rows, code = FunctionRows(context.journal), FakeCode()
-    registry = Registry(rows, context.events, code, lambda: ["t"])
+    capacity = Capacity(concurrency=100, clones=1000)
+    registry = Registry(rows, context.events, code, lambda: ["t"], capacity=capacity)
     uploads = Uploads(context.layout.incoming)
     await registry.open()
     await uploads.open()
@@ -186,5 +267,7 @@ async def with_functions(running: Services) -> Services:
         logs=FakeLogs(),
         code=code,
         uploads=uploads,
+        kept=FakeKept(registry),
+        shifts=FakeShifts(registry),
     )
     return dataclasses.replace(running, functions=functions)

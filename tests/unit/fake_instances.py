@@ -18,12 +18,15 @@ from templated.drivers.guest_functions import Answer, InvokeOrder, Loaded, LoadO
 from templated.errors import NotFound, Timeout
 from templated.model.clone import CloneState, StartPath
 from templated.model.function import CodeView, Settings, Version
+from templated.services.functions.backoff import Pace
 from templated.services.functions.bounds import Bounds
+from templated.services.functions.crews import Crews
 from templated.services.functions.instance import Instance, Timing
 from templated.services.functions.instances import Instances
 from templated.services.functions.parts import Sink
 from templated.services.functions.request import Outcome
 from templated.services.functions.router import Router
+from templated.services.functions.starts import Room
 from templated.services.reports.events import EventBus
 from templated.services.reports.function_metrics import FunctionMetrics
 from templated.services.tasks import Tasks
@@ -51,6 +54,7 @@ class FakeVersions:
     def __init__(self, *versions: Version) -> None:
         self.found = {(v.function, v.label): v for v in versions}
         self.numbers: dict[str, int | None] = {}
+        self.most: dict[str, int] = {}
 
     def resolve(self, name: str, qualifier: str | None) -> Version:
         """The version of this label."""
@@ -58,6 +62,10 @@ class FakeVersions:
             return self.found[name, qualifier or "$LATEST"]
         except KeyError:
             raise NotFound(f"there is no {name}:{qualifier}") from None
+
+    def current(self, version: Version) -> bool:
+        """Whether it is there."""
+        return self.found.get((version.function, version.label)) == version
 
     def names(self) -> list[str]:
         """All functions."""
@@ -68,6 +76,10 @@ class FakeVersions:
         if name not in self.names():
             raise NotFound(f"there is no function {name}")
         return self.numbers.get(name)
+
+    def maximum(self, name: str) -> int | None:
+        """As a test has set it."""
+        return self.most.get(name)
 
 
 class FakeMachine:
@@ -186,11 +198,15 @@ class World:
     """All fakes of one test, and the router over them."""
 
     versions: FakeVersions
+    """Or a registry."""
     concurrency: int = 100
     queue: int = 1000
     freeze_after: float = NEVER
     keep_alive: float = NEVER * 10
     init: float = 5.0
+    ahead: int = 4
+    pace: float = NEVER
+    """The wait after the first failure; a longer one later."""
     path: StartPath = StartPath.WARM
     handler: Handler = echo
     load: Callable[[FakeGuest, LoadOrder], Awaitable[None]] = loaded
@@ -220,7 +236,17 @@ class World:
             memory=lambda _: 512,
         )
         self.bounds = Bounds(self.versions, self.concurrency, self.queue)
-        self.router = Router(self.versions, self.instances, self.bounds, self.metrics, self)
+        room = Room(
+            most=self.concurrency,
+            ahead=self.ahead,
+            of_function=self.versions.maximum,
+            pace=Pace(first=self.pace, longest=self.pace * 30, random=lambda: 1.0),
+        )
+        current = self.versions.current
+        self.crews = Crews(self.instances, self.events, self.metrics, room, current)
+        self.router = Router(
+            *(self.versions, self.instances, self.crews, self.bounds, self.metrics, self)
+        )
 
     # what the parts need
 
@@ -308,11 +334,12 @@ Scenario = Callable[[World], Coroutine[Any, Any, None]]
 def play(scenario: Scenario, *versions: Version, **settings: Any) -> World:
     """Run a scenario; afterwards the router is closed, and nothing must be left."""
     worlds: list[World] = []
-    numbers = settings.pop("reserved", {})
+    numbers, most = settings.pop("reserved", {}), settings.pop("most", {})
 
     async def main() -> None:
         found = FakeVersions(*(versions or (version(),)))
         found.numbers.update(numbers)
+        found.most.update(most)
         world = World(found, **settings)
         worlds.append(world)
         await scenario(world)

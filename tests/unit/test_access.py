@@ -54,6 +54,7 @@ OPERATOR = VIEWER | {
 ADMIN = OPERATOR | {
     *("build_template", "remove_template", "rollback", "audit", "deploy_function"),
     *("remove_function", "publish_function", "set_alias", "remove_alias", "set_concurrency"),
+    *("scale_function", "provision_function", "unprovision_function"),
     *("collect_code", "purge_events"),
 }
 EXEC = {"exec_in_clone"}

@@ -126,6 +126,10 @@ EXAMPLES: dict[str, Any] = {
     "payload": b"{}",
     "qualifier": "live",
     "tail": True,
+    "ready": 5,
+    "background": True,
+    "least": 1,
+    "most": 2,
 }
 # Parameters of the query that only one of the two functions of a route sends.
 ONE_OF_TWO = {"event", "tail"}
@@ -137,6 +141,8 @@ def example(make: Callable[..., Request[Any]]) -> Request[Any]:
     values = {**EXAMPLES, "path": path}
     if make is requests.deploy_function:
         values |= {"template": "t", "timeout": "5s"}
+    if make in (requests.provision_function, requests.unprovision_function):
+        values |= {"qualifier": "{qualifier}"}
     if make is requests.prefetch_code:
         values |= {"digest": "{digest}"}
     return make(**{name: values[name] for name in inspect.signature(make).parameters})

@@ -41,6 +41,7 @@ class FakeRouter:
         self.runs: Counter[str] = Counter()
         self.ids: Counter[str] = Counter()
         self.qualifiers: list[str | None] = []
+        self.traces: list[str] = []
         self.results: list[TemplatedError | str | None] = []
         """What the next ones give: an error, a function's failure, or None."""
         self.gate = asyncio.Event()
@@ -66,6 +67,7 @@ class FakeRouter:
         self.runs[payload.decode()] += 1
         self.ids[request or ""] += 1
         self.qualifiers.append(qualifier)
+        self.traces.append(trace)
         result = self.results.pop(0) if self.results else None
         if isinstance(result, TemplatedError):
             raise result
@@ -176,6 +178,18 @@ def test_a_function_that_fails_is_tried_twice_more(tmp_path: Path) -> None:
         (told,) = it.events.recent()
         assert told.type == "function.event_failed" and told.subject == "f"
         assert it.queue._waiting == {}
+
+    play(tmp_path, scenario)
+
+
+def test_who_made_an_event_is_known_until_it_is_done(tmp_path: Path) -> None:
+    async def scenario(it: Setting) -> None:
+        it.router.results = ["one"]
+        await it.queue.enqueue("f", None, b"1", trace="Root=1-2-3")
+        await it.queue.enqueue("g", None, b"2", trace="x" * 1000)
+        await it.done()
+        assert sorted(it.router.traces) == ["", "Root=1-2-3", "Root=1-2-3"]
+        assert it.queue._traces == {}
 
     play(tmp_path, scenario)
 

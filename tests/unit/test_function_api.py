@@ -24,7 +24,7 @@ from templated.services.daemon import Services
 from templated.services.functions.functions import Functions
 from templated.services.functions.uploads import Uploads
 from tests.unit.fake_daemon import play, run
-from tests.unit.fake_functions import FakeCode, FakeRouter, with_functions
+from tests.unit.fake_functions import FakeCode, FakeRouter, FakeShifts, with_functions
 from tests.unit.test_api import client, error_of
 
 BASE = "/v1/functions"
@@ -86,6 +86,7 @@ def test_the_life_of_a_function(tmp_path: Path) -> None:
         version = await ask(session, "POST", f"{BASE}/f/versions", 201, json={"description": "d"})
         assert (version["version"], version["description"]) == ("1", "d")
         changed = await ask(session, "PUT", f"{BASE}/f?settings=%7B%22timeout%22:%229s%22%7D")
+        assert changed["update"] is None
         assert changed["timeout_s"] == 9.0 and changed["code"] == made["code"]
         await ask(session, "POST", f"{BASE}/f/versions", 201)
         alias = {"versions": {"1": 0.9, "2": 0.1}, "description": "x"}
@@ -93,20 +94,42 @@ def test_the_life_of_a_function(tmp_path: Path) -> None:
             "name": "live",
             **alias,
         }
+        shifts = running.functions.shifts
+        assert isinstance(shifts, FakeShifts)
+        assert (shifts.hurried, shifts.settling, shifts.moved) == ([("f", 60)] * 2, 2, [60])
+        await ask(session, "PUT", f"{BASE}/f?ready=0&background=true")
+        await ask(session, "PUT", f"{BASE}/f/aliases/live?ready=5", json=alias)
+        assert (shifts.hurried[2:], shifts.settling, shifts.moved[1:]) == ([("f", 0)], 2, [5])
         reserved = await ask(session, "PUT", f"{BASE}/f/concurrency", json={"reserved": 4})
         assert reserved["reserved"] == 4
+        scaled = await ask(session, "PUT", f"{BASE}/f/scale", json={"min": 1, "max": 9})
+        assert (scaled["min"], scaled["max"], scaled["provisioned"]) == (1, 9, [])
+        for qualifier in ("live", "2"):
+            where = f"{BASE}/f/provisioned/{qualifier}"
+            scaled = await ask(session, "PUT", where, json={"count": 1})
+        (two, live) = scaled["provisioned"]
+        assert (live["qualifier"], live["requested"], live["available"]) == ("live", 1, 1)
+        assert (two["qualifier"], two["status"]) == ("2", "READY")
+        await ask(session, "DELETE", f"{BASE}/f/provisioned/2", 204)
+        assert (await ask(session, "PUT", f"{BASE}/f/scale", json={"max": 0}))["max"] is None
 
     async def second(session: aiohttp.ClientSession, running: Services) -> None:
         (shown,) = await ask(session, "GET", BASE)
         assert shown == await ask(session, "GET", f"{BASE}/f")
         assert [v["version"] for v in shown["versions"]] == ["$LATEST", "2", "1"]
         assert [a["name"] for a in shown["aliases"]] == ["live"] and shown["reserved"] == 4
+        assert (shown["min"], shown["max"]) == (1, None)
+        assert [p["qualifier"] for p in shown["provisioned"]] == ["live"]
         answer = await ask(session, "POST", f"{BASE}/f/invoke?qualifier=2", data=b'{"a": 1}')
         assert answer["payload"] == {"a": 1} and answer["version"] == "2"
         assert set(answer) == {
             *("status", "error", "payload", "version", "instance", "start"),
-            *("phases_ms", "total_ms"),
+            *("phases_ms", "total_ms", "trace"),
         }
+        trace = {"X-Amzn-Trace-Id": "Root=1"}
+        await ask(session, "POST", f"{BASE}/f/invoke", data=b"1", headers=trace)
+        router: Any = running.functions.router
+        assert router.traces == ["", "Root=1"]
         error = await ask(session, "DELETE", f"{BASE}/f?version=2", 409)
         assert "alias live" in error["error"]["message"]
         await ask(session, "DELETE", f"{BASE}/f/aliases/live", 204)
@@ -167,6 +190,16 @@ BAD = [
     ("PUT", "/f/aliases/3", b'{"versions": {"$LATEST": 1}}', 400, "not the name of an alias"),
     ("PUT", "/f/concurrency", b"{}", 400, "reserved"),
     ("PUT", "/f/concurrency", b'{"reserved": -1}', 400, "reserved"),
+    ("PUT", "/f?ready=x", b"", 400, "ready is not a number"),
+    ("PUT", "/f/aliases/live?ready=9999", b'{"versions": {"$LATEST": 1}}', 400, "0 and 3600"),
+    ("PUT", "/f/scale", b'{"min": -1}', 400, "min"),
+    ("PUT", "/f/scale", b'{"min": 3, "max": 2}', 400, "3 instances, and its max is 2"),
+    ("PUT", "/f/scale", b'{"min": 101}', 400, "functions.concurrency is 100"),
+    ("PUT", "/g/scale", b'{"min": 1}', 404, "no function g"),
+    ("PUT", "/f/provisioned/$LATEST", b'{"count": 1}', 400, "nothing is provisioned"),
+    ("PUT", "/f/provisioned/none", b'{"count": 1}', 404, "no version or alias none"),
+    ("PUT", "/f/provisioned/none", b'{"count": 0}', 400, "count"),
+    ("DELETE", "/f/provisioned/9", b"", 404, "nothing is provisioned for f:9"),
     ("POST", "/f/versions", b'{"digest": "x"}', 400, "digest"),
     ("DELETE", "/f?version=$LATEST", b"", 400, "cannot be removed alone"),
     ("DELETE", "/f?version=", b"", 400, "neither a version"),

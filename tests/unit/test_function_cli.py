@@ -49,7 +49,21 @@ FUNCTION = {
     "versions": [VERSION, {**VERSION, "version": "2"}, {**VERSION, "version": "1"}],
     "aliases": [{"name": "live", "versions": {"1": 0.9, "2": 0.1}, "description": ""}],
     "reserved": None,
+    "min": 1,
+    "max": 12,
+    "provisioned": [
+        {
+            "qualifier": "live",
+            "requested": 5,
+            "allocated": 4,
+            "available": 3,
+            "status": "FAILED",
+            "reason": "its init fails: no",
+            "changed": "2026-01-01T00:00:00.000Z",
+        }
+    ],
     "instances": {"paused": 2, "busy": 0},
+    "update": None,
     "created": "2026-01-01T00:00:00.000Z",
 }
 ANSWER = {
@@ -61,6 +75,7 @@ ANSWER = {
     "start": "warm",
     "phases_ms": {"route": 0.1, "run": 2.0},
     "total_ms": 2.1,
+    "trace": "1-5759e988-bd862e3fe1be46a994272793",
 }
 EVENT = {
     "id": "e-1",
@@ -86,6 +101,9 @@ def _functions(daemon: Daemon) -> None:
     daemon.on("PUT", "/v1/functions/hello/aliases/live", FUNCTION["aliases"][0])  # type: ignore[index]
     daemon.on("DELETE", "/v1/functions/hello/aliases/live", b"", 204)
     daemon.on("PUT", "/v1/functions/hello/concurrency", {**FUNCTION, "reserved": 5})
+    daemon.on("PUT", "/v1/functions/hello/scale", {**FUNCTION, "min": 2, "max": 9})
+    daemon.on("PUT", "/v1/functions/hello/provisioned/live", FUNCTION)
+    daemon.on("DELETE", "/v1/functions/hello/provisioned/2", None)
     daemon.on("POST", "/v1/functions/hello/invoke", ANSWER)
     daemon.on("GET", "/v1/functions/hello/events", [EVENT])
     daemon.on("DELETE", "/v1/functions/hello/events", b"", 204)
@@ -146,6 +164,41 @@ def test_deploy_a_zip(daemon: Daemon, tmp_path: Path, capsys: Capture) -> None:
     }
     output = capsys.readouterr()
     assert json.loads(output.out) == FUNCTION and output.err == ""
+
+
+def test_deploy_where_instances_serve(
+    daemon: Daemon, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How far the new ones are is told until requests go to them, and why it was not waited for."""
+    problem = "its init fails: no"
+    steps = [
+        {"done": False, "wanted": 3, "ready": 1, "problem": ""},
+        {"done": False, "wanted": 3, "ready": 1, "problem": ""},
+        {"done": False, "wanted": 3, "ready": 2, "problem": ""},
+        {"done": True, "wanted": 3, "ready": 2, "problem": problem},
+    ]
+
+    def passes(_: float) -> None:
+        daemon.on("GET", "/v1/functions/hello", {**FUNCTION, "update": steps.pop(0)})
+
+    monkeypatch.setattr("templated.cli.shift.time.sleep", passes)
+    update = {**steps[0], "ready": 0}
+    daemon.on("PUT", "/v1/functions/hello", {**FUNCTION, "update": update})
+    assert main(["function", "deploy", "hello", "--timeout", "3", "--wait", "9"]) == 0
+    query = parse_qs(urlsplit(daemon.requests[0][1]).query)
+    assert (query["ready"], query["background"]) == (["9"], ["true"])
+    assert capsys.readouterr().err.splitlines() == [
+        "hello: 0 of 3 instances of the new code are ready",
+        "hello: 1 of 3 instances of the new code are ready",
+        "hello: 2 of 3 instances of the new code are ready",
+        "hello: requests go to the new code",
+        f"warning: requests go to the new code of hello, but {problem}",
+    ]
+    assert main(["function", "show", "hello"]) == 0
+    assert problem in capsys.readouterr().out
+    daemon.on("PUT", "/v1/functions/hello", FUNCTION)
+    assert main(["-q", "function", "deploy", "hello", "--timeout", "3", "--now"]) == 0
+    assert [r for r in daemon.requests if r[0] == "PUT"][-1][1].count("ready=0") == 1
 
 
 def test_deploy_settings_alone(daemon: Daemon, capsys: Capture) -> None:
@@ -224,7 +277,8 @@ def test_show(daemon: Daemon, capsys: Capture) -> None:
     """Its settings, versions and aliases; nothing of it steers a terminal."""
     assert main(["function", "show", "hello"]) == 0
     text = capsys.readouterr().out
-    for expected in ("abababababab", "STAGE", "2 paused", "live", "1=0.9 2=0.1", "$LATEST"):
+    parts = ("abababababab", "STAGE", "2 paused", "live", "1=0.9 2=0.1", "$LATEST", "12")
+    for expected in (*parts, "3/5", "failed", "its init fails: no"):
         assert expected in text
     assert "\x1b" not in text
     assert main(["function", "show", "hello", "-o", "json"]) == 0
@@ -268,6 +322,16 @@ CHANGES = [
         ("hello:live: 1=0.9 2=0.1\n", ""),
     ),
     (
+        ["alias", "hello", "live", "1", "--now"],
+        ("PUT", "/v1/functions/hello/aliases/live", {"ready": "0"}, b'{"versions": {"1": 1.0}}'),
+        ("hello:live: 1=0.9 2=0.1\n", ""),
+    ),
+    (
+        ["alias", "hello", "live", "1", "--wait", "5"],
+        ("PUT", "/v1/functions/hello/aliases/live", {"ready": "5"}, b'{"versions": {"1": 1.0}}'),
+        ("hello:live: 1=0.9 2=0.1\n", ""),
+    ),
+    (
         ["unalias", "hello", "live"],
         ("DELETE", "/v1/functions/hello/aliases/live", {}, b""),
         ("", "removed hello:live\n"),
@@ -281,6 +345,26 @@ CHANGES = [
         ["reserve", "hello", "none"],
         ("PUT", "/v1/functions/hello/concurrency", {}, b'{"reserved": null}'),
         ("", "hello: reserved none\n"),
+    ),
+    (
+        ["scale", "hello", "--min", "2", "--max", "9"],
+        ("PUT", "/v1/functions/hello/scale", {}, b'{"min": 2, "max": 9}'),
+        ("", "hello: min 2, max 9\n"),
+    ),
+    (
+        ["scale", "hello", "--max", "none"],
+        ("PUT", "/v1/functions/hello/scale", {}, b'{"max": 0}'),
+        ("", "hello: min 2, max 9\n"),
+    ),
+    (
+        ["scale", "hello:live", "--min", "3"],
+        ("PUT", "/v1/functions/hello/provisioned/live", {}, b'{"count": 3}'),
+        ("", "hello:live: min 3\n"),
+    ),
+    (
+        ["scale", "hello:2", "--min", "0"],
+        ("DELETE", "/v1/functions/hello/provisioned/2", {}, b""),
+        ("", "hello:2: min 0\n"),
     ),
     (
         ["events", "hello", "--retry", "e-1"],

@@ -22,7 +22,7 @@ def test_names_and_zeros() -> None:
     for outcome in ("ok", "error", "timeout", "failed"):
         labels = f'function="f",outcome="{outcome}",version="3"'
         assert f"templated_invocations_total{{{labels}}} 0.0" in lines
-    for reason in ("queue", "concurrency", "reserved"):
+    for reason in ("queue", "concurrency", "reserved", "max"):
         labels = f'function="f",reason="{reason}"'
         assert f"templated_function_throttles_total{{{labels}}} 0.0" in lines
     for start in ("warm", "pool", "direct"):
@@ -32,6 +32,13 @@ def test_names_and_zeros() -> None:
         labels = f'function="f",phase="{phase}"'
         assert f"templated_invocation_phase_seconds_count{{{labels}}} 0.0" in lines
     assert f"templated_function_cold_starts_total{{{of_version}}} 0.0" in lines
+    metrics.count_crews(lambda: {("f", "3"): 2}, lambda: {("f", "3"): 0})
+    lines = shown(registry)
+    assert f"templated_function_aim{{{of_version}}} 2.0" in lines
+    assert f"templated_function_start_failures{{{of_version}}} 0.0" in lines
+    for outcome in ("ok", "failed"):
+        labels = f'function="f",outcome="{outcome}",version="3"'
+        assert f"templated_function_starts_ahead_total{{{labels}}} 0.0" in lines
     assert 'templated_instances{function="f",state="idle",version="3"} 2.0' in lines
     assert f"templated_function_concurrency{{{of_version}}} 1.0" in lines
     assert 'templated_code_cache_requests_total{layer="l2",outcome="error"} 0.0' in lines

@@ -1,4 +1,4 @@
-"""The rows of functions: one transaction each, numbers never used twice, and the step from 3."""
+"""The rows of functions: one transaction each, numbers never used twice, steps from 3 and 4."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from templated.model.function import (
     Alias,
     CodeView,
     EventState,
+    Provisioned,
     Settings,
     Version,
 )
@@ -28,6 +29,7 @@ from tests.unit.test_journal import clone, make, opened
 
 ROOT = Path(__file__).parents[2]
 DIGEST = "ab" * 32
+PROVISIONED = Provisioned(function="f", qualifier="live", count=3, changed=now())
 
 
 def version(number: int = 0, function: str = "f", handler: str = "app.handler") -> Version:
@@ -52,6 +54,7 @@ async def filled(journal: Journal) -> FunctionRows:
     await rows.deploy(version())
     await rows.publish(version())
     await rows.set_alias(Alias(function="f", name="live", versions={"1": 1.0}))
+    await rows.provision(PROVISIONED)
     await rows.add_event(event("e"))
     return rows
 
@@ -69,9 +72,16 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
             two = await rows.publish(replace(latest, created="later"))
             await rows.set_alias(alias)
             await rows.reserve("f", 5)
+            await rows.scale("f", 2, 9)
+            await rows.provision(PROVISIONED)
+            await rows.provision(replace(PROVISIONED, qualifier="1"))
+            await rows.provision(replace(PROVISIONED, qualifier="2", count=4))
+            await rows.unprovision("f", "1")
         async with opened(tmp_path) as journal:
             rows = FunctionRows(journal)
-            function = FunctionRow(name="f", reserved=5, created=latest.created)
+            function = FunctionRow(name="f", reserved=5, created=latest.created, least=2, most=9)
+            kept = [replace(PROVISIONED, qualifier="2", count=4), PROVISIONED]
+            assert await rows.provisioned() == kept
             assert await rows.functions() == [function]
             assert await rows.versions() == [latest, one, two]
             assert (one.number, two.number) == (1, 2)
@@ -81,6 +91,12 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
             await rows.deploy(changed)
             assert (await rows.versions())[0] == changed
             assert (await rows.functions())[0] == function
+            await rows.drop_version("f", 2)
+            assert await rows.provisioned() == [PROVISIONED]
+            await rows.drop_alias("f", "live")
+            assert await rows.provisioned() == []
+            with pytest.raises(NotFound):
+                await rows.provision(replace(PROVISIONED, function="g"))
 
     asyncio.run(main())
 
@@ -243,6 +259,10 @@ def spoil(path: Path, sql: str) -> None:
 SPOILED = [
     ("functions SET name = '../x'", "'../x'"),
     ("functions SET reserved = -1", "`$.reserved`"),
+    ("functions SET least = -1", "`$.least`"),
+    ("functions SET most = 0", "`$.most`"),
+    ("provisioned SET count = 0", "`$.count`"),
+    ("provisioned SET qualifier = ''", "`$.qualifier`"),
     ("versions SET settings = '[['", "'f:0'"),
     ("versions SET settings = '{}'", "handler"),
     ("versions SET digest = '../x'", "`$.code.digest`"),
@@ -268,6 +288,7 @@ async def read_all(journal: Journal) -> None:
     await rows.functions()
     await rows.versions()
     await rows.aliases()
+    await rows.provisioned()
     await rows.event_counts()
     await journal.clones()
 
@@ -292,8 +313,13 @@ def test_a_spoiled_row(tmp_path: Path, change: str, what: str) -> None:
     asyncio.run(main())
 
 
-# The step from version 3
+# The steps from versions 3 and 4
 
+VERSION_4 = (
+    schema.SCHEMA.partition("CREATE TABLE provisioned")[0]
+    .replace(",\n    least INTEGER NOT NULL DEFAULT 0,\n    most INTEGER", "")
+    .strip()
+)
 VERSION_3 = schema.SCHEMA.partition("CREATE TABLE functions")[0].replace(
     ",\n    function TEXT NOT NULL DEFAULT ''", ""
 )
@@ -331,6 +357,24 @@ def as_version_3(path: Path) -> None:
         db.execute("INSERT INTO clones VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
 
+def as_version_4(path: Path) -> None:
+    """A journal of the version before, with a clone and with functions."""
+    with closing(sqlite3.connect(path / "journal.sqlite", isolation_level=None)) as db:
+        db.executescript(f"{VERSION_4} PRAGMA user_version = 4;")
+        slot = make(1)
+        values = (slot.id, 1, "g", slot.uuid, slot.mac, slot.ip, slot.machine_id, slot.boot_id)
+        db.execute("INSERT INTO slots VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+        row = ("c", slot.id, "t", "running", "direct", now(), 12, 34, "{}", 1.5, "", "old:1")
+        db.execute("INSERT INTO clones VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+        db.execute("INSERT INTO functions VALUES ('old', 7, ?)", (now(),))
+        settings = '{"handler": "a.b", "template": "t"}'
+        for number in (0, 1):
+            one = ("old", number, settings, DIGEST, 12, now())
+            db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)", one)
+        db.execute("INSERT INTO numbers VALUES ('old', 1)")
+        db.execute("INSERT INTO aliases VALUES ('old', 'live', '{\"1\": 1.0}', '')")
+
+
 def version_of(path: Path) -> tuple[int, set[str]]:
     """The version of the file, and its tables."""
     with closing(sqlite3.connect(path / "journal.sqlite")) as db:
@@ -357,6 +401,31 @@ def test_a_journal_of_version_3(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_a_journal_of_version_4(tmp_path: Path) -> None:
+    """The same; its functions keep nothing, and have no bound of their own."""
+
+    async def main() -> None:
+        as_version_4(tmp_path)
+        async with opened(tmp_path) as journal:
+            rows = FunctionRows(journal)
+            (function,) = await rows.functions()
+            assert (function.name, function.reserved) == ("old", 7)
+            assert (function.least, function.most) == (0, None)
+            assert [v.number for v in await rows.versions()] == [0, 1]
+            assert [a.name for a in await rows.aliases()] == ["live"]
+            assert await rows.provisioned() == []
+            assert [row.function for row in await journal.clones()] == ["old:1"]
+            assert (await rows.publish(version(function="old"))).number == 2
+            await filled(journal)
+        (tmp_path / "new").mkdir()
+        async with opened(tmp_path / "new"):
+            pass
+        assert version_of(tmp_path) == version_of(tmp_path / "new")
+        assert columns(tmp_path) == columns(tmp_path / "new")
+
+    asyncio.run(main())
+
+
 def columns(path: Path) -> dict[str, list[tuple[object, ...]]]:
     """All columns of all tables, with their types and defaults."""
     with closing(sqlite3.connect(path / "journal.sqlite")) as db:
@@ -364,13 +433,19 @@ def columns(path: Path) -> dict[str, list[tuple[object, ...]]]:
         return {t: db.execute(f"PRAGMA table_info({t})").fetchall() for t in sorted(tables)}
 
 
-STATEMENTS = ["ALTER", "CREATE TABLE versions", "CREATE INDEX", "PRAGMA user_version =", "COMMIT"]
+STATEMENTS = {
+    3: ["ALTER", "CREATE TABLE versions", "CREATE INDEX", "PRAGMA user_version =", "COMMIT"],
+    4: ["ALTER", "CREATE TABLE provisioned", "PRAGMA user_version =", "COMMIT"],
+}
+EARLIER = {3: as_version_3, 4: as_version_4}
 
 
-@pytest.mark.parametrize("statement", STATEMENTS)
-def test_killed_in_the_middle(tmp_path: Path, statement: str) -> None:
-    """The file is still one of version 3, whole, and the next daemon begins again."""
-    as_version_3(tmp_path)
+@pytest.mark.parametrize(
+    ("earlier", "statement"), [(n, s) for n, statements in STATEMENTS.items() for s in statements]
+)
+def test_killed_in_the_middle(tmp_path: Path, earlier: int, statement: str) -> None:
+    """The file is still one of its version, whole, and the next daemon begins again."""
+    EARLIER[earlier](tmp_path)
     before = version_of(tmp_path)
     command = [sys.executable, "-c", MIGRATES, str(tmp_path / "journal.sqlite"), statement]
     done = subprocess.run(command, cwd=ROOT, timeout=30, check=False, capture_output=True)
@@ -386,11 +461,13 @@ def test_killed_in_the_middle(tmp_path: Path, statement: str) -> None:
     assert version_of(tmp_path)[0] == schema.VERSION
 
 
-def test_a_step_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("earlier", EARLIER)
+def test_a_step_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: int) -> None:
     """A full disk, or a table that is in the way: the file stays what it was."""
-    as_version_3(tmp_path)
+    EARLIER[earlier](tmp_path)
     before = version_of(tmp_path)
-    monkeypatch.setattr(schema, "MIGRATION", f"{schema.MIGRATION} interrupted;")
+    script = f"{schema.MIGRATIONS[earlier]} interrupted;"
+    monkeypatch.setitem(schema.MIGRATIONS, earlier, script)
 
     async def main() -> None:
         journal = Journal(tmp_path / "journal.sqlite")

@@ -61,10 +61,13 @@ def test_first_a_new_instance_then_the_same() -> None:
 
 def test_the_order_that_a_guest_gets() -> None:
     async def scenario(world: World) -> None:
-        outcome = await world.ask(1, qualifier="3", trace="Root=1", request="the-id")
+        root = "Root=1-5759e988-bd862e3fe1be46a994272793"
+        outcome = await world.ask(1, qualifier="3", trace=root, request="the-id")
         guest = world.made[0].vm.agent
         (order,), (load,) = guest.orders, guest.loads
-        assert (order.request, order.trace, order.time) == ("the-id", "Root=1", None)
+        assert (order.request, order.time) == ("the-id", None)
+        assert re.fullmatch(f"{root};Parent=[0-9a-f]{{16}};Sampled=0", order.trace)
+        assert outcome.view.trace == root.removeprefix("Root=")
         assert order.arn == "arn:aws:lambda:us-east-1:000000000000:function:f:3"
         assert order.deadline_ms > 1_700_000_000_000
         assert (load.runtime, load.handler, load.uuid) == ("python", "app.handler", "u" * 32)

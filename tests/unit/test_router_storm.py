@@ -1,4 +1,5 @@
-"""Everything at once: requests, deaths, pauses, deploys, callers that leave; nothing is lost."""
+"""Everything at once: requests, deaths, pauses, deploys, aims, callers that leave; nothing is
+lost."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import pytest
 
 from templated.drivers.guest_functions import Answer, InitFailed, InvokeOrder, LoadOrder
 from templated.errors import GuestError, HypervisorError, StartError, TemplatedError, Throttled
+from templated.services.functions.crew import DRIVEN, KEPT
 from tests.unit.fake_daemon import until
 from tests.unit.fake_instances import FakeGuest, World, play, version
 
@@ -69,10 +71,32 @@ class Chaos:
                 if self.happens(0.02):
                     clone.vm.machine.fail["pause"] = HypervisorError("QEMU refuses")
             if self.happens(0.1):
-                name = self.random.choice(NAMES)
-                new = version(name, code=self.random.choice("abcdef"))
-                self.world.versions.found[name, "$LATEST"] = new
-                self.world.router.changed(new)
+                self.deploy()
+            if self.happens(0.1):
+                self.scale()
+
+    def deploy(self) -> None:
+        """Other code, at once or while the code before serves; and the end of that."""
+        world, name = self.world, self.random.choice(NAMES)
+        new = version(name, code=self.random.choice("abcdef"))
+        world.versions.found[name, "$LATEST"] = new
+        if self.happens(0.5):
+            world.router.changed(new)
+        elif not world.crews.hold(new):
+            world.crews.changed(new)
+        for found in world.versions.found.values():
+            if self.happens(0.5):
+                world.crews.switch(found)
+
+    def scale(self) -> None:
+        """More or fewer instances ahead of requests."""
+        found = self.world.versions.found[self.random.choice(NAMES), "$LATEST"]
+        crews, source = self.world.crews, self.random.choice((DRIVEN, KEPT))
+        if self.happens(0.3):
+            crews.release(found, source)
+        else:
+            crews.aim(found, self.random.randrange(4), source)
+        crews.trim(found, self.random.randrange(3))
 
     async def ask(self, number: int) -> str:
         await asyncio.sleep(self.random.random() * 0.05)
@@ -104,6 +128,9 @@ def test_nothing_is_lost_and_nothing_is_left(seed: int, caplog: pytest.LogCaptur
         assert results.count("answered") > 50
         # Tried again only when the guest has seen nothing of it.
         assert max(world.served.values()) <= 3
+        for supply in world.crews.supplies():
+            for source in (DRIVEN, KEPT):
+                world.crews.release(supply.version, source)
         await until(lambda: not world.router._requests and not world.router._crews._starts)
         states = world.states()
         assert set(states) <= {"idle", "paused", "ending"}
@@ -118,6 +145,8 @@ def test_nothing_is_lost_and_nothing_is_left(seed: int, caplog: pytest.LogCaptur
         freeze_after=0.001,
         keep_alive=0.01,
         reserved={"f2": 2},
+        most={"f1": 3},
+        pace=0.0005,
     )
     gc.collect()
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

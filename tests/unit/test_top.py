@@ -29,7 +29,7 @@ from templated.cli import exit_codes, figures
 from templated.cli.figures import Frame, Watcher
 from templated.cli.main import main
 from templated.cli.scrape import Scrape, quantile
-from templated.cli.top_view import draw
+from templated.cli.top_view import _instances, draw
 from templated.client import Client
 from templated.drivers.host.files import Space
 from templated.drivers.host.pressure import Pressure
@@ -180,12 +180,18 @@ def test_functions(daemon: Daemon, source: Source) -> None:
     source.functions.throttles.labels("busy", "reserved").inc()
     states = {("busy", "1", "paused"): 1, ("busy", "2", "paused"): 1, ("busy", "2", "busy"): 1}
     source.count(states, {("busy", "1"): 0, ("busy", "2"): 1})
+    aims: dict[tuple[str, ...], int] = {("busy", "1"): 2, ("busy", "2"): 3}
+    failures: dict[tuple[str, ...], int] = {("seldom", "$LATEST"): 4}
+    source.functions.count_crews(lambda: aims, lambda: failures)
     serve(daemon, source)
     busy, seldom = watcher.look().functions
     assert (busy.function, busy.count, busy.failed, busy.per_second) == ("busy", 5, 2, 0.5)
     assert busy.p50_ms == pytest.approx(17.5) and busy.p99_ms == pytest.approx(24.85)
     assert (busy.cold_starts, busy.throttles, busy.running) == (2, 3, 1)
     assert busy.instances == {"paused": 2, "busy": 1}
+    assert (busy.aim, busy.failing, seldom.aim, seldom.failing) == (5, 0, 0, 4)
+    assert list(_instances(busy)) == ["1 busy", "2 paused", "aim 5"]
+    assert list(_instances(seldom)) == ["4 starts failed in a row"]
     assert (seldom.function, seldom.count, seldom.p50_ms) == ("seldom", 0, None)
     assert seldom.instances == {}
     source.invoke("seldom", 0, "ok")

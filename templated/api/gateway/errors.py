@@ -24,6 +24,7 @@ _CAPITAL = {"ResourceNotFoundException", "ServiceException"}
 _REASONS = {
     "concurrency": "ConcurrentInvocationLimitExceeded",
     "reserved": "ReservedFunctionConcurrentInvocationLimitExceeded",
+    "max": "ReservedFunctionConcurrentInvocationLimitExceeded",
     "queue": "FunctionInvocationRateLimitExceeded",
 }
 _BUSY = "ConcurrentInvocationLimitExceeded"

@@ -136,7 +136,14 @@ def all_versions(call: Call, name: str) -> list[Version]:
 
 def shown(call: Call, version: Version, qualifier: str | None) -> dict[str, Any]:
     """A version as whoever calls may see it."""
-    return call.desk.views.configuration(version, qualifier, values=call.admin)
+    told = call.desk.views.configuration(version, qualifier, values=call.admin)
+    update = None if version.number else call.desk.functions.shifts.update(version.function)
+    if update is not None and not update.done:
+        told["LastUpdateStatus"] = "InProgress"
+        told["LastUpdateStatusReason"] = (
+            f"{update.ready} of {update.wanted} instances are ready; the code before serves"
+        )
+    return told
 
 
 def expected(found: Entity, wanted: str | None) -> Entity | None:

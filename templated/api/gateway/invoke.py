@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import re
 
 from aiohttp import web
 
@@ -13,11 +12,11 @@ from templated.api.gateway.errors import Refused, wrong
 from templated.errors import InvalidRequest
 from templated.services.functions.payloads import checked
 from templated.services.functions.queue import MAX_EVENT
+from templated.services.functions.traces import HEADER
 
 _TYPE, _LOG = "X-Amz-Invocation-Type", "X-Amz-Log-Type"
 # Headers that would mean something there, and have to be told instead of ignored.
 _NOT_HERE = ("X-Amz-Client-Context", "X-Amz-Tenant-Id", "X-Amz-Durable-Execution-Name")
-_TRACE = re.compile(r"[!-~]{1,256}")
 _TAIL = 4096
 
 
@@ -44,20 +43,19 @@ async def _later(call: Call, payload: bytes) -> web.Response:
     target = call.target
     if len(payload) > MAX_EVENT:
         raise too_large(MAX_EVENT, "Invoke")
-    call.id = await call.desk.functions.queue.enqueue(target.name, target.qualifier, payload)
+    call.id = await call.desk.functions.queue.enqueue(
+        target.name, target.qualifier, payload, trace=call.headers.get(HEADER, "")
+    )
     return web.Response(status=202)
 
 
 async def _now(call: Call, payload: bytes, *, tail: bool) -> web.Response:
-    target, trace = call.target, call.headers.get("X-Amzn-Trace-Id", "")
+    target = call.target
     outcome = await call.desk.functions.router.invoke(
-        target.name,
-        target.qualifier,
-        payload,
-        trace=trace if _TRACE.fullmatch(trace) else "",
+        target.name, target.qualifier, payload, trace=call.headers.get(HEADER, "")
     )
     view = outcome.view
-    headers = {"X-Amz-Executed-Version": view.version}
+    headers = {"X-Amz-Executed-Version": view.version, HEADER: f"Root={view.trace}"}
     if view.error is not None:
         headers["X-Amz-Function-Error"] = view.error
     if tail:

@@ -175,6 +175,12 @@ class Concurrency(Struct, frozen=True, forbid_unknown_fields=True, rename="pasca
     reserved_concurrent_executions: Annotated[int, Meta(ge=0, le=10000)]
 
 
+class Provision(Struct, frozen=True, forbid_unknown_fields=True, rename="pascal"):
+    """The body of PutProvisionedConcurrencyConfig."""
+
+    provisioned_concurrent_executions: Annotated[int, Meta(ge=1, le=10000)]
+
+
 def refuse(wanted: Struct, attributes: Iterable[str]) -> None:
     """Raise Refused, naming the field, when one of these fields says something."""
     names = dict(zip(wanted.__struct_fields__, wanted.__struct_encode_fields__, strict=True))

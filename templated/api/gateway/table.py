@@ -5,6 +5,7 @@ from __future__ import annotations
 from urllib.parse import unquote
 
 from templated.api.gateway import functions as f
+from templated.api.gateway import provisioned as p
 from templated.api.gateway import versions as v
 from templated.api.gateway.account import account_settings
 from templated.api.gateway.call import Operation
@@ -17,6 +18,7 @@ from templated.model.function import MAX_PAYLOAD
 _MAX_CODE = 70_167_211
 _ALL = "2015-03-31/functions"
 _ONE = f"{_ALL}/*"
+_PROVISIONED = "2019-09-30/functions/*/provisioned-concurrency"
 _ALIAS = f"{_ONE}/aliases/*"
 # Where the names are in a path.
 _NAMES = (2, 4)
@@ -68,6 +70,15 @@ OPERATIONS = (
     Operation(
         *("DeleteFunctionConcurrency", "DELETE", "2017-10-31/functions/*/concurrency"),
         v.delete_concurrency,
+        _ADMIN,
+    ),
+    Operation(*("PutProvisionedConcurrencyConfig", "PUT", _PROVISIONED, p.put_provisioned, _ADMIN)),
+    # ListProvisionedConcurrencyConfigs has the same place, with List=ALL.
+    Operation(
+        *("GetProvisionedConcurrencyConfig", "GET", _PROVISIONED, p.get_provisioned, _VIEWER)
+    ),
+    Operation(
+        *("DeleteProvisionedConcurrencyConfig", "DELETE", _PROVISIONED, p.delete_provisioned),
         _ADMIN,
     ),
     Operation(

@@ -81,8 +81,15 @@ async def update_alias(call: Call) -> web.Response:
     with revised(wanted.revision_id):
         # What it leaves out was taken from `old`: that has to be what is there still.
         alias = await call.desk.functions.registry.set_alias(
-            name, old.name, versions, description=wanted.description, new=False, expected=old
+            name,
+            old.name,
+            versions,
+            description=wanted.description,
+            new=False,
+            expected=old,
+            hold=True,
         )
+    call.desk.functions.shifts.follow(alias)
     return json_answer(call.desk.views.alias(alias))
 
 

@@ -139,6 +139,8 @@ class Runtime:
             trace = fields.get(b"Lambda-Runtime-Trace-Id")
             if trace is not None:
                 environment["_X_AMZN_TRACE_ID"] = trace.decode()
+            else:
+                environment.pop("_X_AMZN_TRACE_ID", None)
             context = Context(
                 number.decode(),
                 fields[b"Lambda-Runtime-Invoked-Function-Arn"].decode(),

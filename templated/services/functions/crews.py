@@ -1,64 +1,107 @@
-"""The crews of all versions: which instance a request gets, and when a new one is started."""
+"""The crews of all versions: which instance a request gets, and how many there should be."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Iterator
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from templated.errors import Busy, NotFound, StartError
+from templated.errors import Busy, NotFound
 from templated.model.function import Version
-from templated.services.functions.crew import Crew, Waiter
-from templated.services.functions.instance import Instance, NotBegun
+from templated.services.functions.crew import DRIVEN, Crew, Waiter
+from templated.services.functions.instance import Instance
 from templated.services.functions.instances import Instances
+from templated.services.functions.starts import Room, Starts, named
+from templated.services.reports.events import EventBus
 from templated.services.reports.function_metrics import FunctionMetrics
 
-log = logging.getLogger(__name__)
-# Starts of one version's instances at once. More would not be faster: starts take turns. But who
-# waits for one that has not begun may be served by another before.
-_AT_ONCE = 8
+# An instance that was used in the last so many seconds is of use still.
+_LATELY = 60.0
+# One failure may be chance.
+_HOPELESS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supply:
+    """The instances of a version and what is asked of them, as a scaler sees it."""
+
+    version: Version
+    running: int = 0
+    """Requests under way, those that wait for an instance among them."""
+    waiting: int = 0
+    """Requests that wait for an instance."""
+    up: int = 0
+    """Instances that serve or rest."""
+    resting: int = 0
+    starting: int = 0
+    aim: int = 0
+    """How many instances there should be, whoever said so."""
+    kept: int = 0
+    """How many of them users have asked to keep: they are not trimmed."""
+    pause: float = 0.0
+    """Seconds in which none is begun ahead, since the last ones failed."""
+    problem: str = ""
+    """How the last one failed; empty once one works."""
 
 
 class Crews:
-    """Hands out instances. There are never more than `most`, as far as some of them rest."""
+    """Hands out instances, and has as many as should be there."""
 
     def __init__(
         self,
         instances: Instances,
+        events: EventBus,
         metrics: FunctionMetrics,
-        most: int,
-        at_once: int = _AT_ONCE,
+        room: Room,
+        current: Callable[[Version], bool],
     ) -> None:
+        """`current` tells whether a version is there, and is this one still."""
         self._instances = instances
         self._metrics = metrics
-        self._most = most
-        self._at_once = at_once
+        self._pace = room.pace
+        self._current = current
         self._crews: dict[tuple[str, int], Crew] = {}
+        self._next: dict[tuple[str, int], Crew] = {}
         self._retired: set[Crew] = set()
-        self._starts: set[asyncio.Task[None]] = set()
+        self._starts = Starts(self, instances, events, room, self.offer, self.done)
+        self._asked = itertools.count()
         self._closing = False
+        metrics.count_crews(self._aims, self._failures)
 
     def __iter__(self) -> Iterator[Crew]:
-        """All crews, also those that have retired and are not done."""
-        return iter([*self._crews.values(), *self._retired])
+        """All crews, also those that do not serve yet, or have retired and are not done."""
+        return iter([*self._crews.values(), *self._next.values(), *self._retired])
 
     def of(self, version: Version) -> Crew:
-        """The crew of a version as it is now; that of an earlier `$LATEST` retires."""
+        """The crew that serves a version as it is now.
+
+        That of an earlier `$LATEST` serves on while it is held; otherwise it retires.
+        """
         key = version.function, version.number
         crew = self._crews.get(key)
         if crew is not None and (crew.version is version or crew.version == version):
             return crew
-        if crew is not None:
-            self._retire(crew)
-        crew = self._crews[key] = Crew(version, self._metrics.expect(version))
+        following = self._next.get(key)
+        if crew is not None and following is not None and following.version == version:
+            if crew.strength:
+                return crew
+            self.switch(version)  # nothing of the earlier one is left to serve
+            return following
+        self.changed(version)
+        crew = self._crews[key] = self._crew(version)
         return crew
+
+    def _crew(self, version: Version) -> Crew:
+        return Crew(version, self._metrics.expect(version), self._pace)
 
     async def get(self, crew: Crew) -> Instance:
         """An instance for a request, which must `offer` it again: the one that was used last,
         or the first that comes free, or that is new.
 
-        Raises what a start of an instance raises, NotFound when its version is removed, Busy
-        when the daemon ends; leaves no instance taken.
+        Raises what a start of an instance raises, or raised lately; NotFound when its version is
+        removed, Busy when the daemon ends; leaves no instance taken.
         """
         return self._taken(crew) or await self._awaited(crew)
 
@@ -76,11 +119,13 @@ class Crews:
             raise closing()
         waiter: Waiter = asyncio.get_running_loop().create_future()
         crew.waiting.append(waiter)
-        self._begin_needed(crew)
-        return await waiter  # bounded: as long as it waits, an instance of its crew starts
+        self._starts.attend(crew)
+        return await waiter  # bounded: an instance starts, or serves, or it is told the last error
 
     def offer(self, crew: Crew, instance: Instance) -> None:
         """An instance is free: for who waits longest, or to rest."""
+        if instance.served:
+            crew.hindered.succeeded()
         waiter = crew.waiter()
         if waiter is not None:
             self._instances.take(instance)
@@ -88,88 +133,155 @@ class Crews:
         elif crew.retired or self._closing:
             self._instances.end(instance, f"{named(crew.version)} is no longer served by it")
         else:
-            self._instances.rest(instance)
+            self._instances.rest(instance, paused=instance.ahead and not instance.served)
             crew.resting.append(instance)
 
-    def _begin_needed(self, crew: Crew) -> None:
-        """Start instances for those that wait: one for each, some at once."""
-        while not self._closing and crew.starting < min(len(crew.waiting), self._at_once):
-            self._begin(crew)
+    # --- ahead of requests ------------------------------------------------------------------
 
-    def _begin(self, crew: Crew) -> None:
-        if self._instances.up() + len(self._starts) >= self._most:
-            self._evict()
-        crew.starting += 1
-        crew.metrics.cold_starts.inc()
-        task = asyncio.create_task(self._start(crew), name=f"instance of {named(crew.version)}")
-        self._starts.add(task)
-        task.add_done_callback(self._starts.discard)
+    def aim(self, version: Version, count: int, source: str = DRIVEN) -> None:
+        """Have so many instances of a version: what lacks is begun in the background, beside
+        requests, as far as there is room. Nothing ends: see `trim`.
 
-    async def _start(self, crew: Crew) -> None:
+        Each source has an aim of its own, and the highest counts. While one is `DRIVEN`, idle
+        instances do not end by themselves. A version that is gone, or is another one by now, is
+        left alone.
+        """
+        crew = self._known(version)
+        if crew is None and self._current(version):
+            crew = self.of(version)
+        if crew is not None:
+            crew.aims[source] = max(0, count)
+            self._starts.grow_soon()
+
+    def release(self, version: Version, source: str = DRIVEN) -> None:
+        """Take an aim back: instances end when no request comes for long, as without one."""
+        crew = self._known(version)
+        if crew is not None:
+            crew.aims.pop(source, None)
+
+    def trim(self, version: Version, count: int) -> int:
+        """End so many of a version's instances, those that have rested longest, but none that
+        serves and none that its aim would only have begun again; returns how many it ended."""
+        crew = self._known(version)
+        if crew is None:
+            return 0
+        spare = min(count, len(crew.resting), len(crew.members) - crew.aim)
+        chosen = crew.resting[: max(0, spare)]
+        for instance in chosen:
+            self._instances.end(instance, "fewer are needed")
+        return len(chosen)
+
+    def _known(self, version: Version) -> Crew | None:
+        key = version.function, version.number
+        crews = self._crews.get(key), self._next.get(key)
+        return next((crew for crew in crews if crew is not None and crew.version == version), None)
+
+    def room(self, function: str) -> int:
+        """How many more instances of a function there may be, with nothing that ends for them."""
+        return self._starts.room(function)
+
+    def supplies(self) -> list[Supply]:
+        """What there is of each version that has had a request or an aim."""
+        return [_supply(crew) for crew in (*self._crews.values(), *self._next.values())]
+
+    def supply(self, version: Version) -> Supply:
+        """What there is of one version: nothing of one that no request and no aim has asked for."""
+        crew = self._known(version)
+        return Supply(version=version) if crew is None else _supply(crew)
+
+    def demand(self, version: Version) -> int:
+        """How many instances of a version are of use: the requests under way, and those that have
+        rested only for a moment."""
+        crew = self._known(version)
+        if crew is None:
+            return 0
+        since = asyncio.get_running_loop().time() - _LATELY
+        return crew.running + sum(instance.used >= since for instance in crew.resting)
+
+    async def readied(self, version: Version, count: int) -> str:
+        """Have so many instances of a version, and wait for them; returns why they will not be
+        there, or nothing once they are. Whoever calls bounds the wait.
+
+        An init that fails more than once will go on to. What has come up stays as without this.
+        """
+        crew = self._known(version) or self.of(version)
+        source = f"ready-{next(self._asked)}"
+        crew.aims[source] = count
+        self._starts.grow_soon()
         try:
-            outcome = await self._started(crew)
-            if _crowded(outcome) and (victim := self._evict()):
-                await self._instances.ended(victim)
-                outcome = await self._started(crew)
+            while len(crew.members) < count:
+                if self._closing:
+                    return closing().message
+                if crew.retired:
+                    return "it was changed or removed meanwhile"
+                if crew.broken.failures >= _HOPELESS:
+                    return crew.problem
+                await crew.news.wait()
+            return ""
         finally:
-            crew.starting -= 1
-            self.done(crew)
-        if isinstance(outcome, Instance):
-            self.offer(crew, outcome)
-        elif len(crew.waiting) > crew.starting and (waiter := crew.waiter()):
-            waiter.set_exception(outcome)
-        else:  # who waited was served by another one
-            log.warning("no new instance of %s: %s", named(crew.version), outcome)
-        self._begin_needed(crew)
-
-    async def _started(self, crew: Crew) -> Instance | BaseException:
-        def left(instance: Instance) -> None:
-            if instance in crew.resting:
-                crew.resting.remove(instance)
-
-        work = self._instances.start(crew.version, left)
-        (outcome,) = await asyncio.gather(work, return_exceptions=True)
-        if isinstance(outcome, Instance) and outcome.gone:
-            return NotBegun(outcome.gone)
-        return outcome
-
-    def _evict(self) -> Instance | None:
-        """End the instance that has rested longest, of whichever function, to make room."""
-        oldest = [crew.resting[0] for crew in self._crews.values() if crew.resting]
-        if not oldest:
-            return None
-        victim = min(oldest, key=lambda instance: instance.used)
-        self._instances.end(victim, "another function needs the room")
-        return victim
+            crew.aims.pop(source, None)
 
     # --- what changes -----------------------------------------------------------------------
 
     def changed(self, version: Version) -> None:
         """A version is new, or `$LATEST` is another one from now on."""
-        crew = self._crews.get((version.function, version.number))
-        if crew is not None and crew.version != version:
-            del self._crews[version.function, version.number]
-            self._retire(crew)
+        key = version.function, version.number
+        for crews in (self._crews, self._next):
+            crew = crews.get(key)
+            if crew is not None and crew.version != version:
+                del crews[key]
+                self._retire(crew)
+
+    def hold(self, version: Version) -> Version | None:
+        """`$LATEST` is another one, and the one that has instances serves on until `switch`.
+
+        Returns that one, or None when there is nothing to hold: `changed` does then.
+        """
+        key = version.function, version.number
+        crew, following = self._crews.get(key), self._next.pop(key, None)
+        if following is not None:
+            self._retire(following)
+        if crew is None or crew.version == version or not crew.strength:
+            return None
+        self._next[key] = self._crew(version)
+        return crew.version
+
+    def held(self, version: Version) -> bool:
+        """Whether an earlier one serves in place of this version."""
+        following = self._next.get((version.function, version.number))
+        return following is not None and following.version == version
+
+    def switch(self, version: Version) -> None:
+        """What was held for this version serves no more requests, and this one does."""
+        key = version.function, version.number
+        if self.held(version):
+            following = self._next.pop(key)
+            self._retire(self._crews[key])
+            self._crews[key] = following
+            following.tell()
 
     def removed(self, function: str, number: int | None) -> list[Instance]:
         """A version is gone, or with None all of a function; who waits for an instance fails.
 
         Returns the instances that are being ended.
         """
-        gone = [key for key in self._crews if key[0] == function and number in (None, key[1])]
         ending: list[Instance] = []
-        for key in gone:
-            crew = self._crews.pop(key)
-            ending += crew.resting
-            crew.refuse(_removed(crew.version))
-            self._retire(crew)
+        for crews in (self._crews, self._next):
+            for key in [k for k in crews if k[0] == function and number in (None, k[1])]:
+                crew = crews.pop(key)
+                ending += crew.resting
+                crew.refuse(_removed(crew.version))
+                self._retire(crew)
         return ending
 
     def _retire(self, crew: Crew) -> None:
         crew.retired = True
         self._retired.add(crew)
+        if crew.retry is not None:
+            crew.retry.cancel()
         for instance in list(crew.resting):
             self._instances.end(instance, f"{named(crew.version)} has changed, or is gone")
+        crew.tell()
         self.done(crew)
 
     def done(self, crew: Crew) -> None:
@@ -177,22 +289,28 @@ class Crews:
         if crew.retired and crew.idle:
             self._retired.discard(crew)
 
+    def _aims(self) -> dict[tuple[str, ...], int]:
+        found: Counter[tuple[str, ...]] = Counter()
+        for crew in self:
+            if crew.aims and not crew.retired:
+                found[_labels(crew)] += crew.aim
+        return found
+
+    def _failures(self) -> dict[tuple[str, ...], int]:
+        found: dict[tuple[str, ...], int] = {}
+        # Of two that are called $LATEST the one that comes.
+        for crew in (*self._crews.values(), *self._next.values()):
+            found[_labels(crew)] = max(crew.broken.failures, crew.hindered.failures)
+        return found
+
     async def close(self) -> None:
         """End all instances, and start none; who waits for one fails. Raises nothing."""
         self._closing = True
         for crew in self:
             crew.refuse(closing())
-        starts = set(self._starts)
-        for start in starts:
-            start.cancel()
-        if starts:
-            await asyncio.wait(starts)
+            crew.tell()
+        await self._starts.close()
         await self._instances.close()
-
-
-def named(version: Version) -> str:
-    """A version, as people read it."""
-    return f"{version.function}:{version.label}"
 
 
 def closing() -> Busy:
@@ -200,14 +318,26 @@ def closing() -> Busy:
     return Busy("the daemon is ending", hint="try again in a moment")
 
 
-def _crowded(outcome: object) -> bool:
-    """Whether a start failed because the host, or a limit, has no room for another VM."""
-    if isinstance(outcome, StartError):
-        return outcome.reason == Busy.code
-    return isinstance(outcome, Busy)
-
-
 def _removed(version: Version) -> NotFound:
     return NotFound(
         f"{named(version)} was removed while the request waited", hint="see: templated function ls"
+    )
+
+
+def _labels(crew: Crew) -> tuple[str, str]:
+    return crew.version.function, crew.version.label
+
+
+def _supply(crew: Crew) -> Supply:
+    return Supply(
+        version=crew.version,
+        running=crew.running,
+        waiting=len(crew.waiting),
+        up=len(crew.members),
+        resting=len(crew.resting),
+        starting=crew.starting,
+        aim=crew.aim,
+        kept=crew.kept,
+        pause=crew.pause,
+        problem=crew.problem,
     )

@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from templated.drivers.code import CodeFile
 from templated.model.code import CodeCheck, CodeFreed, CodeRow
 from templated.model.function import (
+    Alias,
     AliasView,
     CodeView,
     EventView,
     FunctionView,
     InvokeView,
+    ProvisionedView,
+    UpdateView,
     Version,
     VersionView,
 )
@@ -52,10 +57,53 @@ class Invokes(Protocol):
         ...
 
 
+class Keeps(Protocol):
+    """Keeps instances ready."""
+
+    def views(self, name: str) -> tuple[ProvisionedView, ...]:
+        """What is provisioned of a function, and how far that is. Raises NotFound."""
+        ...
+
+
+class Moves(Protocol):
+    """Moves requests to other versions: shifts."""
+
+    def update(self, name: str) -> UpdateView | None:
+        """How the last change of `$LATEST` is going; None when none had to be waited for."""
+        ...
+
+    def hurry(self, name: str, seconds: float) -> None:
+        """Bound what a change of `$LATEST` may take from now on; 0: none."""
+        ...
+
+    async def settled(self, name: str) -> None:
+        """Wait until requests go to `$LATEST`; bounded."""
+        ...
+
+    async def move(
+        self,
+        name: str,
+        alias: str,
+        versions: Mapping[str, float],
+        *,
+        description: str | None = None,
+        within: float | None = None,
+    ) -> Alias:
+        """Point an alias elsewhere once instances are ready, `within` so many seconds. Raises
+        why they are not, and what `Registry.set_alias` raises; leaves it as it was then."""
+        ...
+
+    def follow(self, wanted: Alias) -> None:
+        """Let requests follow an alias that was written with `hold`."""
+        ...
+
+
 class Queue(Protocol):
     """Runs requests later: the queue of events."""
 
-    async def enqueue(self, name: str, qualifier: str | None, payload: bytes) -> str:
+    async def enqueue(
+        self, name: str, qualifier: str | None, payload: bytes, *, trace: str = ""
+    ) -> str:
         """Accept an event and return its id. Raises NotFound or Throttled; leaves nothing then."""
         ...
 
@@ -123,10 +171,15 @@ class Functions:
     logs: Logs
     code: Codes
     uploads: Uploads
+    kept: Keeps
+    shifts: Moves
 
     def view(self, name: str) -> FunctionView:
         """A function as users see it. Raises NotFound."""
-        return function_view(self.registry, self.router.counts(name), name)
+        view = function_view(self.registry, self.router.counts(name), name)
+        return msgspec.structs.replace(
+            view, provisioned=self.kept.views(name), update=self.shifts.update(name)
+        )
 
     def views(self) -> list[FunctionView]:
         """All functions as users see them, by name."""
@@ -134,7 +187,7 @@ class Functions:
 
 
 def function_view(registry: Registry, counts: Mapping[str, int], name: str) -> FunctionView:
-    """A function as users see it; `counts` are its instances by state. Raises NotFound."""
+    """A function as its journal has it; `counts` are its instances by state. Raises NotFound."""
     latest = registry.latest(name)
     settings = latest.settings
     return FunctionView(
@@ -151,6 +204,9 @@ def function_view(registry: Registry, counts: Mapping[str, int], name: str) -> F
             for a in registry.aliases(name)
         ),
         reserved=registry.reserved(name),
+        min=registry.least(name),
+        max=registry.maximum(name),
+        provisioned=(),
         instances=dict(counts),
         created=registry.created(name),
     )

@@ -39,17 +39,28 @@ class Timing:
 class InitError(Exception):
     """A function's init failed: `payload` says how, as Lambda does. Its instance has ended."""
 
-    def __init__(self, instance: Instance, payload: bytes, timeout: float = 0.0) -> None:
+    def __init__(
+        self, instance: Instance, payload: bytes, timeout: float = 0.0, why: str = ""
+    ) -> None:
         """`timeout` is what it was allowed, in seconds, when it took longer."""
         super().__init__(f"the init of {instance.name} failed")
         self.instance = instance
+        self.why = why
         self.payload = payload
         self.timeout = timeout
+        self.wait = 0.0
+        """When it is told to a request that came later: seconds until the next try."""
 
     @property
     def timed_out(self) -> bool:
         """It took too long."""
         return self.timeout > 0
+
+    def again(self, wait: float) -> InitError:
+        """The same for a request for which no other init is tried, for so many seconds."""
+        error = InitError(self.instance, self.payload, self.timeout, self.why)
+        error.wait = wait
+        return error
 
 
 class TooLong(Exception):
@@ -68,6 +79,8 @@ class Instance:
     version: Version
     left: Callable[[Instance], None]
     """Called once, when it begins to end."""
+    may_end: Callable[[], bool] = lambda: True
+    """Asked when no request has come for long."""
     state: InstanceState = InstanceState.STARTING
     start: str = "direct"
     """How its clone came up: `pool` or `direct`."""
@@ -93,6 +106,10 @@ class Instance:
     """Its guest may have seen what `work` is about."""
     gone: str = ""
     """Why it ended."""
+    died: bool = False
+    """It ended though nobody wanted that."""
+    ahead: bool = False
+    """It was started before a request came for it."""
     removed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when all that it had was given back, or cannot be."""
 

@@ -93,13 +93,20 @@ class Instances:
 
     # --- starting ---------------------------------------------------------------------------
 
-    async def start(self, version: Version, left: Callable[[Instance], None]) -> Instance:
+    async def start(
+        self,
+        version: Version,
+        left: Callable[[Instance], None],
+        may_end: Callable[[], bool] = lambda: True,
+    ) -> Instance:
         """A new instance, whose handler is loaded; the caller gives it a request, or rests it.
 
+        `left` is told when it begins to end; `may_end` is asked when it has rested for long.
         Raises StartError, what a fetch of the code raises, and InitError when the handler cannot
         be loaded. Leaves nothing then, once its clone is removed in the background.
         """
-        instance = Instance(name=self._name(version.function), version=version, left=left)
+        name = self._name(version.function)
+        instance = Instance(name=name, version=version, left=left, may_end=may_end)
         self._all[instance.name] = instance
         try:
             code = await self._launch(instance)
@@ -162,10 +169,11 @@ class Instances:
         except InitFailed as error:
             self._init_failed(instance, error.message)
             payload = error.payload or failure("Runtime.InitError", error.message)
-            raise InitError(instance, payload) from error
+            raise InitError(instance, payload, why=error.message) from error
         except Timeout as error:
-            self._init_failed(instance, f"it took longer than {self._timing.init:g} s")
-            raise InitError(instance, b"", self._timing.init) from error
+            why = f"it took longer than {self._timing.init:g} s"
+            self._init_failed(instance, why)
+            raise InitError(instance, b"", self._timing.init, why) from error
         except GuestError as error:
             raise _start_error(instance, await self._explained(instance, error)) from error
         except NotBegun as error:
@@ -209,13 +217,18 @@ class Instances:
             instance.move(InstanceState.IDLE)
         instance.move(InstanceState.BUSY)
 
-    def rest(self, instance: Instance) -> None:
-        """Let an instance wait: it runs on for a moment, is then paused, and at last ended."""
+    def rest(self, instance: Instance, *, paused: bool = False) -> None:
+        """Let an instance wait: it runs on for a moment, is then paused, and at last ended.
+
+        `paused`: at once, since no burst is expected to go on.
+        """
         instance.move(InstanceState.IDLE)
         loop = asyncio.get_running_loop()
         instance.used = loop.time()
         freeze, keep = self._timing.freeze_after, self._timing.keep_alive
-        if freeze < keep:
+        if paused:
+            self._freeze(instance)
+        elif freeze < keep:
             instance.timer = loop.call_later(freeze, self._freeze, instance)
         else:
             instance.timer = loop.call_later(keep, self._expire, instance)
@@ -318,8 +331,10 @@ class Instances:
 
     def _freeze(self, instance: Instance) -> None:
         instance.move(InstanceState.PAUSED)
-        left = self._timing.keep_alive - self._timing.freeze_after
-        instance.timer = asyncio.get_running_loop().call_later(left, self._expire, instance)
+        loop = asyncio.get_running_loop()
+        instance.timer = loop.call_at(
+            instance.used + self._timing.keep_alive, self._expire, instance
+        )
         instance.pausing = asyncio.Event()
         self._tasks.spawn(self._pause(instance, instance.pausing), f"pause of {instance.name}")
 
@@ -336,7 +351,15 @@ class Instances:
             done.set()
 
     def _expire(self, instance: Instance) -> None:
-        self.end(instance, "no request came for long")
+        if instance.may_end():
+            self.end(instance, "no request came for long")
+            return
+        # It is wanted still; asked again, since that may change.
+        if instance.state is InstanceState.IDLE:
+            self._freeze(instance)
+            instance.unset_timer()
+        loop = asyncio.get_running_loop()
+        instance.timer = loop.call_later(self._timing.keep_alive, self._expire, instance)
 
     # --- ending -----------------------------------------------------------------------------
 
@@ -362,6 +385,7 @@ class Instances:
             instance=instance.name,
             reason=how,
         )
+        instance.died = True
         self.end(instance, how)
 
     def end(self, instance: Instance, why: str) -> None:

@@ -12,6 +12,7 @@ from templated.drivers.guest import Output
 from templated.drivers.guest_functions import Answer, InvokeOrder, Loaded, LoadOrder
 from templated.model.clone import CloneState, StartPath
 from templated.model.function import Version
+from templated.services.functions.traces import Span
 
 Sink = Callable[[Output], None]
 
@@ -118,7 +119,24 @@ class Versions(Protocol):
         """All functions."""
 
     def reserved(self, name: str) -> int | None:
-        """How many requests of a function may run at once."""
+        """How many requests of a function may run at once, and do whatever others do."""
+
+    def maximum(self, name: str) -> int | None:
+        """How many instances a function may have, and so requests that run at once."""
+
+
+class Watches(Protocol):
+    """Is told of each request, on its way: at once, and without raising anything. Times are those
+    of `time.perf_counter`."""
+
+    def arrived(self, span: Span) -> None:
+        """It came, and is let in."""
+
+    def began(self, span: Span, at: float) -> None:
+        """Its handler begins; once more when an instance ended before it had."""
+
+    def ended(self, span: Span, at: float) -> None:
+        """It is over, however; it may never have begun."""
 
 
 Phases = Mapping[str, float]

@@ -35,6 +35,7 @@ from templated.journal import EventRow
 from templated.model.function import LATEST, EventState, EventView, InvokeView
 from templated.services.functions.parts import Versions
 from templated.services.functions.payloads import checked
+from templated.services.functions.traces import MAX_HEADER
 from templated.services.reports.events import EventBus
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ _LONGEST_WAIT = 60.0
 # The journal refuses: the next try, in seconds.
 _PAUSE = 1.0
 _RUNNING_AT_MOST = 10_000
+# Headers with trace ids that are kept, in memory alone: who made an event matters for seconds.
+_TRACES = 4096
 _NOT_ITS_FAULT = (Busy, StartError, HostError, HypervisorError, Timeout)
 
 
@@ -147,6 +150,7 @@ class EventQueue:
         self._changed = asyncio.Event()
         self._waiting: Counter[str] = Counter()
         self._pauses: dict[str, float] = {}
+        self._traces: dict[str, str] = {}
         self._closing = False
         self._tries: set[asyncio.Task[None]] = set()
         self._unwritten: set[str] = set()
@@ -159,8 +163,11 @@ class EventQueue:
         for function, states in (await self._rows.event_counts()).items():
             self._waiting[function] = states.get(EventState.QUEUED, 0)
 
-    async def enqueue(self, name: str, qualifier: str | None, payload: bytes) -> str:
-        """Accept an event: once this returns its id, it is not lost.
+    async def enqueue(
+        self, name: str, qualifier: str | None, payload: bytes, *, trace: str = ""
+    ) -> str:
+        """Accept an event: once this returns its id, it is not lost. `trace` is the header that
+        came with it.
 
         Raises NotFound, InvalidRequest, Throttled, or HostError when the journal cannot be
         written; leaves nothing then.
@@ -187,10 +194,15 @@ class EventQueue:
             due=self._clock(),
         )
         self._waiting[name] += 1
+        if 0 < len(trace) <= MAX_HEADER:
+            self._traces[row.id] = trace
+            if len(self._traces) > _TRACES:
+                del self._traces[next(iter(self._traces))]
         try:
             await self._rows.add_event(row)
         except TemplatedError:
             self._done(name)
+            self._forget(row)
             raise
         self._changed.set()
         return row.id
@@ -266,7 +278,13 @@ class EventQueue:
             await self._fail(row, row.attempts, row.reason or "it waited for too long")
             return
         qualifier = None if row.qualifier == LATEST else row.qualifier
-        work = self._router.invoke(row.function, qualifier, row.payload, request=row.id)
+        work = self._router.invoke(
+            row.function,
+            qualifier,
+            row.payload,
+            trace=self._traces.get(row.id, ""),
+            request=row.id,
+        )
         (outcome,) = await asyncio.gather(work, return_exceptions=True)
         if isinstance(outcome, NotFound | InvalidRequest):
             await self._fail(row, row.attempts + 1, outcome.message)
@@ -281,7 +299,7 @@ class EventQueue:
         else:
             await self._rows.drop_event(row.id)
             self._done(row.function)
-            self._pauses.pop(row.id, None)
+            self._forget(row)
 
     async def _again(self, row: EventRow, reason: str) -> None:
         """A try failed: another one later, unless this was the last."""
@@ -310,7 +328,7 @@ class EventQueue:
         """Make it a dead letter, and forget the oldest ones of too many."""
         await self._rows.event_state(row.id, EventState.FAILED, attempts=attempts, reason=reason)
         self._done(row.function)
-        self._pauses.pop(row.id, None)
+        self._forget(row)
         self._events.emit(
             "function.event_failed",
             row.function,
@@ -323,6 +341,10 @@ class EventQueue:
         dead = await self._rows.events(row.function, state=EventState.FAILED, limit=limit)
         for old in dead[: max(len(dead) - self._limits.kept, 0)]:
             await self._rows.drop_event(old.id)
+
+    def _forget(self, row: EventRow) -> None:
+        self._pauses.pop(row.id, None)
+        self._traces.pop(row.id, None)
 
     def _age(self, row: EventRow) -> float:
         return self._clock() - datetime.fromisoformat(row.created).timestamp()

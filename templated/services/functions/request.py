@@ -14,6 +14,7 @@ from templated.services.functions.instance import InitError, Instance
 from templated.services.functions.parts import Call
 from templated.services.functions.payloads import answered, exited, timed_out, timeout_line
 from templated.services.functions.printed import Printed
+from templated.services.functions.traces import Span
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Request:
 
     crew: Crew
     call: Call
+    span: Span
     printed: Printed
     arrived: float
     """By `time.perf_counter`."""
@@ -84,8 +86,13 @@ class Request:
         return self._timed_out(instance, self.call.timeout)
 
     def not_initialised(self, error: InitError) -> Outcome:
-        """What comes of a handler that could not be loaded for this request."""
-        self.routed(error.instance)
+        """What comes of a handler that could not be loaded, for this request or shortly before."""
+        if error.wait:
+            self.start = error.instance.start
+            self.phases_ms = {"route": ms_since(self.arrived)}
+            self.printed.line(f"The init failed before; it is tried again in {error.wait:.1f} s")
+        else:
+            self.routed(error.instance)
         self.report()
         if error.timed_out:
             return self._timed_out(error.instance, error.timeout)
@@ -110,6 +117,7 @@ class Request:
             start=self.start,
             phases_ms=phases,
             total_ms=round(total, 3),
+            trace=self.span.root,
         )
         return Outcome(view, self.printed.last)
 

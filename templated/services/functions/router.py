@@ -17,13 +17,15 @@ from collections.abc import Mapping
 from templated.errors import GuestError, TemplatedError, Throttled
 from templated.model.function import LATEST, Version
 from templated.services.functions.bounds import Bounds
-from templated.services.functions.crews import Crews, closing, named
+from templated.services.functions.crews import Crews, closing
 from templated.services.functions.instance import InitError, NotBegun, TooLong
 from templated.services.functions.instances import Instances
-from templated.services.functions.parts import Call, Versions
+from templated.services.functions.parts import Call, Versions, Watches
 from templated.services.functions.payloads import checked
 from templated.services.functions.printed import Printed, Prints
 from templated.services.functions.request import Outcome, Request, ms_since
+from templated.services.functions.starts import named
+from templated.services.functions.traces import Traces
 from templated.services.reports.function_metrics import FunctionMetrics
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ class Router:
         self,
         versions: Versions,
         instances: Instances,
+        crews: Crews,
         bounds: Bounds,
         metrics: FunctionMetrics,
         logs: Prints,
@@ -51,9 +54,12 @@ class Router:
         self._metrics = metrics
         self._logs = logs
         self._arns = arns
-        self._crews = Crews(instances, metrics, bounds.concurrency)
+        self._crews = crews
         self._requests: set[asyncio.Task[Outcome]] = set()
         self._closing = False
+        self._traces = Traces()
+        self.watchers: list[Watches] = []
+        """Who is told of each request."""
         metrics.count(self._count_instances, self._count_requests)
 
     async def invoke(
@@ -65,7 +71,8 @@ class Router:
         trace: str = "",
         request: str | None = None,
     ) -> Outcome:
-        """Run one request; a function that fails is an outcome, too.
+        """Run one request; a function that fails is an outcome, too. `trace` is the header that
+        came with it, whatever it is.
 
         A caller that goes away gives up its turn while it waits for one; after that the request
         goes on to its end. Raises InvalidRequest, NotFound, Throttled before anything was begun;
@@ -81,14 +88,18 @@ class Router:
         except BaseException:
             self._bounds.leave(name, shared=shared)
             raise
+        span = self._traces.begin(name, trace, arrived)
         call = Call(
             request=request or str(uuid.uuid4()),
             arn=f"{self._arns}:{name}:{qualifier}" if qualifier else f"{self._arns}:{name}",
-            trace=trace,
+            trace=span.header,
             payload=payload,
             timeout=crew.timeout,
         )
-        entered = Request(crew=crew, call=call, printed=Printed(self._logs, name), arrived=arrived)
+        printed = Printed(self._logs, name)
+        entered = Request(crew=crew, call=call, span=span, printed=printed, arrived=arrived)
+        for watcher in self.watchers:
+            watcher.arrived(span)
         # From here on it goes on without its caller, too.
         crew.running += 1
         task = asyncio.create_task(self._let_in(entered, shared=shared))
@@ -110,11 +121,11 @@ class Router:
         try:
             shared = self._bounds.enter(name)
             if shared is None:
-                await self._bounds.wait(name)
+                shared = await self._bounds.wait(name)
         except Throttled as error:
             self._metrics.throttles.labels(name, error.reason).inc()
             raise
-        return shared is not False
+        return shared
 
     async def _let_in(self, request: Request, *, shared: bool) -> Outcome:
         crew = request.crew
@@ -125,8 +136,15 @@ class Router:
             raise
         finally:
             crew.running -= 1
+            self._over(request)
             self._crews.done(crew)
             self._bounds.leave(crew.version.function, shared=shared)
+
+    def _over(self, request: Request) -> None:
+        self._traces.end(request.span)
+        now = time.perf_counter()
+        for watcher in self.watchers:
+            watcher.ended(request.span, now)
 
     async def _run(self, request: Request) -> Outcome:
         why = ""
@@ -148,6 +166,8 @@ class Router:
         instance = await self._crews.get(crew)
         request.routed(instance)
         begin = request.begin()
+        for watcher in self.watchers:
+            watcher.began(request.span, begin)
         try:
             answer = await self._instances.serve(instance, request.call, request.printed)
         except TooLong:

@@ -17,7 +17,7 @@ OUTCOMES = ("ok", "error", "timeout", "failed")
 """How an invocation ended: the function answered; it failed; it took too long; it was us."""
 STARTS = ("warm", "pool", "direct")
 PHASES = ("route", "start", "attach", "init", "run")
-REASONS = ("queue", "concurrency", "reserved")
+REASONS = ("queue", "concurrency", "reserved", "max")
 """The bounds by which requests are refused."""
 _CODE_OUTCOMES = {"l1": ("hit", "miss", "damaged"), "l2": ("hit", "miss", "error")}
 # Seconds. An invocation of an initialised instance takes milliseconds, and may take minutes.
@@ -35,6 +35,11 @@ class VersionMetrics:
         self._seconds = {name: metrics.seconds.labels(function, name) for name in STARTS}
         self._phases = {name: metrics.phase_seconds.labels(function, name) for name in PHASES}
         self.cold_starts = metrics.cold_starts.labels(*labels)
+        self._ahead = {name: metrics.ahead.labels(*labels, name) for name in ("ok", "failed")}
+
+    def ahead(self, came_up: bool) -> None:
+        """Count an instance that was begun before a request came."""
+        self._ahead["ok" if came_up else "failed"].inc()
 
     def answered(
         self, outcome: str, start: str, phases_ms: Mapping[str, float], total_ms: float
@@ -94,6 +99,24 @@ class FunctionMetrics:
             ("function", "version"),
             registry=self._registry,
         )
+        self.ahead = Counter(
+            "templated_function_starts_ahead",
+            "Instances that were begun before a request came for them, by how that ended.",
+            ("function", "version", "outcome"),
+            registry=self._registry,
+        )
+        self.aim = _Counted(
+            "templated_function_aim",
+            "Instances that there should be: those that are kept, or wanted ahead of requests.",
+            ("function", "version"),
+            registry=self._registry,
+        )
+        self.failing = _Counted(
+            "templated_function_start_failures",
+            "How often in a row instances could not be started, or died before they served.",
+            ("function", "version"),
+            registry=self._registry,
+        )
         self.instances = _Counted(
             "templated_instances",
             "Instances by state.",
@@ -143,6 +166,11 @@ class FunctionMetrics:
         self.instances.counts = instances
         self.concurrency.counts = concurrency
 
+    def count_crews(self, aims: Callable[[], Counts], failures: Callable[[], Counts]) -> None:
+        """The same for what there should be, and for failures in a row: by function and version."""
+        self.aim.counts = aims
+        self.failing.counts = failures
+
     def expect(self, version: Version) -> VersionMetrics:
         """Show zeros for a version: a series that begins with 1 has no rate."""
         for reason in REASONS:
@@ -160,7 +188,7 @@ class FunctionMetrics:
                 metric.remove_by_labels(labels)
         else:
             labels["version"] = version
-        for of_versions in (self.invocations, self.cold_starts):
+        for of_versions in (self.invocations, self.cold_starts, self.ahead):
             of_versions.remove_by_labels(labels)
 
 
