@@ -47,7 +47,7 @@ templated bench scaling --cost -o json
 @click.option(
     "--by-memory",
     is_flag=True,
-    help="Weigh cold starts by each function's memory. Default: all instances count the same.",
+    help="Count GiB-minutes, and decide by memory. Default: all instances count the same.",
 )
 @click.option("--cost", is_flag=True, help="Also measure the CPU that deciding takes.")
 @click.option(
