@@ -163,9 +163,9 @@ def test_memory_that_is_there_again_is_used() -> None:
 def test_shares_have_no_holes_and_repeat() -> None:
     claims = [
         Claim(SERVING, "a", 1, 1, 10),
-        Claim(5.0, "a", 2, 4, 10),
-        Claim(4.0, "a", 6, 1, 1),
-        Claim(5.0, "b", 1, 1, 10),
+        Claim(-5.0, "a", 2, 4, 10),
+        Claim(-4.0, "a", 6, 1, 1),
+        Claim(-5.0, "b", 1, 1, 10),
     ]
     assert share(claims, 35) == ({"a": 3, "b": 0}, 5.0)
     assert share(reversed(claims), 35) == ({"a": 3, "b": 0}, 5.0)
