@@ -76,7 +76,7 @@ def scaling(
     start; held are all that were kept and those. Our price is chosen on one half of the
     functions and shown for the other half, and for all.
 
-    Starts nothing, and needs no daemon. A day of 60 applications takes about a minute.
+    Starts nothing, and needs no daemon. A day of 60 applications takes one or two minutes.
     """
     from templated.bench import plot as pictures
     from templated.bench.progress import ProgressLine
