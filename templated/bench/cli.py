@@ -11,6 +11,7 @@ import click
 
 from templated.bench.profile import profile
 from templated.bench.progress import ProgressLine
+from templated.bench.scaling.chains import chains
 from templated.bench.scaling.cli import scaling
 from templated.cli.options import Group, Settings
 from templated.errors import InvalidRequest
@@ -71,6 +72,7 @@ def bench() -> None:
 
 bench.add_command(profile)
 bench.add_command(scaling)
+bench.add_command(chains)
 
 _template = click.option(
     "--template", metavar="T", default=None, help="Default: the only one built."

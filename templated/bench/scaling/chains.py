@@ -321,8 +321,8 @@ def run(seed: int = 1, runs: int = 200, world: World = World()) -> dict[str, Any
 
 
 _EXAMPLES = """
-templated bench scaling chains
-templated bench scaling chains --runs 1000 --chains 10 --seed 7 -o json
+templated bench chains
+templated bench chains --runs 1000 --chains 10 --seed 7 -o json
 """
 
 
