@@ -77,7 +77,8 @@ class Gate:
 
     def audited(self) -> list[AuditEntry]:
         """The audit log."""
-        return list(self.services.audit._waiting)
+        reading = self.services.audit.read(100)
+        return asyncio.run_coroutine_threadsafe(reading, self.loop).result(10)
 
 
 def talk(
