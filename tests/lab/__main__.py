@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from tests.lab import image
 from tests.lab.guide import install_commands
-from tests.lab.machine import CHECKOUT, Lab, LabError
+from tests.lab.machine import Lab, LabError
 
 _TEXT = """\
 Starts a Debian 13 with systemd, libvirtd and KVM under emulation, lays this checkout into
@@ -86,7 +86,7 @@ def _with_lab(made: image.Image, options: argparse.Namespace) -> int:
             _install(lab)
         _say(f"ready after {time.monotonic() - started:.0f} s")
         if options.action == "shell":
-            return subprocess.call([*lab.ssh("-t"), f"cd {CHECKOUT} && exec bash -l"])
+            return subprocess.call([*lab.ssh("-t"), f"cd {image.CHECKOUT} && exec bash -l"])
         return subprocess.call([*lab.ssh(), shlex.join(options.command)])
 
 
@@ -94,7 +94,7 @@ def _install(lab: Lab) -> None:
     """Run the guide's install section, and show each command before it."""
     for line in install_commands():
         _say(line.partition("  #")[0])
-        code = subprocess.call([*lab.ssh(), f"cd {CHECKOUT} && {line}"], stdout=sys.stderr)
+        code = subprocess.call([*lab.ssh(), f"cd {image.CHECKOUT} && {line}"], stdout=sys.stderr)
         if code != 0:
             raise LabError(f"the guide's command ended with {code}: {line}")
 

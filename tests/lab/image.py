@@ -1,7 +1,7 @@
 """The lab's disk, kernel and initial RAM disk: made once, and kept by the digest of the recipe.
 
-It is a Debian 13 with all packages of scripts/setup, the project's dependencies as wheels, and
-an archive for images of guests, so that the lab needs no network.
+It is a Debian 13 with all packages of scripts/setup, the project's dependencies, also as wheels,
+and an archive for images of guests, so that the lab needs no network.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from tests.lab.archive import make_archive
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+CHECKOUT = "/opt/templated"
+"""Where the operator's guide has the project."""
 SUITE = "trixie"
 PYTHON = "3.13"
 _SIZE = 10 << 30
@@ -243,8 +245,20 @@ def _furnish(work: Path, image: Image) -> None:
     keys = root / "root/.ssh"
     keys.mkdir(mode=0o700, exist_ok=True)
     shutil.copy(image.key.with_suffix(".pub"), keys / "authorized_keys")
+    _install(root)
     shutil.copy(next((root / "boot").glob("vmlinuz-*")), image.kernel)
     shutil.copy(next((root / "boot").glob("initrd.img-*")), image.initrd)
+
+
+def _install(root: Path) -> None:
+    """Put the dependencies into the checkout's .venv; under emulation pip takes minutes for them.
+
+    The guide's `scripts/setup` goes on from there. That it does all of it is seen in Debian 13.
+    """
+    venv = f"{CHECKOUT}/.venv"
+    _do("chroot", str(root), "/usr/bin/python3", "-m", "venv", venv)
+    pip = (f"{venv}/bin/python", "-m", "pip", "--quiet", "--disable-pip-version-check")
+    _do("chroot", str(root), *pip, "install", *requirements())
 
 
 def _make_disk(root: Path, disk: Path) -> None:

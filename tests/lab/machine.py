@@ -19,9 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.lab.image import ROOT, Image
+from tests.lab.image import CHECKOUT, ROOT, Image
 
-CHECKOUT = "/opt/templated"
 _BOOT = 600.0
 _COMMAND = 600.0
 # What a checkout consists of, for whom runs it.
