@@ -190,13 +190,13 @@ class Crews:
         return Supply(version=version) if crew is None else _supply(crew)
 
     def demand(self, version: Version) -> int:
-        """How many instances of a version are of use: the requests under way, and those that have
-        rested only for a moment."""
+        """How many instances of a version were of use at once lately: the requests under way, and
+        those that have served one and rest only since then."""
         crew = self._known(version)
         if crew is None:
             return 0
         since = asyncio.get_running_loop().time() - _LATELY
-        return crew.running + sum(instance.used >= since for instance in crew.resting)
+        return crew.running + sum(i.served > 0 and i.used >= since for i in crew.resting)
 
     async def readied(self, version: Version, count: int) -> str:
         """Have so many instances of a version, and wait for them; returns why they will not be
