@@ -256,9 +256,11 @@ def _install(root: Path) -> None:
     The guide's `scripts/setup` goes on from there. That it does all of it is seen in Debian 13.
     """
     venv = f"{CHECKOUT}/.venv"
-    _do("chroot", str(root), "/usr/bin/python3", "-m", "venv", venv)
+    # With nothing of this host's environment, where pip may be told of other places.
+    inside = ("chroot", str(root), "env", "-i", "PATH=/usr/sbin:/usr/bin", "HOME=/root")
+    _do(*inside, "/usr/bin/python3", "-m", "venv", venv)
     pip = (f"{venv}/bin/python", "-m", "pip", "--quiet", "--disable-pip-version-check")
-    _do("chroot", str(root), *pip, "install", *requirements())
+    _do(*inside, *pip, "install", *requirements())
 
 
 def _make_disk(root: Path, disk: Path) -> None:
