@@ -64,17 +64,17 @@ def test_demo(root: Path, tmp_path: Path) -> None:
     assert "start pool" in said and "hello:prod: {'2': 100}" in said
 
 
-def test_unit(root: Path, tmp_path: Path) -> None:
-    """All unit tests under the Python of Debian 13."""
-    assert " passed" in passes(root, tmp_path / "log", *_PYTEST, "tests/unit")
-
-
 def test_real(root: Path, tmp_path: Path) -> None:
     """The tests that talk to QEMU."""
     chosen = [f"tests/real/test_{name}" for name in _REAL]
     assert " passed" in passes(
         root, tmp_path / "log", *_PYTEST, *chosen, "--deselect", _REPEATED, "-m", "not long"
     )
+
+
+def test_unit(root: Path, tmp_path: Path) -> None:
+    """All unit tests under the Python of Debian 13."""
+    assert " passed" in passes(root, tmp_path / "log", *_PYTEST, "tests/unit")
 
 
 def test_nothing_stays(root: Path, tmp_path: Path) -> None:
