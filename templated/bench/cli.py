@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from templated.bench.profile import profile
+from templated.bench.progress import ProgressLine
 from templated.bench.scaling.cli import scaling
 from templated.cli.options import Group, Settings
 from templated.errors import InvalidRequest
@@ -55,8 +54,6 @@ templated bench soak
 templated bench soak --rounds 2000 --kills 20 --seed 7 --serve /etc/templated/templated.yaml
 templated bench soak --rounds 500 --kills 0 --paths direct
 """
-# A report on a host that is busy with the run itself; a person may want a sign of life.
-_SILENCE = 5.0
 # Part of the host's cores that other work may keep busy before a note is due.
 _BUSY = 0.25
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -443,26 +440,3 @@ def _run(
     if plot is not None:
         pictures.draw(report, plot)
         settings.note(f"wrote {plot}")
-
-
-class ProgressLine:
-    """Show progress on stderr: one line that changes on a terminal, otherwise a line at times."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._quiet = settings.quiet
-        self._live = sys.stderr.isatty()
-        self._last = time.monotonic()
-
-    def __call__(self, text: str) -> None:
-        if self._quiet:
-            return
-        if self._live:
-            click.echo(f"\r\x1b[K{text}", nl=False, err=True)
-        elif time.monotonic() - self._last > _SILENCE:
-            self._last = time.monotonic()
-            click.echo(text, err=True)
-
-    def end(self) -> None:
-        """Leave no half a line."""
-        if self._live and not self._quiet:
-            click.echo("\r\x1b[K", nl=False, err=True)

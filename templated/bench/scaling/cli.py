@@ -79,7 +79,7 @@ def scaling(
     Starts nothing, and needs no daemon. A day of 60 applications takes about a minute.
     """
     from templated.bench import plot as pictures
-    from templated.bench.cli import ProgressLine
+    from templated.bench.progress import ProgressLine
     from templated.bench.scaling.cost import measure_cost
     from templated.bench.scaling.measure import measure
     from templated.bench.scaling.picture import draw
