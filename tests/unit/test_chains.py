@@ -465,7 +465,7 @@ def test_the_bench() -> None:
     world = bench.World(chains=4, noise=8)
     figures = bench.run(seed=2, runs=60, world=world)
     without = figures["without"]
-    assert without["b"] < 0.2 and without["c"] < 0.2 and without["runs"] < 0.2
+    assert without["b"] < 0.2 and without["first"] < 0.2 and without["runs"] < 0.2
     for mode in ("traced", "timing"):
         assert figures[mode]["b"] >= 0.9 and figures[mode]["c"] >= 0.9
         assert figures[mode]["false_edges"] == 0
