@@ -92,6 +92,15 @@ class Scaler:
         self._functions[key].expect(count, here + (until - now), chance, why)
         self._lively[key] = None
 
+    def foresee(
+        self, key: str, now: float, count: int, until: float, why: str, chance: float = 1.0
+    ) -> None:
+        """As `expect`, in place of all that was expected before: to be called whenever that
+        changes. None are expected any more with a `count` of 0."""
+        self._functions[key].expected = []
+        if count:
+            self.expect(key, now, count, until, why, chance)
+
     def round(self, now: float, *, growth: bool = True) -> Round:
         """Decide; once a second, or as seldom as once a minute. Without `growth` nothing rises but
         for requests that are under way: the host is short of something."""

@@ -68,6 +68,8 @@ class Crews:
         self._starts = Starts(self, instances, events, room, self.offer, self.done)
         self._asked = itertools.count()
         self._closing = False
+        self.on_started = self._starts.on_started
+        """Told of an instance that came up, and how many seconds that took."""
         metrics.count_crews(self._aims, self._failures)
 
     def __iter__(self) -> Iterator[Crew]:
@@ -170,6 +172,15 @@ class Crews:
         for instance in chosen:
             self._instances.end(instance, "fewer are needed")
         return len(chosen)
+
+    def pause(self, version: Version, count: int) -> None:
+        """Pause at once all of a version's instances that rest, but for so many in all: those that
+        were used last, and those that serve, count first."""
+        crew = self._known(version)
+        if crew is not None:
+            spare = min(len(crew.members) - count, len(crew.resting))
+            for instance in crew.resting[: max(0, spare)]:
+                self._instances.pause(instance)
 
     def _known(self, version: Version) -> Crew | None:
         key = version.function, version.number

@@ -16,8 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from templated import failpoints
-from templated.drivers.host.pressure import RESOURCES, read_pressure
-from templated.drivers.host.procfs import read_memory
+from templated.drivers.host.pressure import RESOURCES
 from templated.drivers.hypervisor.states import MachineState
 from templated.errors import Busy, TemplatedError
 from templated.model.clone import StartPath
@@ -27,7 +26,7 @@ from templated.services.machines.clock import PhaseClock
 from templated.services.machines.generation import Generation, Holder
 from templated.services.machines.slots import PreparedSlot
 from templated.services.machines.vm import Vm
-from templated.services.pools.capacity import kept_free
+from templated.services.pools.capacity import shortages
 from templated.services.pools.members import Member, Pool, Pools
 from templated.services.tasks import Tasks
 from templated.services.templates.catalog import Templates
@@ -206,18 +205,7 @@ class Refill:
 
     def _look_at_host(self) -> None:
         """Find out whether the host has room and time for new members now."""
-        blocked = {}
-        limits = self._context.config.pools.pressure
-        for resource in RESOURCES:
-            pressure, limit = read_pressure(resource), getattr(limits, resource)
-            if pressure is not None and pressure.some > limit:
-                blocked[resource] = (
-                    f"{resource} pressure is {pressure.some:.0f} % (limit {limit:g})"
-                )
-        memory = read_memory()
-        if memory.available < kept_free(memory):
-            free = memory.available >> 20
-            blocked["memory"] = f"only {free} MiB of memory are available"
+        blocked = shortages(self._context.config.pools.pressure)
         if blocked.keys() != self._blocked.keys():
             text = "; ".join(blocked.values()) or "nothing any more"
             log.info("what keeps pools from being filled: %s", text)

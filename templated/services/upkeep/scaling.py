@@ -1,0 +1,341 @@
+"""Decides each second how many instances there are of each version, and has the crews follow.
+
+`Scaler` decides, fed with the requests under way as the router tells of them; `Chains` say what
+these will call, and that is begun at once where a round would come too late. Starts that fail,
+bounds and room are the crews' business: here are only numbers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from templated.model.config import ScalingConfig
+from templated.model.function import Version
+from templated.model.units import optional_bytes, seconds
+from templated.scaling import Bounds, Decision, Failure, Policy, Scaler
+from templated.scaling.chains import Agenda, Chains, Expected
+from templated.scaling.ring import Ring
+from templated.services.functions.crews import Crews
+from templated.services.functions.foreseen import Foreseen
+from templated.services.reports.events import EventBus
+from templated.services.reports.scaling_metrics import ScalingMetrics
+from templated.services.upkeep.memory import Memory
+from templated.services.upkeep.tally import Tally
+
+log = logging.getLogger(__name__)
+INTERVAL = 1.0
+"""Seconds between two rounds."""
+MINUTES = 180
+"""Of which it is remembered how many instances were ready: as many as of demand."""
+_MIB = 1 << 20
+# The host's own averages change every two seconds.
+_LOOK_EVERY = 2
+# What a start takes while none was seen, in seconds.
+_START = 1.0
+# The aim of what is called before the next round.
+_CALLED = "chains"
+
+
+class Known(Protocol):
+    """The functions that there are, and their bounds: the registry."""
+
+    def names(self) -> list[str]:
+        """All functions."""
+
+    def latest(self, name: str) -> Version:
+        """`$LATEST`."""
+
+    def versions(self, name: str) -> list[Version]:
+        """The numbered ones."""
+
+    def kept(self, version: Version) -> int:
+        """How many instances are to be ready in any case."""
+
+    def maximum(self, name: str) -> int | None:
+        """How many instances there may be of all versions."""
+
+    def reserved(self, name: str) -> int | None:
+        """How many requests may run at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What scaling asks the daemon for."""
+
+    path: Path
+    """Where it keeps what it has learned."""
+    cost: Callable[[str], int]
+    """Bytes of memory that one more instance on a template takes."""
+    shortages: Callable[[], Mapping[str, str]] = dict
+    """What the host is short of, so that nothing grows. It may take a moment."""
+    clock: Callable[[], float] = time.time
+    """The time of the day, which timers follow, in seconds."""
+
+
+class Scaling:
+    """All of it for one daemon. `run` goes on until it is cancelled."""
+
+    def __init__(
+        self,
+        config: ScalingConfig,
+        registry: Known,
+        crews: Crews,
+        metrics: ScalingMetrics,
+        events: EventBus,
+        around: Surroundings,
+    ) -> None:
+        self._registry = registry
+        self._crews = crews
+        self._metrics = metrics
+        self._events = events
+        self._around = around
+        self.scaler = Scaler(policy(config), stopwatch=time.perf_counter)
+        self.chains = Chains()
+        self._agenda = Agenda()
+        self.foreseen = Foreseen(self.chains, self._agenda, self._wait, self._called)
+        self.ready: dict[str, Ring] = {}
+        """The most instances that were ready, by minute."""
+        self._memory = Memory(around.path, self.scaler, self.chains)
+        self.tally = Tally(self.scaler, around.clock, self._memory.note)
+        self._versions: dict[str, Version] = {}
+        self._starts: dict[str, float] = {}
+        """By function, how long a start takes."""
+        self._foretold: dict[str, str] = {}
+        """By function, the version that calls are expected of."""
+        self._bridged: set[str] = set()
+        """Versions with an aim of their own until the next round."""
+        self._attended: set[str] = set()
+        """Versions that may have instances to end or to pause."""
+        self.shortages: Mapping[str, str] = {}
+        """What the host is short of, in words, by resource."""
+        self._short = False
+        self._failure = ""
+        metrics.count(self._desired, self._kept, self._ready)
+
+    async def open(self) -> None:
+        """Know all versions, and what an earlier daemon has learned of them. Raises nothing."""
+        for name in self._registry.names():
+            self.refresh(name)
+        try:
+            await self._memory.load()
+        except (OSError, ValueError) as error:
+            self._metrics.failures.labels("load").inc()
+            log.warning("what scaling has learned is lost, it begins anew: %s", error)
+
+    async def run(self) -> None:
+        """Do rounds until cancelled. Raises nothing: one that fails is reported."""
+        turn = 0
+        while True:
+            await asyncio.sleep(INTERVAL)
+            turn += 1
+            try:
+                if turn % _LOOK_EVERY == 1:
+                    self.shortages = await asyncio.to_thread(self._around.shortages)
+                with self._metrics.round_seconds.time():
+                    self.round()
+                self._failure = ""
+            except Exception as error:  # noqa: BLE001  # reported by _failed, whatever it is
+                self._failed(error)
+            await self._remember()
+
+    def _failed(self, error: Exception) -> None:
+        self._metrics.failures.labels("round").inc()
+        # One that fails each second is told once.
+        if (why := f"{type(error).__name__}: {error}") != self._failure:
+            self._failure = why
+            self._events.emit("scaling.failed", "round", reason=why)
+            log.error("a round of scaling failed", exc_info=error)
+
+    async def _remember(self) -> None:
+        try:
+            await self._memory.tend(self._around.clock())
+        except OSError as error:
+            self._metrics.failures.labels("save").inc()
+            log.warning("cannot write what scaling has learned: %s", error)
+
+    async def close(self) -> None:
+        """Write down what was learned. Raises nothing."""
+        try:
+            await self._memory.save()
+        except OSError as error:
+            log.warning("cannot write what scaling has learned: %s", error)
+
+    # --- what there is --------------------------------------------------------------------------
+
+    def changed(self, version: Version) -> None:
+        """A version is new, or `$LATEST` is another one (`Registry.on_changed`)."""
+        self.refresh(version.function)
+
+    def refresh(self, name: str) -> None:
+        """The versions or the bounds of a function have changed, or it is gone."""
+        found = {named(version): version for version in self._of(name)}
+        gone = [k for k, v in self._versions.items() if v.function == name and k not in found]
+        for key in gone:
+            self._forget(key)
+        if not found:
+            self.chains.forget(name)
+            self._agenda.forget(name)
+            for known in (self.tally.asked, self._starts, self._foretold):
+                known.pop(name, None)
+        for key, version in found.items():
+            self.scaler.add(key, self._bounds(version))
+            if self._versions.get(key) != version:
+                self._versions[key] = version
+                self._attended.add(key)
+
+    def _of(self, name: str) -> Iterator[Version]:
+        if name in self._registry.names():
+            yield self._registry.latest(name)
+            yield from self._registry.versions(name)
+
+    def _forget(self, key: str) -> None:
+        self.scaler.remove(key)
+        self._memory.forget(key)
+        del self._versions[key]
+        self.ready.pop(key, None)
+        self._bridged.discard(key)
+        self._attended.discard(key)
+
+    def _bounds(self, version: Version) -> Bounds:
+        name, least = version.function, self._registry.kept(version)
+        bounds = (self._registry.maximum(name), self._registry.reserved(name))
+        most = min((bound for bound in bounds if bound is not None), default=None)
+        return Bounds(
+            mib=max(1.0, self._around.cost(version.settings.template) / _MIB),
+            least=least,
+            most=None if most is None else max(least, most),
+        )
+
+    # --- what happens ---------------------------------------------------------------------------
+
+    def started(self, version: Version, seconds: float) -> None:
+        """An instance came up in so many seconds (`Crews.on_started`)."""
+        key = named(version)
+        if key in self._versions:
+            self.scaler.started(key, seconds)
+            self._starts[version.function] = self.scaler.demand(key).start_time
+
+    def _wait(self, function: str) -> float:
+        return self._starts.get(function, 0.0)
+
+    # --- what will be called --------------------------------------------------------------------
+
+    def _called(self, expected: tuple[Expected, ...]) -> None:
+        """Something is newly expected: begin at once what may come before the next round."""
+        for function in {one.function for one in expected}:
+            foretold = self._foretell(function)
+            if foretold is not None and not self._short and not self.shortages:
+                key, count = foretold
+                level = self.scaler.demand(key).level
+                self._crews.aim(self._versions[key], level + count, _CALLED)
+                self._bridged.add(key)
+
+    def _foretell(self, function: str) -> tuple[str, int] | None:
+        """Tell the scaler what is expected of a function now; the version, and how many requests.
+        None: nothing, or of nothing that is there."""
+        lead = self._starts.get(function, _START) + INTERVAL
+        wanted = self._agenda.wanted(function, time.perf_counter(), lead)
+        now = self._around.clock()
+        before = self._foretold.pop(function, None)
+        key = self.tally.asked.get(function, f"{function}:$LATEST")
+        if before is not None and before in self._versions and (wanted is None or before != key):
+            self.scaler.foresee(before, now, 0, now, "")
+        if wanted is None or key not in self._versions:
+            return None
+        until = now + wanted.until - time.perf_counter()
+        self.scaler.foresee(key, now, wanted.count, until, wanted.reason, wanted.sure)
+        self._foretold[function] = key
+        return key, wanted.count
+
+    # --- a round --------------------------------------------------------------------------------
+
+    def round(self) -> None:
+        """Decide, and have the crews follow."""
+        for function in {*self._agenda.functions(), *self._foretold}:
+            self._foretell(function)
+        now = self._around.clock()
+        made = self.scaler.round(now, growth=not self.shortages)
+        self._short = made.short > 0
+        for failure in made.failures:
+            self._left_out(failure)
+        self._attended.update(self._bridged, (decision.key for decision in made.decisions))
+        for key in list(self._attended):
+            self._follow(self._versions[key], self.scaler.decision(key))
+        for key in self._bridged:
+            self._crews.release(self._versions[key], _CALLED)
+        self._bridged.clear()
+        self._note_ready(int(now // 60))
+
+    def _left_out(self, failure: Failure) -> None:
+        self._metrics.failures.labels("forecaster").inc()
+        details = {"forecaster": failure.forecaster, "reason": failure.error}
+        function = self._versions[failure.key].function
+        self._events.emit("scaling.forecaster_failed", function, **details)
+
+    def _follow(self, version: Version, decision: Decision) -> None:
+        """Have as many instances as was decided, and no others."""
+        supply = self._crews.supply(version)
+        if not (decision.keep or supply.up or supply.starting or supply.running):
+            self._attended.discard(decision.key)
+            return
+        self._crews.aim(version, decision.keep)
+        if supply.up > decision.keep:
+            self._crews.trim(version, supply.up - decision.keep)
+        else:
+            self._attended.discard(decision.key)
+        self._crews.pause(version, decision.desired)
+
+    def _note_ready(self, minute: int) -> None:
+        for supply in self._crews.supplies():
+            key = named(supply.version)
+            if supply.up and key in self._versions:
+                if key not in self.ready:
+                    self.ready[key] = Ring(MINUTES)
+                self.ready[key].raise_to(minute, supply.up)
+
+    # --- counting -------------------------------------------------------------------------------
+
+    def _desired(self) -> dict[tuple[str, ...], int]:
+        found: dict[tuple[str, ...], int] = {}
+        for key, version in self._versions.items():
+            decision = self.scaler.decision(key)
+            found[version.function, version.label, decision.kind] = decision.desired
+        return found
+
+    def _kept(self) -> dict[tuple[str, ...], int]:
+        return {
+            (version.function, version.label): self.scaler.decision(key).keep
+            for key, version in self._versions.items()
+        }
+
+    def _ready(self) -> Counter[tuple[str, ...]]:
+        found: Counter[tuple[str, ...]] = Counter()
+        for version in self._versions.values():
+            found[version.function, version.label] = 0
+        for supply in self._crews.supplies():
+            found[supply.version.function, supply.version.label] += supply.up
+        return found
+
+
+def named(version: Version) -> str:
+    """The scaler's key of a version."""
+    return f"{version.function}:{version.label}"
+
+
+def policy(config: ScalingConfig) -> Policy:
+    """As it is configured."""
+    memory = optional_bytes(config.memory)
+    return Policy(
+        buffer_share=config.buffer_share,
+        buffer_floor=config.buffer_floor,
+        cool_down=seconds(config.cool_down),
+        price=config.price,
+        memory=None if memory is None else memory / _MIB,
+    )
