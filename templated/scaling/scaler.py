@@ -171,6 +171,26 @@ class Scaler:
         found.flush()
         return found
 
+    def bounds(self, key: str) -> Bounds:
+        """Those of a version."""
+        return self._functions[key].bounds
+
+    def mean(self, key: str, now: float) -> float:
+        """Requests under way, on average over the stable window."""
+        demand = self._functions[key].demand
+        now = self._clock.read(now)
+        demand.settle(now)
+        return demand.mean(now, self.policy.stable)
+
+    def forecast(self, key: str) -> tuple[float, str]:
+        """The most requests at once that the next minute is expected to have, on average over what
+        may come; and what is said of the first instance, in words."""
+        levels, last, mean = self._functions[key].levels, 0, 0.0
+        for upto, chance in levels.chances():
+            mean += (upto - last) * chance
+            last = upto
+        return mean, levels.why(1)[1]
+
     def saved(self, keys: Iterable[str] | None = None) -> dict[str, Any]:
         """All that was learned, or that of some versions, as plain data: 2 to 30 KB each as JSON.
 

@@ -64,6 +64,7 @@ from templated.services.templates.catalog import Templates
 from templated.services.upkeep.host_metrics import watch
 from templated.services.upkeep.janitor import keep_logs_short
 from templated.services.upkeep.limits import LimitWatch
+from templated.services.upkeep.scale_views import ScaleViews
 from templated.services.upkeep.scaling import Scaling, Surroundings
 from templated.services.upkeep.stalls import ended_when_stalled
 
@@ -85,7 +86,7 @@ class Services:
     refill: Refill
     audit: AuditLog
     functions: Functions
-    scaling: Scaling | None
+    scaling: ScaleViews | None
     """None: it is switched off."""
 
 
@@ -168,7 +169,7 @@ async def _services(installation: Installation, journal: Journal) -> AsyncIterat
         yield Services(
             *(context, templates, pools, clones, guests, operations, refill, audit),
             functions=made.functions,
-            scaling=made.scaling,
+            scaling=made.scale_views,
         )
     finally:
         context.events.close()
@@ -212,6 +213,9 @@ class _Functions:
         self._registry.on_removed += [self._router.removed, self._queue.removed, self._removed]
         self._registry.on_removed.append(self._shifts.removed)
         self.scaling = self._make_scaling(context, templates, pools)
+        self.scale_views = (
+            None if self.scaling is None else ScaleViews(self.scaling, self._registry, self._crews)
+        )
         self.functions = Functions(
             registry=self._registry,
             router=self._router,

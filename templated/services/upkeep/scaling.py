@@ -195,6 +195,23 @@ class Scaling:
             yield self._registry.latest(name)
             yield from self._registry.versions(name)
 
+    def versions(self) -> list[Version]:
+        """All that there are."""
+        return list(self._versions.values())
+
+    def asked(self, name: str) -> str | None:
+        """The version of a function that was asked for last."""
+        version = self._versions.get(self.tally.asked.get(name, ""))
+        return None if version is None else version.label
+
+    def mean(self, key: str) -> float:
+        """Requests of a version under way, on average over the last minute."""
+        return self.scaler.mean(key, self._around.clock())
+
+    def minute(self) -> int:
+        """The present one, as a slot of demand and of `ready`."""
+        return int(self._around.clock() // 60)
+
     def _forget(self, key: str) -> None:
         self.scaler.remove(key)
         self._memory.forget(key)
@@ -271,7 +288,7 @@ class Scaling:
         for key in self._bridged:
             self._crews.release(self._versions[key], _CALLED)
         self._bridged.clear()
-        self._note_ready(int(now // 60))
+        self._note_ready(self.minute())
 
     def _left_out(self, failure: Failure) -> None:
         self._metrics.failures.labels("forecaster").inc()
