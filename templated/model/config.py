@@ -181,8 +181,14 @@ class ScalingConfig(_Section, frozen=True, kw_only=True):
     """Instances in reserve, as a share of the demand, rounded."""
     buffer_floor: Annotated[int, Meta(ge=0, le=1000)] = 0
     """Instances in reserve of a function with demand, at least."""
+    window: Duration = "60s"
+    """Of which the mean demand is followed; when that of a tenth is double, this one is."""
     cool_down: Duration = "5m"
     """How long surplus of a function stays that was busy all the time; of others shorter."""
+
+    def __post_init__(self) -> None:
+        if not 6 <= seconds(self.window) <= 60:
+            raise ValueError("window must be at least 6s and at most 60s")
 
 
 class GatewayKey(_Section, frozen=True, kw_only=True):

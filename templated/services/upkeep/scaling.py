@@ -349,7 +349,10 @@ def named(version: Version) -> str:
 def policy(config: ScalingConfig) -> Policy:
     """As it is configured."""
     memory = optional_bytes(config.memory)
+    window = int(seconds(config.window))
     return Policy(
+        stable=window,
+        panic=window // 10 or 1,
         buffer_share=config.buffer_share,
         buffer_floor=config.buffer_floor,
         cool_down=seconds(config.cool_down),
