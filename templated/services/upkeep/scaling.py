@@ -22,7 +22,7 @@ from templated.model.units import optional_bytes, seconds
 from templated.scaling import Bounds, Decision, Failure, Policy, Scaler
 from templated.scaling.chains import Agenda, Chains, Expected
 from templated.scaling.ring import Ring
-from templated.services.functions.crews import Crews
+from templated.services.functions.crews import Crews, Supply
 from templated.services.functions.foreseen import Foreseen
 from templated.services.reports.events import EventBus
 from templated.services.reports.scaling_metrics import ScalingMetrics
@@ -116,6 +116,8 @@ class Scaling:
         self.shortages: Mapping[str, str] = {}
         """What the host is short of, in words, by resource."""
         self._short = False
+        self._noted = 0
+        """The minute of which it was noted last how many instances there are."""
         self._failure = ""
         metrics.count(self._desired, self._kept, self._ready)
 
@@ -238,6 +240,7 @@ class Scaling:
         if key in self._versions:
             self.scaler.started(key, seconds)
             self._starts[version.function] = self.scaler.demand(key).start_time
+            self._note(self._crews.supply(version))
 
     def _wait(self, function: str) -> float:
         return self._starts.get(function, 0.0)
@@ -288,7 +291,10 @@ class Scaling:
         for key in self._bridged:
             self._crews.release(self._versions[key], _CALLED)
         self._bridged.clear()
-        self._note_ready(self.minute())
+        if (minute := self.minute()) != self._noted:
+            self._noted = minute
+            for supply in self._crews.supplies():
+                self._note(supply)
 
     def _left_out(self, failure: Failure) -> None:
         self._metrics.failures.labels("forecaster").inc()
@@ -309,13 +315,13 @@ class Scaling:
             self._attended.discard(decision.key)
         self._crews.pause(version, decision.desired)
 
-    def _note_ready(self, minute: int) -> None:
-        for supply in self._crews.supplies():
-            key = named(supply.version)
-            if supply.up and key in self._versions:
-                if key not in self.ready:
-                    self.ready[key] = Ring(MINUTES)
-                self.ready[key].raise_to(minute, supply.up)
+    def _note(self, supply: Supply) -> None:
+        """Remember how many there are: when a minute begins, and when one comes up."""
+        key = named(supply.version)
+        if supply.up and key in self._versions:
+            if key not in self.ready:
+                self.ready[key] = Ring(MINUTES)
+            self.ready[key].raise_to(self.minute(), supply.up)
 
     # --- counting -------------------------------------------------------------------------------
 
