@@ -183,6 +183,8 @@ class ScalingConfig(_Section, frozen=True, kw_only=True):
     """Instances in reserve of a function with demand, at least."""
     window: Duration = "60s"
     """Of which the mean demand is followed; when that of a tenth is double, this one is."""
+    pools: bool = True
+    """Warm pools of templates that have no sizes of their own follow what functions need."""
     cool_down: Duration = "5m"
     """How long surplus of a function stays that was busy all the time; of others shorter."""
 

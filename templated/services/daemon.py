@@ -61,6 +61,7 @@ from templated.services.reports.operations import Operations
 from templated.services.reports.scaling_metrics import ScalingMetrics
 from templated.services.tasks import Tasks
 from templated.services.templates.catalog import Templates
+from templated.services.upkeep.following import Following
 from templated.services.upkeep.host_metrics import watch
 from templated.services.upkeep.janitor import keep_logs_short
 from templated.services.upkeep.limits import LimitWatch
@@ -212,6 +213,7 @@ class _Functions:
         self._registry.on_kept.append(self._kept.changed)
         self._registry.on_removed += [self._router.removed, self._queue.removed, self._removed]
         self._registry.on_removed.append(self._shifts.removed)
+        self._following: Following | None = None
         self.scaling = self._make_scaling(context, templates, pools)
         self.scale_views = (
             None if self.scaling is None else ScaleViews(self.scaling, self._registry, self._crews)
@@ -270,6 +272,9 @@ class _Functions:
         scaling = Scaling(
             config.scaling, self._registry, self._crews, metrics, context.events, around
         )
+        if config.scaling.pools:
+            self._following = Following(scaling, self._crews, pools)
+            self._crews.on_started.append(self._following.started)
         self._registry.on_changed.append(scaling.changed)
         self._registry.on_kept.append(scaling.refresh)
         self._crews.on_started.append(scaling.started)
@@ -289,6 +294,8 @@ class _Functions:
         if self.scaling is not None:
             await self.scaling.open()
             self._tasks.spawn(self.scaling.run(), "scaling")
+        if self._following is not None:
+            self._tasks.spawn(self._following.run(), "having pools follow functions")
         await self._logs.prune(self._registry.names())
         await self._queue.open()
         self._tasks.spawn(self._logs.run(), "writing the logs of functions")

@@ -25,7 +25,7 @@ CALLERS = 4
 @pytest.fixture
 def scaled(copied: Daemon) -> Iterator[Daemon]:
     """A daemon that lets go of what demand does not want, and soon."""
-    copied.config |= {"scaling": {"window": "6s", "price": 1000.0}}
+    copied.config |= {"scaling": {"window": "6s", "price": 1000.0, "pools": False}}
     yield copied
     copied.stop()
 
@@ -69,6 +69,7 @@ def test_up_ahead_of_requests_and_down_in_steps(scaled: Daemon, source: Path) ->
 
 def test_what_a_function_calls_is_ready(copied: Daemon, source: Path) -> None:
     """It is known of runs before that `first` calls `second` two seconds later."""
+    copied.config |= {"scaling": {"pools": True}}
     copied.start()
     for name in ("first", "second"):
         deploy(copied, source, name, "sleep")
@@ -85,4 +86,6 @@ def test_what_a_function_calls_is_ready(copied: Daemon, source: Path) -> None:
     until(lambda: shown(copied, "second")["ready"] == 1, "what it calls is ready", 10)
     assert "first calls it" in shown(copied, "second")["reason"]
     assert invoke(copied, "second", 0)["start"] == "warm"
+    (pool,) = copied.json("pool", "ls")
+    assert pool["source"] == "scaling" and 1 <= pool["warm"]["target"] <= 4
     copied.stop()
