@@ -187,7 +187,7 @@ class Function:
             if upto > above:
                 chance = max(chance for end, chance in steps if end >= upto)
                 found.append(
-                    Claim(self._worth(chance), self.key, above + 1, upto - above, self.bounds.mib)
+                    Claim(-self._worth(chance), self.key, above + 1, upto - above, self.bounds.mib)
                 )
                 above = upto
         return found

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How much is kept ready. The defaults suit a host where memory is not short."""
+    """How much is kept ready. The defaults suit a host where memory is not short. ValueError for
+    what can't be."""
 
     stable: int = 60
     """Seconds whose mean demand is followed."""
@@ -24,6 +25,13 @@ class Policy:
     instance of 128 MiB while its chance to be needed within the next minute is above 2 %."""
     memory: float | None = None
     """MiB that all that is kept may take; None: no bound."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.panic <= self.stable <= 60:
+            raise ValueError(f"windows of {self.panic} and {self.stable} s: 2 to 60, short first")
+        rest = (self.buffer_share, self.buffer_floor, self.cool_down, self.price, self.memory or 0)
+        if not all(number >= 0 for number in rest):
+            raise ValueError("a buffer, a time, a price or memory below 0")
 
 
 @dataclass(frozen=True, slots=True)

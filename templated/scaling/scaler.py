@@ -70,7 +70,9 @@ class Scaler:
 
     def under_way(self, key: str, now: float, requests: int, waiting: int = 0) -> None:
         """So many requests of the version are under way from now on, of which some wait for an
-        instance. To be called at each change."""
+        instance. To be called at each change. ValueError for a number below 0."""
+        if requests < 0 or waiting < 0:
+            raise ValueError(f"{requests} requests under way, {waiting} of them waiting")
         function = self._functions[key]
         now = self._clock.read(now)
         fresh = function.phase is None

@@ -229,6 +229,14 @@ def test_memory_weighs_when_asked(small: Path) -> None:
     assert heavy.held < plain.held
 
 
+def test_table_by_memory(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--trace", small, "--by-memory")
+    assert code == exit_codes.OK
+    lines = out.splitlines()
+    assert lines[0].endswith(" GiB-minutes needed")
+    assert lines[2].split() == ["held", "templated", "fixed", "knative", "clamp", "hybrid"]
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     code = main(["bench", "scaling", *map(str, arguments)])
     out, err = capsys.readouterr()

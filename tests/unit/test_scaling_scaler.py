@@ -112,6 +112,20 @@ def test_bounds_that_cannot_be(bounds: dict[str, Any], error: str) -> None:
         Bounds(**bounds)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"panic": 1}, {"panic": 30, "stable": 20}, {"stable": 61}, {"price": -1.0}, {"memory": -1}],
+)
+def test_policies_that_cannot_be(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"windows|below 0"):
+        Policy(**settings)
+
+
+def test_requests_below_none() -> None:
+    with pytest.raises(ValueError, match="-1 requests under way"):
+        scaler().under_way("f", 0.0, -1)
+
+
 def test_the_budget_keeps_what_avoids_most_cold_starts() -> None:
     """Two that are needed each minute, one that was needed once; room for two."""
     made = scaler("often", "once", "also", policy=Policy(memory=2 * MIB))
@@ -163,9 +177,9 @@ def test_memory_that_is_there_again_is_used() -> None:
 def test_shares_have_no_holes_and_repeat() -> None:
     claims = [
         Claim(SERVING, "a", 1, 1, 10),
-        Claim(5.0, "a", 2, 4, 10),
-        Claim(4.0, "a", 6, 1, 1),
-        Claim(5.0, "b", 1, 1, 10),
+        Claim(-5.0, "a", 2, 4, 10),
+        Claim(-4.0, "a", 6, 1, 1),
+        Claim(-5.0, "b", 1, 1, 10),
     ]
     assert share(claims, 35) == ({"a": 3, "b": 0}, 5.0)
     assert share(reversed(claims), 35) == ({"a": 3, "b": 0}, 5.0)

@@ -47,7 +47,7 @@ templated bench scaling --cost -o json
 @click.option(
     "--by-memory",
     is_flag=True,
-    help="Weigh cold starts by each function's memory. Default: all instances count the same.",
+    help="Count GiB-minutes, and decide by memory. Default: all instances count the same.",
 )
 @click.option("--cost", is_flag=True, help="Also measure the CPU that deciding takes.")
 @click.option(
@@ -76,7 +76,7 @@ def scaling(
     start; held are all that were kept and those. Our price is chosen on one half of the
     functions and shown for the other half, and for all.
 
-    Starts nothing, and needs no daemon. A day of 60 applications takes about a minute.
+    Starts nothing, and needs no daemon. A day of 60 applications takes one or two minutes.
     """
     from templated.bench import plot as pictures
     from templated.bench.progress import ProgressLine

@@ -17,6 +17,8 @@ _BEFORE, _MEASURED = 120, 120
 # most, evenly by their logarithm, as most functions of a platform are seldom invoked.
 _TAKES, _LEAST, _MOST = 0.2, 1.0, 3600.0
 _SEED = 1
+_MIB = 128.0
+_RUNS = 3
 
 
 def measure_cost(
@@ -29,8 +31,8 @@ def measure_cost(
     rows = []
     for count in counts:
         tell(f"cost, {count} functions")
-        plenty, event = _run(count, None, clock)
-        short, _ = _run(count, count / 8 * 128, clock)
+        plenty, event = _best(count, None, clock)
+        short, _ = _best(count, count / 8 * _MIB, clock)
         rows.append(
             {
                 "functions": count,
@@ -49,11 +51,17 @@ def measure_cost(
     }
 
 
+def _best(count: int, memory: float | None, clock: Callable[[], float]) -> tuple[float, float]:
+    """The least of some runs: what else the machine does only adds."""
+    runs = [_run(count, memory, clock) for _ in range(_RUNS)]
+    return min(rounds for rounds, _ in runs), min(event for _, event in runs)
+
+
 def _run(count: int, memory: float | None, clock: Callable[[], float]) -> tuple[float, float]:
     """CPU milliseconds of the average round, and of the average change."""
     scaler = Scaler(Policy(memory=memory))
     for number in range(count):
-        scaler.add(str(number), Bounds(mib=128.0))
+        scaler.add(str(number), Bounds(mib=_MIB))
     changes = _changes(count, random.Random(_SEED))  # noqa: S311 - no secret is made of it
     following = next(changes)
     rounds = events = told = 0.0

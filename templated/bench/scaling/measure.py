@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from templated.bench.scaling.trace import Trace
 from templated.scaling import Policy
 
 OURS, FIXED, HYBRID, ORACLE = "templated", "fixed", "hybrid", "oracle"
-# The chance below which an instance is not worth its memory, as a price per GiB.
+# The chances below which an instance is not worth its memory.
 PRICES = (0.4, 0.25, 0.15, 0.1, 0.07, 0.05, 0.035, 0.025, 0.018, 0.012, 0.008, 0.005, 0.003, 0.002)
 MINUTES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 45, 60)
 REFERENCE = 10
@@ -44,32 +45,50 @@ class Point:
 
 
 Curves = dict[str, list[Point]]
+Held = Callable[[Outcome], float]
 
 
 def measure(trace: Trace, by_memory: bool, tell: Callable[[str], None]) -> dict[str, Any]:
     """The report: the curve of each contender, a table, and the choice by halves."""
     curves = replay_all(trace, by_memory, tell)
+    if by_memory:
+        del curves[ORACLE]  # it counts instances
+    held = _gib if by_memory else _instances
     reference = next(p for p in curves[FIXED] if p.setting == f"{REFERENCE} min")
     return {
         "kind": "scaling",
         "trace": trace.name,
         "functions": len(trace.rows),
         "minutes": trace.minutes,
-        "needed": trace.needed,
-        "curves": {name: [_as_dict(p) for p in points] for name, points in curves.items()},
-        "table": _table(trace, curves, reference.total),
-        "reference": _as_dict(reference),
-        "chosen": list(_choices(curves[OURS], reference)) if len(trace.rows) > 1 else [],
+        "unit": "GiB-minutes" if by_memory else "instance-minutes",
+        "needed": round(trace.needed_gib, 1) if by_memory else trace.needed,
+        "curves": {
+            name: [{"setting": p.setting, **_figures(p.total)} for p in points]
+            for name, points in curves.items()
+        },
+        "table": _table(trace, curves, reference, held),
+        "reference": {"setting": reference.setting, **_figures(reference.total)},
+        "chosen": list(_choices(curves[OURS], reference, held)) if len(trace.rows) > 1 else [],
     }
 
 
+def _instances(outcome: Outcome) -> float:
+    return outcome.held
+
+
+def _gib(outcome: Outcome) -> float:
+    return outcome.gib
+
+
 def replay_all(trace: Trace, by_memory: bool, tell: Callable[[str], None]) -> Curves:
-    """The curve of each contender, by the memory that it holds."""
+    """The curve of each contender."""
     curves: Curves = {OURS: []}
-    for price in PRICES:
-        tell(f"{OURS}, price {price:g}")
-        outcomes = replay_scaler(trace, Policy(price=price), by_memory=by_memory)
-        curves[OURS].append(Point(f"price {price:g}", tuple(outcomes)))
+    gib = sum(row.mib for row in trace.rows) / len(trace.rows) / 1024 if by_memory else 1.0
+    for chance in PRICES:
+        setting = f"price {chance / gib:.3g}"
+        tell(f"{OURS}, {setting}")
+        outcomes = replay_scaler(trace, Policy(price=chance / gib), by_memory=by_memory)
+        curves[OURS].append(Point(setting, tuple(outcomes)))
     for name, setting, keeper in _rivals():
         tell(f"{name}, {setting}")
         outcomes = replay(trace.rows, keeper)
@@ -88,27 +107,28 @@ def _rivals() -> Iterator[tuple[str, str, Callable[[], Keeper]]]:
         yield HYBRID, f"{fixed} min, {head:.0%} to {tail:.0%}", partial(Hybrid, setting)
 
 
-def at(points: Sequence[Point], budget: float) -> int | None:
-    """The fewest cold starts with at most so many instance-minutes; None when nothing fits."""
-    return min((p.total.cold for p in points if p.total.held <= budget), default=None)
+def at(points: Sequence[Point], budget: float, held: Held = _instances) -> int | None:
+    """The fewest cold starts with at most so much held; None when nothing fits."""
+    return min((p.total.cold for p in points if held(p.total) <= budget), default=None)
 
 
-def _table(trace: Trace, curves: Curves, reference: Outcome) -> list[dict[str, Any]]:
-    budgets = {round(times * trace.needed) for times in _BUDGETS} | {reference.held}
+def _table(trace: Trace, curves: Curves, reference: Point, held: Held) -> list[dict[str, Any]]:
+    needed = trace.needed_gib if held is _gib else trace.needed
+    budgets = {round(times * needed) for times in _BUDGETS} | {math.ceil(held(reference.total))}
     return [
-        {"budget": budget} | {name: at(points, budget) for name, points in curves.items()}
+        {"budget": budget} | {name: at(points, budget, held) for name, points in curves.items()}
         for budget in sorted(budgets)
     ]
 
 
-def _choices(ours: Sequence[Point], reference: Point) -> Iterator[dict[str, Any]]:
+def _choices(ours: Sequence[Point], reference: Point, held: Held) -> Iterator[dict[str, Any]]:
     """The setting that does best on one half of the functions, and what it comes to for the other
     half and for all. Best is the least sum of cold starts and memory, each as a share of the
     reference's: a setting that buys one dearly with the other serves nobody."""
     for half in (0, 1):
         than = reference.half(half)
         if than.cold and than.held:
-            best = min(ours, key=lambda p: _share(p.half(half), than))
+            best = min(ours, key=lambda p: _share(p.half(half), than, held))
             yield {
                 "on": ("first, third, ...", "second, fourth, ...")[half],
                 "setting": best.setting,
@@ -118,12 +138,8 @@ def _choices(ours: Sequence[Point], reference: Point) -> Iterator[dict[str, Any]
             }
 
 
-def _share(outcome: Outcome, than: Outcome) -> float:
-    return outcome.cold / than.cold + outcome.held / than.held
-
-
-def _as_dict(point: Point) -> dict[str, Any]:
-    return {"setting": point.setting, **_figures(point.total)}
+def _share(outcome: Outcome, than: Outcome, held: Held) -> float:
+    return outcome.cold / than.cold + held(outcome) / held(than)
 
 
 def _figures(outcome: Outcome) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from templated.bench.scaling.show import held_key
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -33,23 +35,24 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def _curves(axes: Axes, report: dict[str, Any]) -> None:
     """The best that each does with each amount of memory."""
+    key = held_key(report)
     for name, points in report["curves"].items():
-        front = _front(points)
-        held, cold = [p["held"] for p in front], [p["cold"] for p in front]
+        front = _front(points, key)
+        held, cold = [p[key] for p in front], [p["cold"] for p in front]
         axes.plot(held, cold, _STYLES.get(name, ".-"), label=name, linewidth=1.2, markersize=4)
     axes.axvline(report["needed"], color="grey", linewidth=0.8, label="needed, no more")
     axes.set_xlim(0.95 * report["needed"], _WIDEST * report["needed"])
     axes.set_yscale("log")
-    axes.set_xlabel("instance-minutes held")
+    axes.set_xlabel(f"{report['unit']} held")
     axes.set_ylabel("cold starts")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
 
 
-def _front(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _front(points: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
     """Without the settings that another one beats in both."""
     front: list[dict[str, Any]] = []
-    for point in sorted(points, key=lambda p: (p["held"], p["cold"])):
+    for point in sorted(points, key=lambda p: (p[key], p["cold"])):
         if not front or point["cold"] < front[-1]["cold"]:
             front.append(point)
     return front

@@ -21,9 +21,9 @@ def show(report: dict[str, Any]) -> None:
 def _show_curves(report: dict[str, Any]) -> None:
     click.echo(
         f"trace {report['trace']}: {report['functions']} functions, {report['minutes']} minutes, "
-        f"{report['needed']} instance-minutes needed"
+        f"{report['needed']} {report['unit']} needed"
     )
-    click.echo("cold starts with at most so many instance-minutes held:")
+    click.echo(f"cold starts with at most so many {report['unit']} held:")
     names = list(report["curves"])
     rows = [
         [row["budget"], *("-" if row[name] is None else row[name] for name in names)]
@@ -31,10 +31,11 @@ def _show_curves(report: dict[str, Any]) -> None:
     ]
     table(["held", *names], rows)
     reference = report["reference"]
+    key = held_key(report)
     click.echo(
         f"fixed {REFERENCE} min: {_figures(reference)}; needed for as few cold starts by: "
         + ", ".join(
-            f"{name} {_least(points, reference['cold'])}"
+            f"{name} {_least(points, reference['cold'], key)}"
             for name, points in report["curves"].items()
         )
     )
@@ -56,8 +57,13 @@ def _figures(row: dict[str, Any]) -> str:
     )
 
 
-def _least(points: list[dict[str, Any]], cold: int) -> int | str:
-    return min((p["held"] for p in points if p["cold"] <= cold), default="never")
+def held_key(report: dict[str, Any]) -> str:
+    """The name of what a report measures memory by."""
+    return "held" if report["unit"] == "instance-minutes" else "gib_minutes"
+
+
+def _least(points: list[dict[str, Any]], cold: int, key: str) -> float | str:
+    return min((p[key] for p in points if p["cold"] <= cold), default="never")
 
 
 def _show_cost(cost: dict[str, Any]) -> None:

@@ -45,7 +45,12 @@ class Trace:
     @property
     def needed(self) -> int:
         """Instance-minutes that are needed, no more."""
-        return sum(map(sum, (row.needs for row in self.rows)))
+        return sum(sum(row.needs) for row in self.rows)
+
+    @property
+    def needed_gib(self) -> float:
+        """The same by memory: GiB-minutes."""
+        return sum(sum(row.needs) * row.mib for row in self.rows) / 1024
 
 
 def read(path: Path, *, duration: float = 1.0, first: int | None = None) -> Trace:
