@@ -501,6 +501,6 @@ def test_an_alias_that_moves_under_load(functions: Daemon, source: Path) -> None
     with ThreadPoolExecutor(1) as threads:
         load = threads.submit(versions, 100)
         time.sleep(0.2)
-        client.set_alias("moves", "prod", {"2": 1.0})
+        client.set_alias("moves", "prod", {"2": 1.0}, ready=0)
         assert set(versions(10)) == {"2"}
         assert load.result()["2"] >= 50

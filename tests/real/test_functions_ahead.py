@@ -115,15 +115,14 @@ def test_an_alias_moves_under_load(functions: Daemon, source: Path, tmp_path: Pa
     load = Load(functions, "grey", "prod", 0.02)
     with load.running(2):
         until(lambda: load.served("1")["warm"] > 20, "version 1 serves")
-        for words in (("1=0.9", "2=0.1"), ("1=0.5", "2=0.5"), ("2",), ("1",), ("2",)):
+        for words in (("1=0.9", "2=0.1"), ("1=0.5", "2=0.5"), ("2",), ("1",)):
             functions.cli("function", "alias", "grey", "prod", *words)
-            time.sleep(1.0)
-        seen = len(load.answers)
-        until(lambda: len(load.answers) > seen + 20, "version 2 serves")
+            seen = len(load.answers)
+            until(lambda seen=seen: len(load.answers) > seen + 20, "requests go on")  # type: ignore[misc]
     assert load.errors == [] and {error for *_, error in load.answers} == {None}
     second = load.served("2")
-    assert second["warm"] > 30 and set(second) == {"warm"}, second
-    assert load.answers[-1][0] == "2"
+    assert second["warm"] > 20 and set(second) == {"warm"}, second
+    assert load.answers[-1][0] == "1"
 
 
 def test_a_deploy_under_load(functions: Daemon, source: Path, tmp_path: Path) -> None:

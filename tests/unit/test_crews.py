@@ -283,6 +283,7 @@ def test_a_version_that_is_gone_is_left_alone() -> None:
         await world.router.removed("f", None)
         world.crews.aim(new, 1)
         await settle()
+        assert await world.crews.readied(new, 1) == "it was changed or removed meanwhile"
         assert world.crews.supplies() == [] and not world.clones
 
     play(scenario)

@@ -31,6 +31,7 @@ PATH = "/2015-03-31/functions/hello/invocations"
 VIEWER = {
     *("GetFunction", "GetFunctionConfiguration", "GetFunctionCodeSigningConfig", "ListFunctions"),
     *("ListVersionsByFunction", "GetAlias", "ListAliases", "GetFunctionConcurrency"),
+    "GetProvisionedConcurrencyConfig",
     "GetAccountSettings",
 }
 ALLOWED = {

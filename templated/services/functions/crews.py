@@ -21,6 +21,7 @@ from templated.services.reports.function_metrics import FunctionMetrics
 _LATELY = 60.0
 # One failure may be chance.
 _HOPELESS = 2
+_GONE = "it was changed or removed meanwhile"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +149,7 @@ class Crews:
         instances do not end by themselves. A version that is gone, or is another one by now, is
         left alone.
         """
-        crew = self._known(version)
-        if crew is None and self._current(version):
-            crew = self.of(version)
+        crew = self._there(version)
         if crew is not None:
             crew.aims[source] = max(0, count)
             self._starts.grow_soon()
@@ -182,6 +181,11 @@ class Crews:
             for instance in crew.resting[: max(0, spare)]:
                 self._instances.pause(instance)
 
+    def _there(self, version: Version) -> Crew | None:
+        """Its crew, made if need be; None for a version that is gone, or another one by now."""
+        crew = self._known(version)
+        return self.of(version) if crew is None and self._current(version) else crew
+
     def _known(self, version: Version) -> Crew | None:
         key = version.function, version.number
         crews = self._crews.get(key), self._next.get(key)
@@ -201,13 +205,13 @@ class Crews:
         return Supply(version=version) if crew is None else _supply(crew)
 
     def demand(self, version: Version) -> int:
-        """How many instances of a version are of use: the requests under way, and those that have
-        rested only for a moment."""
+        """How many instances of a version were of use at once lately: the requests under way, and
+        those that have served one and rest only since then."""
         crew = self._known(version)
         if crew is None:
             return 0
         since = asyncio.get_running_loop().time() - _LATELY
-        return crew.running + sum(instance.used >= since for instance in crew.resting)
+        return crew.running + sum(i.served > 0 and i.used >= since for i in crew.resting)
 
     async def readied(self, version: Version, count: int) -> str:
         """Have so many instances of a version, and wait for them; returns why they will not be
@@ -215,7 +219,9 @@ class Crews:
 
         An init that fails more than once will go on to. What has come up stays as without this.
         """
-        crew = self._known(version) or self.of(version)
+        crew = self._there(version)
+        if crew is None:
+            return _GONE
         source = f"ready-{next(self._asked)}"
         crew.aims[source] = count
         self._starts.grow_soon()
@@ -224,7 +230,7 @@ class Crews:
                 if self._closing:
                     return closing().message
                 if crew.retired:
-                    return "it was changed or removed meanwhile"
+                    return _GONE
                 if crew.broken.failures >= _HOPELESS:
                     return crew.problem
                 await crew.news.wait()

@@ -230,8 +230,11 @@ class Shifts:
         if routed is None:
             return []
         old = [self._registry.version(wanted.function, label) for label in routed.versions]
-        demand = sum(self._crews.demand(version) for version in old)
-        served = any(self._crews.supply(version).up for version in old)
+        supplies = [self._crews.supply(version) for version in old]
+        # Both are of the last minute, but not of the same moment of it: no sum of these.
+        most = max(self._crews.demand(version) for version in old)
+        demand = max(most, sum(supply.running for supply in supplies))
+        served = any(supply.up for supply in supplies)
         needs = []
         for label, weight in wanted.versions.items():
             if not served or weight <= routed.versions.get(label, 0.0):
