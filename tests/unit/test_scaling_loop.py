@@ -13,6 +13,7 @@ import pytest
 from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.model.config import ScalingConfig
 from templated.model.function import Version
+from templated.scaling import Policy
 from templated.scaling.chains import Edge
 from templated.scaling.chains.edges import Outcome
 from templated.services.functions.crew import KEPT
@@ -20,7 +21,8 @@ from templated.services.reports.scaling_metrics import ScalingMetrics
 from templated.services.upkeep import learned
 from templated.services.upkeep import scaling as module
 from templated.services.upkeep.memory import EVERY
-from templated.services.upkeep.scaling import Scaling, Surroundings
+from templated.services.upkeep.scale_views import ScaleViews
+from templated.services.upkeep.scaling import Scaling, Surroundings, policy
 from tests.unit.fake_daemon import configured, daemon, run
 from tests.unit.fake_instances import Held, World, play, settle, version
 
@@ -422,6 +424,53 @@ def test_its_file_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_nothing_is_there_at_first(path: Path) -> None:
     assert learned.read(path) == []
+
+
+def test_settings_are_those_of_the_configuration() -> None:
+    assert policy(ScalingConfig()) == Policy()
+    made = policy(ScalingConfig(window="6s", memory="1GiB", buffer_floor=2, price=0.0))
+    assert (made.stable, made.panic, made.memory, made.buffer_floor) == (6, 2, 1024.0, 2)
+    for window in ("5s", "61s"):
+        with pytest.raises(ValueError, match="window"):
+            ScalingConfig(window=window)
+
+
+def test_what_is_shown(path: Path) -> None:
+    """Of a version that has some instances, and is called by another."""
+    held = Held()
+
+    async def scenario(watched: Watched) -> None:
+        world, scaling = watched.world, watched.scaling
+
+        class Finds:
+            def version(self, name: str, qualifier: str | None) -> Version:
+                return world.versions.found[name, qualifier or "$LATEST"]
+
+        views = ScaleViews(scaling, Finds(), world.crews)
+        edge = Edge("f", "g", True, time.perf_counter())
+        edge.ran(*[Outcome(0.2, 0.3, 2)] * 5)
+        scaling.chains._add(edge)
+        asking = [world.asking(n, qualifier="1") for n in range(3)]
+        await settle(50)
+        await watched.second(90)
+        called, latest, first = views.all()[::-1]
+        assert (called.function, latest.version, first.version) == ("g", "1", "$LATEST")
+        assert (latest.requests, latest.ready, latest.waiting) == (3, 4, 0)
+        assert latest.mean == pytest.approx(3, abs=0.1) and latest.kept == 4
+        detail = views.one("f", None)  # the one that was asked for
+        assert detail.now == latest and detail.start_s >= 0 and detail.instance_mib == 30
+        (call,) = detail.calls
+        assert (call.callee, call.fan_out, call.runs, call.share) == ("g", 2, 5, 1.0)
+        assert views.one("g", None).calls == detail.calls
+        history = detail.history
+        assert max(history.peak) == 3 and history.ready[-1] == 4
+        assert sum(history.arrivals) == 3 and len(history.mean) == len(history.ready) == 180
+        assert called.ready == 6  # two for each of the three
+        for number in range(3):
+            held.answer(number)
+        await asyncio.gather(*asking)
+
+    watch(path, scenario, version(), version(number=1), version("g"), handler=held)
 
 
 def test_requests_are_told_of_in_microseconds(path: Path) -> None:

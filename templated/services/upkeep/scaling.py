@@ -358,7 +358,7 @@ def policy(config: ScalingConfig) -> Policy:
     window = int(seconds(config.window))
     return Policy(
         stable=window,
-        panic=window // 10 or 1,
+        panic=max(2, window // 10),
         buffer_share=config.buffer_share,
         buffer_floor=config.buffer_floor,
         cool_down=seconds(config.cool_down),
