@@ -53,6 +53,7 @@ class Watched:
         world.router.tallies.append(self.scaling.tally)
         world.router.watchers.append(self.scaling.foreseen)
         world.crews.on_started.append(self.scaling.started)
+        world.crews.on_readied.append(self.scaling.readied)
 
     async def second(self, count: int = 1) -> None:
         """So many seconds pass, with a round each."""
@@ -276,6 +277,21 @@ def test_a_new_latest_takes_over_what_was_decided(path: Path) -> None:
         }
 
     watch(path, scenario)
+
+
+def test_what_is_ready_for_a_move_stays_until_requests_come(path: Path) -> None:
+    async def scenario(watched: Watched) -> None:
+        crews, second = watched.world.crews, version(number=2)
+        assert await crews.readied(second, 3) == ""
+        await watched.second(55)
+        assert watched.up(number=2) == 3
+        assert watched.scaling.scaler.decision("f:2").reason == "requests move to it"
+        await watched.second(10)
+        assert watched.up(number=2) == 0
+        await watched.world.router.removed("f", 2)
+        watched.scaling.readied(version(number=9), 3)  # it is gone
+
+    watch(path, scenario, version(), version(number=2))
 
 
 def test_a_round_that_fails_is_told_once_and_the_next_one_works(

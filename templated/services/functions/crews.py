@@ -71,6 +71,8 @@ class Crews:
         self._closing = False
         self.on_started = self._starts.on_started
         """Told of an instance that came up, and how many seconds that took."""
+        self.on_readied: list[Callable[[Version, int], None]] = []
+        """Told of a version that has as many instances as its first requests need."""
         metrics.count_crews(self._aims, self._failures)
 
     def __iter__(self) -> Iterator[Crew]:
@@ -234,6 +236,8 @@ class Crews:
                 if crew.broken.failures >= _HOPELESS:
                     return crew.problem
                 await crew.news.wait()
+            for told in self.on_readied:
+                told(version, count)
             return ""
         finally:
             crew.aims.pop(source, None)

@@ -39,6 +39,8 @@ _MIB = 1 << 20
 _LOOK_EVERY = 2
 # What a start takes while none was seen, in seconds.
 _START = 1.0
+# How long instances stay for requests that are about to move to them, in seconds.
+_MOVE = 60.0
 # The aim of what is called before the next round.
 _CALLED = "chains"
 
@@ -241,6 +243,14 @@ class Scaling:
             self.scaler.started(key, seconds)
             self._starts[version.function] = self.scaler.demand(key).start_time
             self._note(self._crews.supply(version))
+
+    def readied(self, version: Version, count: int) -> None:
+        """So many instances wait for requests that are about to move to a version
+        (`Crews.on_readied`): they are of use for some time."""
+        key = named(version)
+        if key in self._versions:
+            now = self._around.clock()
+            self.scaler.expect(key, now, count, now + _MOVE, "requests move to it")
 
     def _wait(self, function: str) -> float:
         return self._starts.get(function, 0.0)
