@@ -278,6 +278,8 @@ class _Functions:
         self._registry.on_changed.append(scaling.changed)
         self._registry.on_kept.append(scaling.refresh)
         self._crews.on_started.append(scaling.started)
+        # A generation that begins to serve has instances of another size.
+        templates.on_serving.append(lambda _: scaling.refresh_all())
         self._crews.on_readied.append(scaling.readied)
         self._router.watchers.append(scaling.foreseen)
         self._router.tallies.append(scaling.tally)

@@ -125,11 +125,10 @@ class Scaling:
 
     async def open(self) -> None:
         """Know all versions, and what an earlier daemon has learned of them. Raises nothing."""
-        for name in self._registry.names():
-            self.refresh(name)
+        self.refresh_all()
         try:
             await self._memory.load()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  # whatever is in the file
             self._metrics.failures.labels("load").inc()
             log.warning("what scaling has learned is lost, it begins anew: %s", error)
 
@@ -160,22 +159,27 @@ class Scaling:
     async def _remember(self) -> None:
         try:
             await self._memory.tend(self._around.clock())
-        except OSError as error:
+        except Exception:
             self._metrics.failures.labels("save").inc()
-            log.warning("cannot write what scaling has learned: %s", error)
+            log.exception("cannot write what scaling has learned")
 
     async def close(self) -> None:
         """Write down what was learned. Raises nothing."""
         try:
             await self._memory.save()
-        except OSError as error:
-            log.warning("cannot write what scaling has learned: %s", error)
+        except Exception:
+            log.exception("cannot write what scaling has learned")
 
     # --- what there is --------------------------------------------------------------------------
 
     def changed(self, version: Version) -> None:
         """A version is new, or `$LATEST` is another one (`Registry.on_changed`)."""
         self.refresh(version.function)
+
+    def refresh_all(self) -> None:
+        """Any function may have other versions or bounds, or instances of another size."""
+        for name in self._registry.names():
+            self.refresh(name)
 
     def refresh(self, name: str) -> None:
         """The versions or the bounds of a function have changed, or it is gone."""
