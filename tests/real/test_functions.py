@@ -255,7 +255,8 @@ def test_past_its_timeout(functions: Daemon, source: Path) -> None:
     deploy(functions, source, "slow", "sleep", "--timeout", "1s")
     answer = outcome(functions, "slow", 30)
     assert "timed out after 1" in answer["payload"]["errorMessage"]
-    until(lambda: not functions.json("ls"), "the instance stays")
+    gone = answer["instance"]
+    until(lambda: gone not in [c["name"] for c in functions.json("ls")], "the instance stays")
     assert invoke(functions, "slow", 0)["payload"] == "awake"
 
 

@@ -45,9 +45,10 @@ def test_min_is_kept_ready_and_replaced(functions: Daemon, source: Path) -> None
     until(lambda: instances(functions, "ready").get("paused") == 2, "two are ready")
     answer = invoke(functions, "ready", 0)
     assert answer["start"] == "warm" and set(answer["phases_ms"]) == {"route", "run"}
-    for clone in functions.json("ls"):
+    there = functions.json("ls")
+    for clone in there:
         os.kill(clone["pid"], signal.SIGKILL)
-    killed = {clone["name"] for clone in functions.json("ls")}
+    killed = {clone["name"] for clone in there}
 
     def replaced() -> bool:
         names = {clone["name"] for clone in functions.json("ls")}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from templated.drivers.guest_functions import InitFailed
 from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.model.config import ScalingConfig
 from templated.model.function import Version
@@ -259,6 +260,33 @@ def test_a_function_that_goes_in_the_middle_is_no_error(path: Path) -> None:
         assert scaling.scaler.decision("f:$LATEST").keep == 0
 
     watch(path, scenario, handler=held)
+
+
+def test_what_never_starts_is_not_tried_for_ever(path: Path) -> None:
+    """Only as its requests come; and it is as before once it works."""
+    tried = []
+
+    async def scenario(watched: Watched) -> None:
+        world = watched.world
+
+        async def broken(*_: object) -> None:
+            tried.append(watched.now)
+            raise InitFailed("no", payload=b"{}")
+
+        works, world.load = world.load, broken
+        await world.ask(1)
+        for _ in range(60):
+            await watched.second()
+            await asyncio.sleep(0.002)
+        assert len(tried) == 4
+        assert watched.scaling.scaler.decision("f:$LATEST").keep == 1
+        world.load = works
+        await asyncio.sleep(0.05)
+        await world.ask(2)
+        await watched.second(2)
+        assert watched.up() == 1 and world.crews.supply(version()).aim == 1
+
+    watch(path, scenario, pace=0.001)
 
 
 def test_a_new_latest_takes_over_what_was_decided(path: Path) -> None:

@@ -43,6 +43,8 @@ class Supply:
     """How many of them users have asked to keep: they are not trimmed."""
     pause: float = 0.0
     """Seconds in which none is begun ahead, since the last ones failed."""
+    failures: int = 0
+    """How often in a row one failed."""
     problem: str = ""
     """How the last one failed; empty once one works."""
 
@@ -360,5 +362,6 @@ def _supply(crew: Crew) -> Supply:
         aim=crew.aim,
         kept=crew.kept,
         pause=crew.pause,
+        failures=max(crew.broken.failures, crew.hindered.failures),
         problem=crew.problem,
     )

@@ -41,6 +41,8 @@ _LOOK_EVERY = 2
 _START = 1.0
 # How long instances stay for requests that are about to move to them, in seconds.
 _MOVE = 60.0
+# Starts that fail in a row until none is begun ahead any more.
+_HOPELESS = 4
 # The aim of what is called before the next round.
 _CALLED = "chains"
 
@@ -322,10 +324,14 @@ class Scaling:
         if not (decision.keep or supply.up or supply.starting or supply.running):
             self._attended.discard(decision.key)
             return
-        self._crews.aim(version, decision.keep)
-        if supply.up > decision.keep:
-            self._crews.trim(version, supply.up - decision.keep)
-        else:
+        keep = decision.keep
+        if supply.failures >= _HOPELESS and not supply.up:
+            # Nobody has use of more that fail: the next request tries, or what is to be kept.
+            keep = min(keep, self.scaler.bounds(decision.key).least)
+        self._crews.aim(version, keep)
+        if supply.up > keep:
+            self._crews.trim(version, supply.up - keep)
+        elif not supply.failures and (supply.up or not keep):
             self._attended.discard(decision.key)
         self._crews.pause(version, decision.desired)
 
