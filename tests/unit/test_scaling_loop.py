@@ -237,6 +237,24 @@ def test_what_is_expected_ends_with_its_time(path: Path) -> None:
     watch(path, scenario, version(), version("g"))
 
 
+def test_what_is_called_may_go_before_the_round(path: Path) -> None:
+    async def scenario(watched: Watched) -> None:
+        world, scaling = watched.world, watched.scaling
+        edge = Edge("f", "g", True, time.perf_counter())
+        edge.ran(*[Outcome(0.2, 0.2, 1)] * 5)
+        scaling.chains._add(edge)
+        await world.ask(1)
+        await settle()
+        del world.versions.found["g", "$LATEST"]
+        scaling.refresh("g")
+        await world.router.removed("g", None)
+        await watched.second(2)
+        assert not scaling.chains.edges() and not scaling._calls.begun
+        await world.ask(1)
+
+    watch(path, scenario, version(), version("g"))
+
+
 def test_a_function_that_goes_in_the_middle_is_no_error(path: Path) -> None:
     held = Held()
 

@@ -1,8 +1,7 @@
 """Decides each second how many instances there are of each version, and has the crews follow.
 
-`Scaler` decides, fed with the requests under way as the router tells of them; `Chains` say what
-these will call, and that is begun at once where a round would come too late. Starts that fail,
-bounds and room are the crews' business: here are only numbers.
+`Scaler` decides, fed with the requests under way (`tally`) and with what these will call
+(`calls`). Starts that take turns, and room for them, are the crews' business: here are numbers.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from templated.model.config import ScalingConfig
 from templated.model.function import Version
 from templated.model.units import optional_bytes, seconds
 from templated.scaling import Bounds, Decision, Failure, Policy, Scaler
-from templated.scaling.chains import Agenda, Chains, Expected
+from templated.scaling.chains import Chains
 from templated.scaling.ring import Ring
 from templated.services.functions.crews import Crews, Supply
-from templated.services.functions.foreseen import Foreseen
 from templated.services.reports.events import EventBus
 from templated.services.reports.scaling_metrics import ScalingMetrics
+from templated.services.upkeep.calls import Calls
 from templated.services.upkeep.memory import Memory
 from templated.services.upkeep.tally import Tally
 
@@ -37,14 +36,10 @@ MINUTES = 180
 _MIB = 1 << 20
 # The host's own averages change every two seconds.
 _LOOK_EVERY = 2
-# What a start takes while none was seen, in seconds.
-_START = 1.0
 # How long instances stay for requests that are about to move to them, in seconds.
 _MOVE = 60.0
 # Starts that fail in a row until none is begun ahead any more.
 _HOPELESS = 4
-# The aim of what is called before the next round.
-_CALLED = "chains"
 
 
 class Known(Protocol):
@@ -101,25 +96,20 @@ class Scaling:
         self._events = events
         self._around = around
         self.scaler = Scaler(policy(config), stopwatch=time.perf_counter)
-        self.chains = Chains()
-        self._agenda = Agenda()
-        self.foreseen = Foreseen(self.chains, self._agenda, self._wait, self._called)
         self.ready: dict[str, Ring] = {}
         """The most instances that were ready, by minute."""
+        self.chains = Chains()
         self._memory = Memory(around.path, self.scaler, self.chains)
         self.tally = Tally(self.scaler, around.clock, self._memory.note)
         self._versions: dict[str, Version] = {}
-        self._starts: dict[str, float] = {}
-        """By function, how long a start takes."""
-        self._foretold: dict[str, str] = {}
-        """By function, the version that calls are expected of."""
-        self._bridged: set[str] = set()
-        """Versions with an aim of their own until the next round."""
+        self._calls = Calls(
+            *(self.scaler, self.chains, crews, self._versions, self.tally.asked, around.clock)
+        )
+        self.foreseen = self._calls.foreseen
         self._attended: set[str] = set()
         """Versions that may have instances to end or to pause."""
         self.shortages: Mapping[str, str] = {}
         """What the host is short of, in words, by resource."""
-        self._short = False
         self._noted = 0
         """The minute of which it was noted last how many instances there are."""
         self._failure = ""
@@ -190,10 +180,8 @@ class Scaling:
         for key in gone:
             self._forget(key)
         if not found:
-            self.chains.forget(name)
-            self._agenda.forget(name)
-            for known in (self.tally.asked, self._starts, self._foretold):
-                known.pop(name, None)
+            self._calls.forget(name)
+            self.tally.asked.pop(name, None)
         for key, version in found.items():
             self.scaler.add(key, self._bounds(version))
             if self._versions.get(key) != version:
@@ -227,7 +215,7 @@ class Scaling:
         self._memory.forget(key)
         del self._versions[key]
         self.ready.pop(key, None)
-        self._bridged.discard(key)
+        self._calls.begun.discard(key)
         self._attended.discard(key)
 
     def _bounds(self, version: Version) -> Bounds:
@@ -247,7 +235,7 @@ class Scaling:
         key = named(version)
         if key in self._versions:
             self.scaler.started(key, seconds)
-            self._starts[version.function] = self.scaler.demand(key).start_time
+            self._calls.starts[version.function] = self.scaler.demand(key).start_time
             self._note(self._crews.supply(version))
 
     def readied(self, version: Version, count: int) -> None:
@@ -258,55 +246,19 @@ class Scaling:
             now = self._around.clock()
             self.scaler.expect(key, now, count, now + _MOVE, "requests move to it")
 
-    def _wait(self, function: str) -> float:
-        return self._starts.get(function, 0.0)
-
-    # --- what will be called --------------------------------------------------------------------
-
-    def _called(self, expected: tuple[Expected, ...]) -> None:
-        """Something is newly expected: begin at once what may come before the next round."""
-        for function in {one.function for one in expected}:
-            foretold = self._foretell(function)
-            if foretold is not None and not self._short and not self.shortages:
-                key, count = foretold
-                level = self.scaler.demand(key).level
-                self._crews.aim(self._versions[key], level + count, _CALLED)
-                self._bridged.add(key)
-
-    def _foretell(self, function: str) -> tuple[str, int] | None:
-        """Tell the scaler what is expected of a function now; the version, and how many requests.
-        None: nothing, or of nothing that is there."""
-        lead = self._starts.get(function, _START) + INTERVAL
-        wanted = self._agenda.wanted(function, time.perf_counter(), lead)
-        now = self._around.clock()
-        before = self._foretold.pop(function, None)
-        key = self.tally.asked.get(function, f"{function}:$LATEST")
-        if before is not None and before in self._versions and (wanted is None or before != key):
-            self.scaler.foresee(before, now, 0, now, "")
-        if wanted is None or key not in self._versions:
-            return None
-        until = now + wanted.until - time.perf_counter()
-        self.scaler.foresee(key, now, wanted.count, until, wanted.reason, wanted.sure)
-        self._foretold[function] = key
-        return key, wanted.count
-
     # --- a round --------------------------------------------------------------------------------
 
     def round(self) -> None:
         """Decide, and have the crews follow."""
-        for function in {*self._agenda.functions(), *self._foretold}:
-            self._foretell(function)
-        now = self._around.clock()
-        made = self.scaler.round(now, growth=not self.shortages)
-        self._short = made.short > 0
+        self._calls.foretell_all()
+        made = self.scaler.round(self._around.clock(), growth=not self.shortages)
+        self._calls.held = made.short > 0 or bool(self.shortages)
         for failure in made.failures:
             self._left_out(failure)
-        self._attended.update(self._bridged, (decision.key for decision in made.decisions))
+        self._attended.update(self._calls.begun, (decision.key for decision in made.decisions))
         for key in list(self._attended):
             self._follow(self._versions[key], self.scaler.decision(key))
-        for key in self._bridged:
-            self._crews.release(self._versions[key], _CALLED)
-        self._bridged.clear()
+        self._calls.release()
         if (minute := self.minute()) != self._noted:
             self._noted = minute
             for supply in self._crews.supplies():
