@@ -20,7 +20,7 @@ from templated.bench.paths import in_threads
 from templated.bench.session import Session
 from templated.bench.stats import medians, summarize
 from templated.client import Client
-from templated.errors import GuestError, HostError, NotFound, TemplatedError, Timeout
+from templated.errors import GuestError, HostError, TemplatedError, Timeout
 from templated.model.function import InvokeView
 
 # What is measured is how a request comes to a handler: this one returns what it was given.
@@ -79,6 +79,7 @@ class _Bench:
         self.session = session
         self.client = Client(session.client.path, keep_alive=True)
         self._names = (f"{session.tag}-{number}" for number in itertools.count())
+        self._numbers = map(str, itertools.count())
         self._made: list[str] = []
 
     def __enter__(self) -> Self:
@@ -118,10 +119,10 @@ class _Bench:
                 raise Timeout(f"no instance of {name} was paused within {_PAUSED_WITHIN:g} s")
             time.sleep(_POLL)
 
-    def end(self, view: InvokeView) -> None:
-        """End the instance that has served a request."""
-        with contextlib.suppress(NotFound):
-            self.session.client.remove_clone(view.instance)
+    def fresh(self, name: str) -> str:
+        """A version with the same code that had no request yet: nothing is kept ready for it."""
+        self.client.deploy_function(name, env={"VERSION": next(self._numbers)})
+        return self.client.publish_function(name).version
 
 
 def _archive(size: int) -> bytes:
@@ -193,11 +194,16 @@ def _first(bench: _Bench, count: int) -> dict[str, Any]:
 
 
 def _new(bench: _Bench, name: str, start: str) -> InvokeView:
-    """A request that needs a new instance, which is then ended."""
-    view = bench.invoke(name)
+    """A request that needs a new instance, which is then ended.
+
+    It is the first one of a version, and that goes with it: of one that was asked for before the
+    daemon would keep an instance ready.
+    """
+    version = bench.fresh(name)
+    view = bench.invoke(name, qualifier=version)
     if view.start != start:
         raise HostError(f"a request of {name} was served by {view.start}, not by {start}")
-    bench.end(view)
+    bench.client.remove_function(name, version)
     _gone(bench, name)
     return view
 

@@ -155,6 +155,8 @@ class Pools:
         self._template = template
         self._progress = progress
         self._before: dict[str, int] | None = None
+        self._followed = False
+        """They followed functions, and go on to."""
 
     def fill(self, tier: str, size: int) -> None:
         """Have at least `size` members ready.
@@ -162,8 +164,7 @@ class Pools:
         Raises what `settled` raises, or Busy when the host has no room; the tier is then as it was.
         """
         sizes = self.targets()
-        if self._before is None:
-            self._before = sizes
+        self._remember()
         try:
             if sizes[tier] < size:
                 self._set({tier: size})
@@ -174,10 +175,14 @@ class Pools:
 
     def empty(self) -> None:
         """Have no members. Raises as `settled` does."""
-        if self._before is None:
-            self._before = self.targets()
+        self._remember()
         self._set(dict.fromkeys(POOLED, 0))
         self.settled()
+
+    def _remember(self) -> None:
+        if self._before is None:
+            self._before = self.targets()
+            self._followed = self._view().source == "scaling"
 
     def targets(self) -> dict[str, int]:
         """The sizes as they are now."""
@@ -214,7 +219,8 @@ class Pools:
             return
         spec = self._client.show_template(self._template).spec
         # Sizes that are the spec's go on following it.
-        if spec and self._before == {tier: getattr(spec.pool, tier) for tier in POOLED}:
+        says = spec and self._before == {tier: getattr(spec.pool, tier) for tier in POOLED}
+        if says or self._followed:
             self._client.set_pool(self._template, reset=True)
         else:
             self._set(self._before)

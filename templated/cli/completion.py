@@ -9,6 +9,7 @@ import click
 from templated.cli.options import Settings, command
 from templated.client import requests
 from templated.client.requests import Request
+from templated.model.names import check_function_name
 
 # A shell waits for this while the user holds Tab.
 _SECONDS = 1.0
@@ -31,6 +32,22 @@ def function_names(
 ) -> list[str]:
     """Names of functions that begin with `incomplete`; none when the daemon does not say."""
     return _names(context, requests.list_functions(), incomplete)
+
+
+def function_versions(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[str]:
+    """Names of functions, or after a colon their versions and aliases."""
+    name, colon, _ = incomplete.partition(":")
+    if not colon:
+        return function_names(context, parameter, incomplete)
+    try:
+        client = context.ensure_object(Settings).client(timeout=_SECONDS)
+        view = client.json(requests.show_function(check_function_name(name)))
+        labels = [v["version"] for v in view["versions"]] + [a["name"] for a in view["aliases"]]
+        return [full for label in labels if (full := f"{name}:{label}").startswith(incomplete)]
+    except Exception:
+        return []
 
 
 def code_digests(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:

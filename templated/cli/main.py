@@ -28,6 +28,7 @@ COMMANDS = {
     "top": "templated.cli.top:top",
     "function": "templated.cli.functions:function",
     "invoke": "templated.cli.invoke:invoke",
+    "scale": "templated.cli.scaling:scale",
     "code": "templated.cli.code:code",
     "template": "templated.cli.templates:template",
     "pool": "templated.cli.pools:pool",

@@ -124,5 +124,8 @@ def _filled(tier: dict[str, int]) -> str:
 
 
 def _table(views: Iterable[dict[str, Any]]) -> None:
-    rows = [(v["template"], *(_filled(v[tier]) for tier in TIERS), v["problem"]) for v in views]
-    render.table(("TEMPLATE", "STANDBY", "WARM", "PROBLEM"), rows)
+    rows = [
+        (v["template"], *(_filled(v[tier]) for tier in TIERS), v.get("source"), v["problem"])
+        for v in views
+    ]
+    render.table(("TEMPLATE", "STANDBY", "WARM", "SIZES FROM", "PROBLEM"), rows)

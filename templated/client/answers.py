@@ -34,6 +34,7 @@ from templated.model.function import (
     VersionView,
 )
 from templated.model.generation import TemplateView
+from templated.model.scaling import ScaleDetail, ScaleView
 
 T = TypeVar("T")
 _MODEL = {
@@ -56,6 +57,8 @@ _MODEL = {
         Operation,
         OperationEvent,
         PoolView,
+        ScaleDetail,
+        ScaleView,
         TemplateView,
         VersionView,
     )

@@ -100,6 +100,8 @@ class Client:
     list_pools = _one(requests.list_pools)
     show_pool = _one(requests.show_pool)
     set_pool = _one(requests.set_pool)
+    list_scaling = _one(requests.list_scaling)
+    show_scaling = _one(requests.show_scaling)
     list_functions = _one(requests.list_functions)
     show_function = _one(requests.show_function)
     deploy_function = _one(requests.deploy_function)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         VersionView,
     )
     from templated.model.generation import TemplateView
+    from templated.model.scaling import ScaleDetail, ScaleView
 
 T = TypeVar("T")
 Content = bytes | IO[bytes] | None
@@ -294,6 +295,19 @@ def set_pool(
     """
     body = {"standby": standby, "warm": warm, "reset": reset or None}
     return Request("PUT", "pools", template, body=body, timeout=LONG)
+
+
+# Scaling
+
+
+def list_scaling() -> Request[list[ScaleView]]:
+    """How many instances of each version there should be, and why."""
+    return Request("GET", "scaling")
+
+
+def show_scaling(name: str, *, qualifier: str | None = None) -> Request[ScaleDetail]:
+    """All that scaling knows of a version; by default of the one that was asked for last."""
+    return Request("GET", "scaling", name, query={"qualifier": qualifier})
 
 
 # Functions

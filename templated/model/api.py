@@ -36,6 +36,11 @@ class PoolRequest(_Body, frozen=True, kw_only=True):
     """Go back to the sizes in the template's spec."""
 
 
+SizeSource = Literal["template", "set", "scaling"]
+"""Who says how many members a pool has: the template's file, `pool set`, or what its functions are
+about to need."""
+
+
 class TierView(Struct, frozen=True, kw_only=True):
     """One tier of a template's pool."""
 
@@ -51,6 +56,7 @@ class PoolView(Struct, frozen=True, kw_only=True):
     warm: TierView
     problem: str = ""
     """Why no members are made at present; empty when nothing prevents it."""
+    source: SizeSource = "template"
 
 
 class ImageView(Struct, frozen=True, kw_only=True):

@@ -168,6 +168,31 @@ class FunctionConfig(_Section, frozen=True, kw_only=True):
     """What the log of one function may take; two files of half that size are kept."""
 
 
+class ScalingConfig(_Section, frozen=True, kw_only=True):
+    """How many instances of functions are kept ready; what of it is learned lies in state_dir."""
+
+    enabled: bool = True
+    """False: instances are started when requests wait, and stay for functions.keep_alive."""
+    memory: Size | None = None
+    """What all instances that are kept may take; None: no bound."""
+    price: Annotated[float, Meta(ge=0, le=1000)] = 0.16
+    """What a GiB kept for a minute has to earn: the chance to avoid a cold start."""
+    buffer_share: Annotated[float, Meta(ge=0, le=10)] = 0.2
+    """Instances in reserve, as a share of the demand, rounded."""
+    buffer_floor: Annotated[int, Meta(ge=0, le=1000)] = 0
+    """Instances in reserve of a function with demand, at least."""
+    window: Duration = "60s"
+    """Of which the mean demand is followed; when that of a tenth is double, this one is."""
+    pools: bool = True
+    """Warm pools of templates that have no sizes of their own follow what functions need."""
+    cool_down: Duration = "5m"
+    """How long surplus of a function stays that was busy all the time; of others shorter."""
+
+    def __post_init__(self) -> None:
+        if not 6 <= seconds(self.window) <= 60:
+            raise ValueError("window must be at least 6s and at most 60s")
+
+
 class GatewayKey(_Section, frozen=True, kw_only=True):
     """An access key by which requests to the gateway are signed."""
 
@@ -221,6 +246,7 @@ class Config(_Section, frozen=True, kw_only=True):
     limits: LimitConfig = LimitConfig()
     code: CodeConfig = CodeConfig()
     functions: FunctionConfig = FunctionConfig()
+    scaling: ScalingConfig = ScalingConfig()
     gateway: GatewayConfig | None = GatewayConfig()
 
 

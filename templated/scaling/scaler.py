@@ -94,6 +94,15 @@ class Scaler:
         self._functions[key].expect(count, here + (until - now), chance, why)
         self._lively[key] = None
 
+    def foresee(
+        self, key: str, now: float, count: int, until: float, why: str, chance: float = 1.0
+    ) -> None:
+        """As `expect`, in place of all that was expected before: to be called whenever that
+        changes. None are expected any more with a `count` of 0."""
+        self._functions[key].expected = []
+        if count:
+            self.expect(key, now, count, until, why, chance)
+
     def round(self, now: float, *, growth: bool = True) -> Round:
         """Decide; once a second, or as seldom as once a minute. Without `growth` nothing rises but
         for requests that are under way: the host is short of something."""
@@ -163,6 +172,26 @@ class Scaler:
         found = self._functions[key].demand
         found.flush()
         return found
+
+    def bounds(self, key: str) -> Bounds:
+        """Those of a version."""
+        return self._functions[key].bounds
+
+    def mean(self, key: str, now: float) -> float:
+        """Requests under way, on average over the stable window."""
+        demand = self._functions[key].demand
+        now = self._clock.read(now)
+        demand.settle(now)
+        return demand.mean(now, self.policy.stable)
+
+    def forecast(self, key: str) -> tuple[float, str]:
+        """The most requests at once that the next minute is expected to have, on average over what
+        may come; and what is said of the first instance, in words."""
+        levels, last, mean = self._functions[key].levels, 0, 0.0
+        for upto, chance in levels.chances():
+            mean += (upto - last) * chance
+            last = upto
+        return mean, levels.why(1)[1]
 
     def saved(self, keys: Iterable[str] | None = None) -> dict[str, Any]:
         """All that was learned, or that of some versions, as plain data: 2 to 30 KB each as JSON.

@@ -20,6 +20,7 @@ from templated.drivers.network import Network, make_network
 from templated.drivers.objectstore import connect
 from templated.errors import Conflict
 from templated.journal import FunctionRows, Journal
+from templated.model.clone import StartPath
 from templated.model.config import Config, GatewayConfig
 from templated.model.network import AddressPlan
 from templated.model.uids import UidRange, block_of
@@ -49,6 +50,7 @@ from templated.services.machines.admission import Admission
 from templated.services.machines.slots import Slots
 from templated.services.machines.start import Starter
 from templated.services.places import Layout
+from templated.services.pools.capacity import shortages
 from templated.services.pools.members import Pools
 from templated.services.pools.refill import Refill
 from templated.services.reports.audit import AuditLog
@@ -56,14 +58,20 @@ from templated.services.reports.events import EventBus
 from templated.services.reports.function_metrics import FunctionMetrics
 from templated.services.reports.metrics import Metrics
 from templated.services.reports.operations import Operations
+from templated.services.reports.scaling_metrics import ScalingMetrics
 from templated.services.tasks import Tasks
 from templated.services.templates.catalog import Templates
+from templated.services.upkeep.following import Following
 from templated.services.upkeep.host_metrics import watch
 from templated.services.upkeep.janitor import keep_logs_short
 from templated.services.upkeep.limits import LimitWatch
+from templated.services.upkeep.scale_views import ScaleViews
+from templated.services.upkeep.scaling import Scaling, Surroundings
 from templated.services.upkeep.stalls import ended_when_stalled
 
 log = logging.getLogger(__name__)
+# What an instance takes of memory while its template has no generation, in bytes.
+_UNKNOWN = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,8 @@ class Services:
     refill: Refill
     audit: AuditLog
     functions: Functions
+    scaling: ScaleViews | None
+    """None: it is switched off."""
 
 
 class Installation:
@@ -141,7 +151,7 @@ async def _services(installation: Installation, journal: Journal) -> AsyncIterat
     pools = Pools(context, tasks, templates)
     clones = Clones(context, tasks, templates, pools)
     refill = Refill(context, tasks, pools, templates)
-    made = _Functions(context, tasks, templates, clones)
+    made = _Functions(context, tasks, templates, clones, pools)
     _subscribe(context.slots, templates, pools)
     try:
         await templates.open()
@@ -158,7 +168,9 @@ async def _services(installation: Installation, journal: Journal) -> AsyncIterat
         await made.open()
         guests, operations = Guests(clones), Operations(tasks)
         yield Services(
-            context, templates, pools, clones, guests, operations, refill, audit, made.functions
+            *(context, templates, pools, clones, guests, operations, refill, audit),
+            functions=made.functions,
+            scaling=made.scale_views,
         )
     finally:
         context.events.close()
@@ -177,7 +189,7 @@ class _Functions:
     """The parts of functions, made in order."""
 
     def __init__(
-        self, context: Context, tasks: Tasks, templates: Templates, clones: Clones
+        self, context: Context, tasks: Tasks, templates: Templates, clones: Clones, pools: Pools
     ) -> None:
         config, layout = context.config, context.layout
         rows, metrics = FunctionRows(context.journal), FunctionMetrics(context.metrics.registry)
@@ -201,6 +213,11 @@ class _Functions:
         self._registry.on_kept.append(self._kept.changed)
         self._registry.on_removed += [self._router.removed, self._queue.removed, self._removed]
         self._registry.on_removed.append(self._shifts.removed)
+        self._following: Following | None = None
+        self.scaling = self._make_scaling(context, templates, pools)
+        self.scale_views = (
+            None if self.scaling is None else ScaleViews(self.scaling, self._registry, self._crews)
+        )
         self.functions = Functions(
             registry=self._registry,
             router=self._router,
@@ -237,6 +254,37 @@ class _Functions:
             self._registry, instances, self._crews, bounds, metrics, self._logs, arns=arns
         )
 
+    def _make_scaling(self, context: Context, templates: Templates, pools: Pools) -> Scaling | None:
+        config = context.config
+        if not config.scaling.enabled:
+            return None
+
+        def cost(template: str) -> int:
+            generation = templates.generation(template)
+            return _UNKNOWN if generation is None else pools.cost(generation, StartPath.WARM)
+
+        around = Surroundings(
+            path=context.layout.scaling,
+            cost=cost,
+            shortages=lambda: shortages(config.pools.pressure),
+        )
+        metrics = ScalingMetrics(context.metrics.registry)
+        scaling = Scaling(
+            config.scaling, self._registry, self._crews, metrics, context.events, around
+        )
+        if config.scaling.pools:
+            self._following = Following(scaling, self._crews, pools)
+            self._crews.on_started.append(self._following.started)
+        self._registry.on_changed.append(scaling.changed)
+        self._registry.on_kept.append(scaling.refresh)
+        self._crews.on_started.append(scaling.started)
+        # A generation that begins to serve has instances of another size.
+        templates.on_serving.append(lambda _: scaling.refresh_all())
+        self._crews.on_readied.append(scaling.readied)
+        self._router.watchers.append(scaling.foreseen)
+        self._router.tallies.append(scaling.tally)
+        return scaling
+
     async def open(self) -> None:
         """Know what an earlier daemon knew. Raises HostError when the journal cannot be read."""
         await self._uploads.open()
@@ -246,6 +294,11 @@ class _Functions:
             for version in (self._registry.latest(name), *self._registry.versions(name)):
                 self._router.changed(version)
         self._kept.open()
+        if self.scaling is not None:
+            await self.scaling.open()
+            self._tasks.spawn(self.scaling.run(), "scaling")
+        if self._following is not None:
+            self._tasks.spawn(self._following.run(), "having pools follow functions")
         await self._logs.prune(self._registry.names())
         await self._queue.open()
         self._tasks.spawn(self._logs.run(), "writing the logs of functions")
@@ -261,7 +314,9 @@ class _Functions:
         await self._router.close()
 
     async def close(self) -> None:
-        """Write what is left of the logs. Raises nothing."""
+        """Write what is left of the logs, and what scaling has learned. Raises nothing."""
+        if self.scaling is not None:
+            await self.scaling.close()
         await self._logs.close()
         await self._cache.close()
         if self._zone is not None:

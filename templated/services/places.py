@@ -30,6 +30,7 @@ class Layout:
         self.code = self.state / "code"
         self.function_logs = self.state / "functions"
         self.incoming = self.code / "incoming"
+        self.scaling = self.state / "scaling.learned"
         self.lock = self.state / "lock"
         self.kvm_proof = self.state / "kvm-proof.json"
 

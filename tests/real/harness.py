@@ -50,6 +50,8 @@ class Daemon:
             "metrics": None,
             # Pools are filled whatever else this host does.
             "pools": {"pressure": {"cpu": 100, "memory": 100, "io": 100}},
+            # A test that wants members says so.
+            "scaling": {"pools": False},
             **config,
         }
         self.environment: dict[str, str] = {}

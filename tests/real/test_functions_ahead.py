@@ -45,9 +45,10 @@ def test_min_is_kept_ready_and_replaced(functions: Daemon, source: Path) -> None
     until(lambda: instances(functions, "ready").get("paused") == 2, "two are ready")
     answer = invoke(functions, "ready", 0)
     assert answer["start"] == "warm" and set(answer["phases_ms"]) == {"route", "run"}
-    for clone in functions.json("ls"):
+    there = functions.json("ls")
+    for clone in there:
         os.kill(clone["pid"], signal.SIGKILL)
-    killed = {clone["name"] for clone in functions.json("ls")}
+    killed = {clone["name"] for clone in there}
 
     def replaced() -> bool:
         names = {clone["name"] for clone in functions.json("ls")}
@@ -104,19 +105,19 @@ class Load:
 
 def test_an_alias_moves_under_load(functions: Daemon, source: Path, tmp_path: Path) -> None:
     """In steps, and back: no error, and the new version's requests find an instance."""
-    deploy(functions, source, "grey", "sleep")
-    functions.cli("function", "publish", "grey")
+    deploy(functions, source, "blue", "sleep")
+    functions.cli("function", "publish", "blue")
     shutil.copytree(source, tmp_path / "new")
     with (tmp_path / "new/app.py").open("a") as file:
         file.write("# another version\n")
-    deploy(functions, tmp_path / "new", "grey", "sleep")
-    functions.cli("function", "publish", "grey")
-    functions.cli("function", "alias", "grey", "prod", "1")
-    load = Load(functions, "grey", "prod", 0.02)
+    deploy(functions, tmp_path / "new", "blue", "sleep")
+    functions.cli("function", "publish", "blue")
+    functions.cli("function", "alias", "blue", "prod", "1")
+    load = Load(functions, "blue", "prod", 0.02)
     with load.running(2):
         until(lambda: load.served("1")["warm"] > 20, "version 1 serves")
         for words in (("1=0.9", "2=0.1"), ("1=0.5", "2=0.5"), ("2",), ("1",)):
-            functions.cli("function", "alias", "grey", "prod", *words)
+            functions.cli("function", "alias", "blue", "prod", *words)
             seen = len(load.answers)
             until(lambda seen=seen: len(load.answers) > seen + 20, "requests go on")  # type: ignore[misc]
     assert load.errors == [] and {error for *_, error in load.answers} == {None}

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from prometheus_client import CollectorRegistry
 
 from templated.drivers.code import CodeFile
 from templated.errors import InvalidRequest, NotFound
 from templated.journal import EventRow, FunctionRows, now
 from templated.model.code import CodeCheck, CodeFreed, CodeRow
+from templated.model.config import ScalingConfig
 from templated.model.function import (
     Alias,
     CodeView,
@@ -32,6 +34,9 @@ from templated.services.functions.functions import Functions
 from templated.services.functions.payloads import checked
 from templated.services.functions.registry import Registry
 from templated.services.functions.uploads import Uploads
+from templated.services.reports.scaling_metrics import ScalingMetrics
+from templated.services.upkeep.scale_views import ScaleViews
+from templated.services.upkeep.scaling import Scaling, Surroundings
 
 
 class FakeCode:
@@ -270,4 +275,20 @@ async def with_functions(running: Services) -> Services:
         kept=FakeKept(registry),
         shifts=FakeShifts(registry),
     )
-    return dataclasses.replace(running, functions=functions)
+    return dataclasses.replace(
+        running, functions=functions, scaling=_scaling(running, registry, tmp=context.layout.state)
+    )
+
+
+def _scaling(running: Services, registry: Registry, tmp: Path) -> ScaleViews:
+    """Scaling of these functions, none of which has an instance; no rounds are made."""
+    assert running.scaling is not None
+    crews = running.scaling._crews
+    around = Surroundings(path=tmp / "learned", cost=lambda _: 30 << 20)
+    metrics = ScalingMetrics(CollectorRegistry())
+    scaling = Scaling(ScalingConfig(), registry, crews, metrics, running.context.events, around)
+    registry.on_changed.append(scaling.changed)
+    registry.on_kept.append(scaling.refresh)
+    for name in registry.names():
+        scaling.refresh(name)
+    return ScaleViews(scaling, registry, crews)

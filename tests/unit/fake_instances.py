@@ -55,6 +55,7 @@ class FakeVersions:
         self.found = {(v.function, v.label): v for v in versions}
         self.numbers: dict[str, int | None] = {}
         self.most: dict[str, int] = {}
+        self.least: dict[str, int] = {}
 
     def resolve(self, name: str, qualifier: str | None) -> Version:
         """The version of this label."""
@@ -70,6 +71,18 @@ class FakeVersions:
     def names(self) -> list[str]:
         """All functions."""
         return sorted({name for name, _ in self.found})
+
+    def latest(self, name: str) -> Version:
+        """`$LATEST`."""
+        return self.found[name, "$LATEST"]
+
+    def versions(self, name: str) -> list[Version]:
+        """The numbered ones."""
+        return [v for v in self.found.values() if v.function == name and v.number]
+
+    def kept(self, version: Version) -> int:
+        """As a test has set it."""
+        return self.least.get(version.function, 0)
 
     def reserved(self, name: str) -> int | None:
         """As a test has set it."""

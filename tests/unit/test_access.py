@@ -45,6 +45,7 @@ VIEWER = {
     *("info", "openapi", "metrics", "events", "list_clones", "show_clone", "list_templates"),
     *("show_template", "list_images", "list_pools", "show_pool", "show_operation"),
     *("operation_events", "list_functions", "show_function", "list_code"),
+    *("list_scaling", "show_scaling"),
 }
 OPERATOR = VIEWER | {
     *("create_clones", "remove_clone", "logs", "set_pool"),

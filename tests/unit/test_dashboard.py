@@ -15,6 +15,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from templated.cli.main import root
 from templated.services.reports.function_metrics import FunctionMetrics
 from templated.services.reports.metrics import Metrics
+from templated.services.reports.scaling_metrics import ScalingMetrics
 from templated.services.upkeep.host_metrics import HostMetrics
 from tests.unit.observability import (
     ALERTS_TEST,
@@ -36,6 +37,7 @@ def served() -> set[str]:
     metrics = Metrics()
     HostMetrics(metrics.registry)
     FunctionMetrics(metrics.registry)
+    ScalingMetrics(metrics.registry)
     names = {"up"}
     for collector in metrics.registry._collector_to_names:
         if isinstance(collector, MetricWrapperBase):
@@ -112,7 +114,10 @@ def test_panel(panel: dict[str, Any]) -> None:
         assert target.get("instant", False) != target["range"]
         # Of one host out of several, and of one template where there are such.
         assert "$instance" in target["expr"]
-        of_functions = re.search(r"templated_(invocation|function|instances)", target["expr"])
+        of_functions = re.search(
+            r"templated_(invocation|function|instances|scaling_(desired|kept|ready))",
+            target["expr"],
+        )
         assert ("$function" in target["expr"]) == bool(of_functions)
 
 

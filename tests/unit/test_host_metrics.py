@@ -25,6 +25,7 @@ from templated.services.daemon import Services
 from templated.services.reports.events import EventBus
 from templated.services.reports.function_metrics import FunctionMetrics
 from templated.services.reports.metrics import Metrics
+from templated.services.reports.scaling_metrics import ScalingMetrics
 from templated.services.upkeep import host_metrics
 from templated.services.upkeep.host_metrics import (
     HostMetrics,
@@ -198,6 +199,7 @@ def test_no_clone_name_in_a_label() -> None:
         "outcome",
         "start",
         "layer",
+        "what",
     }
     assert labels == known
 
@@ -207,6 +209,7 @@ def all_metrics() -> Metrics:
     metrics = Metrics()
     HostMetrics(metrics.registry)
     FunctionMetrics(metrics.registry)
+    ScalingMetrics(metrics.registry)
     return metrics
 
 
@@ -257,7 +260,7 @@ def test_the_guide_lists_every_event() -> None:
     text = (ROOT / "docs/operators-guide.md").read_text()
     text = text[text.index("`templated events` prints") : text.index("### All metrics")]
     listed = set(
-        re.findall(r"\b(?:clone|template|generation|pool|function|instance)\.[a-z_]+", text)
+        re.findall(r"\b(?:clone|template|generation|pool|function|instance|scaling)\.[a-z_]+", text)
     )
     assert emitted == listed
 

@@ -48,12 +48,12 @@ def counted(running: Services, name: str, **labels: str) -> float:
 @pytest.fixture(autouse=True)
 def no_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else runs on this host."""
-    monkeypatch.setattr(refill, "read_pressure", lambda _: None)
+    monkeypatch.setattr(capacity, "read_pressure", lambda _: None)
 
 
 def stop_refill(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on the host is under pressure."""
-    monkeypatch.setattr(refill, "read_pressure", lambda _: Pressure(some=99.0, full=0.0))
+    monkeypatch.setattr(capacity, "read_pressure", lambda _: Pressure(some=99.0, full=0.0))
 
 
 def test_the_fastest_path_that_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +230,7 @@ def test_refill_stops_under_pressure(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert "cpu pressure is 99 % (limit 80)" in running.pools.view("t").problem
         assert counted(running, "templated_pool_refill_blocked", resource="cpu") == 1
         assert fake.machines == {}
-        monkeypatch.setattr(refill, "read_pressure", lambda _: None)
+        monkeypatch.setattr(capacity, "read_pressure", lambda _: None)
         await until(lambda: not running.pools.missing(WARM))
         assert counted(running, "templated_pool_refill_blocked", resource="cpu") == 0
 

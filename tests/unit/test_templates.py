@@ -21,7 +21,7 @@ from templated.model.generation import FileDigest, GenerationState
 from templated.services.daemon import Services
 from templated.services.machines import generation as generations
 from templated.services.machines.generation import MANIFEST_FORMAT, Generation
-from templated.services.pools import capacity, refill
+from templated.services.pools import capacity
 from templated.services.reports.operations import Progress
 from templated.services.templates import catalog as templates
 from templated.services.templates.build import Build
@@ -449,9 +449,8 @@ def test_a_member_that_is_being_made_holds_its_generation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A retired generation is removed when the last VM that loads it has ended, and not before."""
-    for module in (capacity, refill):
-        monkeypatch.setattr(module, "read_memory", lambda: Memory(64 << 30, 32 << 30))
-    monkeypatch.setattr(refill, "read_pressure", lambda _: None)
+    monkeypatch.setattr(capacity, "read_memory", lambda: Memory(64 << 30, 32 << 30))
+    monkeypatch.setattr(capacity, "read_pressure", lambda _: None)
 
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
         gate = fake.hold("restore")

@@ -39,6 +39,26 @@ class Agenda:
             if len(known) > _MOST:
                 known.remove(min(known, key=lambda entry: entry[1].end))
 
+    def arrived(self, function: str) -> None:
+        """One of the requests that were expected has come: it is so no more.
+
+        Of each source the one that was to come first: all of them may have been about it.
+        """
+        entries = self._expected.get(function)
+        if not entries:
+            return
+        first: dict[str, tuple[str, Expected]] = {}
+        for entry in entries:
+            known = first.get(entry[0])
+            if known is None or entry[1].begin < known[1].begin:
+                first[entry[0]] = entry
+        for source, one in first.values():
+            at = entries.index((source, one))
+            if one.at_once > 1:
+                entries[at] = source, one._replace(at_once=one.at_once - 1)
+            else:
+                del entries[at]
+
     def wanted(self, function: str, now: float, lead: float = 0.0) -> Wanted | None:
         """What has to be there `lead` seconds from now; None: nothing is expected by then."""
         entries = self._expected.get(function)
@@ -60,6 +80,10 @@ class Agenda:
             reason=surest.reason,
             sure=surest.sure,
         )
+
+    def functions(self) -> list[str]:
+        """Those of which something is, or was, expected."""
+        return list(self._expected)
 
     def due(self, now: float, lead: float = 0.0) -> Iterator[tuple[str, Wanted]]:
         """All that has to be there `lead` seconds from now."""

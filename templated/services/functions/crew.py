@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from typing import Protocol
 
 from templated.model.function import Version
 from templated.model.units import seconds
@@ -24,6 +25,7 @@ class Crew:
 
     def __init__(self, version: Version, metrics: VersionMetrics, pace: Pace) -> None:
         self.version = version
+        self.key = f"{version.function}:{version.label}"
         self.timeout = seconds(version.settings.timeout)
         self.metrics = metrics
         self.members: set[Instance] = set()
@@ -106,3 +108,16 @@ def reason(error: BaseException) -> str:
     if isinstance(error, InitError) and error.why:
         return f"its init fails: {error.why}"
     return str(error) or type(error).__name__
+
+
+class Tallies(Protocol):
+    """Counts the requests of crews, on their way: at once, and without raising anything."""
+
+    def came(self, crew: Crew) -> None:
+        """One more is under way; it has an instance, or waits for one, a moment later."""
+
+    def began(self, crew: Crew) -> None:
+        """One has an instance; once more when that ended before it had begun."""
+
+    def went(self, crew: Crew) -> None:
+        """One is over, however."""

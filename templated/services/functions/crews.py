@@ -43,6 +43,8 @@ class Supply:
     """How many of them users have asked to keep: they are not trimmed."""
     pause: float = 0.0
     """Seconds in which none is begun ahead, since the last ones failed."""
+    failures: int = 0
+    """How often in a row one failed."""
     problem: str = ""
     """How the last one failed; empty once one works."""
 
@@ -69,6 +71,10 @@ class Crews:
         self._starts = Starts(self, instances, events, room, self.offer, self.done)
         self._asked = itertools.count()
         self._closing = False
+        self.on_started = self._starts.on_started
+        """Told of an instance that came up, and how many seconds that took."""
+        self.on_readied: list[Callable[[Version, int], None]] = []
+        """Told of a version that has as many instances as its first requests need."""
         metrics.count_crews(self._aims, self._failures)
 
     def __iter__(self) -> Iterator[Crew]:
@@ -170,6 +176,15 @@ class Crews:
             self._instances.end(instance, "fewer are needed")
         return len(chosen)
 
+    def pause(self, version: Version, count: int) -> None:
+        """Pause at once all of a version's instances that rest, but for so many in all: those that
+        were used last, and those that serve, count first."""
+        crew = self._known(version)
+        if crew is not None:
+            spare = min(len(crew.members) - count, len(crew.resting))
+            for instance in crew.resting[: max(0, spare)]:
+                self._instances.pause(instance)
+
     def _there(self, version: Version) -> Crew | None:
         """Its crew, made if need be; None for a version that is gone, or another one by now."""
         crew = self._known(version)
@@ -223,6 +238,8 @@ class Crews:
                 if crew.broken.failures >= _HOPELESS:
                     return crew.problem
                 await crew.news.wait()
+            for told in self.on_readied:
+                told(version, count)
             return ""
         finally:
             crew.aims.pop(source, None)
@@ -345,5 +362,6 @@ def _supply(crew: Crew) -> Supply:
         aim=crew.aim,
         kept=crew.kept,
         pause=crew.pause,
+        failures=max(crew.broken.failures, crew.hindered.failures),
         problem=crew.problem,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from templated.scaling.chains import Agenda, Chains
+from templated.scaling.chains import Agenda, Chains, Expected
 from templated.services.functions.traces import Span
 
 
@@ -16,10 +16,16 @@ class Foreseen:
     request's.
     """
 
-    def __init__(self, chains: Chains, agenda: Agenda, wait: Callable[[str], float]) -> None:
+    def __init__(
+        self,
+        chains: Chains,
+        agenda: Agenda,
+        wait: Callable[[str], float],
+        told: Callable[[tuple[Expected, ...]], object] = lambda _: None,
+    ) -> None:
         """`wait` tells how many seconds a request of a function waits for its handler to begin, at
-        most: 0 when an instance is free."""
-        self._chains, self._agenda, self._wait = chains, agenda, wait
+        most: 0 when an instance is free. `told` gets what is newly expected."""
+        self._chains, self._agenda, self._wait, self._told = chains, agenda, wait, told
         self._began: dict[str, float] = {}
 
     def arrived(self, span: Span) -> None:
@@ -43,4 +49,7 @@ class Foreseen:
             chains.arrived(span.function, now)
         else:
             chains.arrived(span.function, now, caller=caller.function, run=caller.segment)
-        self._agenda.add(span.function, chains.expected(span.function, now, wait=wait))
+        self._agenda.arrived(span.function)
+        if expected := chains.expected(span.function, now, wait=wait):
+            self._agenda.add(span.function, expected)
+            self._told(expected)

@@ -329,6 +329,12 @@ class Instances:
 
     # --- resting ----------------------------------------------------------------------------
 
+    def pause(self, instance: Instance) -> None:
+        """Pause one that rests, before its time; nothing for others."""
+        if instance.state is InstanceState.IDLE:
+            instance.unset_timer()
+            self._freeze(instance)
+
     def _freeze(self, instance: Instance) -> None:
         instance.move(InstanceState.PAUSED)
         loop = asyncio.get_running_loop()

@@ -83,7 +83,7 @@ class Registry:
         self.on_removed: list[Callable[[str, int | None], Awaitable[None]]] = []
         """Told of a function and the number that went, None for all of it; awaited."""
         self.on_kept: list[Callable[[str], None]] = []
-        """Told of a function of which other instances may have to be kept, or that is gone."""
+        """Told of a function whose instances have other bounds, or that is gone."""
 
     async def open(self) -> None:
         """Read all from the journal. Raises HostError for rows that do not fit together; leaves
@@ -292,6 +292,7 @@ class Registry:
                 await self._rows.reserve(name, count)
                 function.row = row
                 self._events.emit("function.reserved", name, concurrency=count)
+                self._tell_kept(name)
 
             await _whole(write())
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from templated.errors import GuestError, TemplatedError, Throttled
 from templated.model.function import LATEST, Version
 from templated.services.functions.bounds import Bounds
+from templated.services.functions.crew import Tallies
 from templated.services.functions.crews import Crews, closing
 from templated.services.functions.instance import InitError, NotBegun, TooLong
 from templated.services.functions.instances import Instances
@@ -60,6 +61,8 @@ class Router:
         self._traces = Traces()
         self.watchers: list[Watches] = []
         """Who is told of each request."""
+        self.tallies: list[Tallies] = []
+        """Who counts the requests of each version."""
         metrics.count(self._count_instances, self._count_requests)
 
     async def invoke(
@@ -105,6 +108,8 @@ class Router:
         task = asyncio.create_task(self._let_in(entered, shared=shared))
         self._requests.add(task)
         task.add_done_callback(self._ended)
+        for tally in self.tallies:
+            tally.came(crew)
         return await asyncio.shield(task)
 
     def _ended(self, task: asyncio.Task[Outcome]) -> None:
@@ -136,6 +141,8 @@ class Router:
             raise
         finally:
             crew.running -= 1
+            for tally in self.tallies:
+                tally.went(crew)
             self._over(request)
             self._crews.done(crew)
             self._bounds.leave(crew.version.function, shared=shared)
@@ -168,6 +175,8 @@ class Router:
         begin = request.begin()
         for watcher in self.watchers:
             watcher.began(request.span, begin)
+        for tally in self.tallies:
+            tally.began(crew)
         try:
             answer = await self._instances.serve(instance, request.call, request.printed)
         except TooLong:

@@ -65,6 +65,8 @@ class Starts:
         self._tasks: set[asyncio.Task[None]] = set()
         self._growing: asyncio.Handle | None = None
         self._closing = False
+        self.on_started: list[Callable[[Version, float], None]] = []
+        """Told of an instance that came up, and how many seconds that took."""
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -189,6 +191,8 @@ class Starts:
             crew.metrics.ahead(isinstance(outcome, Instance))
         if isinstance(outcome, Instance):
             self._came_up(crew, outcome, ahead=ahead)
+            for told in self.on_started:
+                told(crew.version, asyncio.get_running_loop().time() - began)
         else:
             self._failed(crew, outcome, began)
         crew.tell()

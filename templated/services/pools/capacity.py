@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from templated.drivers.host.pressure import RESOURCES, read_pressure
 from templated.drivers.host.procfs import Memory, read_memory
 from templated.errors import Busy
+from templated.model.config import PressureConfig
 
 _KEPT_FREE = 20
 """Part of the host's memory that pools leave alone: a twentieth."""
@@ -26,6 +28,19 @@ class Demand:
 def kept_free(memory: Memory) -> int:
     """Bytes that stay free whatever the pools want."""
     return max(memory.total // _KEPT_FREE, _LEAST_FREE)
+
+
+def shortages(limits: PressureConfig) -> dict[str, str]:
+    """What the host is short of, so that nothing is begun ahead of requests: why, by resource."""
+    found = {}
+    for resource in RESOURCES:
+        pressure, limit = read_pressure(resource), getattr(limits, resource)
+        if pressure is not None and pressure.some > limit:
+            found[resource] = f"{resource} pressure is {pressure.some:.0f} % (limit {limit:g})"
+    memory = read_memory()
+    if memory.available < kept_free(memory):
+        found["memory"] = f"only {memory.available >> 20} MiB of memory are available"
+    return found
 
 
 def require_room(demands: Sequence[Demand], addresses: int, memory: Memory | None = None) -> None:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from templated.errors import InvalidRequest
-from templated.model.api import PoolRequest, PoolView, TierView
+from templated.model.api import PoolRequest, PoolView, SizeSource, TierView
 from templated.model.clone import StartPath
 from templated.model.lifecycle import move
 from templated.model.spec import PoolSpec
@@ -32,6 +32,8 @@ from templated.services.templates.catalog import Templates
 log = logging.getLogger(__name__)
 TIERS = (StartPath.WARM, StartPath.STANDBY)
 """The paths that pools serve, the fastest first."""
+# What making a warm member takes while none was made, in seconds.
+_REFILL = 5.0
 Pool = tuple[str, StartPath]
 """A template and a tier."""
 
@@ -89,6 +91,9 @@ class Pools:
         self._tasks = tasks
         self._templates = templates
         self._set: dict[str, PoolSpec] = {}
+        self._followed: dict[str, int] = {}
+        """Warm members that functions are about to need, of templates with no size of their own."""
+        self._took: dict[Pool, float] = {}
         self._ready: dict[Pool, deque[Member]] = defaultdict(deque)
         self._bytes: dict[tuple[str, StartPath], int] = {}
         self._closing = False
@@ -204,11 +209,38 @@ class Pools:
     # --- sizes --------------------------------------------------------------------------------
 
     def sizes(self, template: str) -> PoolSpec:
-        """How many members a template must have: as set at run time, or as in its spec."""
+        """How many members a template must have: as set at run time, or as in its spec, or as its
+        functions need them when neither says a number."""
         if template in self._set:
             return self._set[template]
+        said = self._said(template)
+        return PoolSpec(warm=self._followed.get(template, 0)) if said == PoolSpec() else said
+
+    def _said(self, template: str) -> PoolSpec:
         generation = self._templates.generation(template)
         return generation.manifest.spec.pool if generation else PoolSpec()
+
+    def source(self, template: str) -> SizeSource:
+        """Who says these sizes."""
+        if template in self._set:
+            return "set"
+        followed = self._said(template) == PoolSpec() and self._followed.get(template)
+        return "scaling" if followed else "template"
+
+    def follow(self, template: str, warm: int) -> None:
+        """Have so many warm members for the functions of a template, unless somebody has said a
+        number. More than the host holds are not made (see `refill`)."""
+        if self._followed.get(template, 0) != warm:
+            self._followed[template] = warm
+            self.refresh()
+
+    def took(self, pool: Pool, seconds: float) -> None:
+        """A member was made in so many seconds."""
+        self._took[pool] = seconds
+
+    def refill_time(self, template: str) -> float:
+        """Seconds that a warm member takes to be made, as far as is known."""
+        return self._took.get((template, StartPath.WARM), _REFILL)
 
     def target(self, pool: Pool) -> int:
         """How many members a pool must have."""
@@ -263,6 +295,7 @@ class Pools:
         Raises HostError; then they are forgotten only until the daemon's next start.
         """
         self._set.pop(template, None)
+        self._followed.pop(template, None)
         await self._context.journal.set_pool(template, None)
         self.refresh()
 
@@ -271,6 +304,8 @@ class Pools:
         for name in self._templates.built():
             generation = self._templates.active(name)
             wanted = sizes if name == template else self.sizes(name)
+            if name != template and self.source(name) == "scaling":
+                wanted = PoolSpec()  # it gives way to what an operator wants
             for tier, count in ((StartPath.WARM, wanted.warm), (StartPath.STANDBY, wanted.standby)):
                 have, cost = len(self._ready[name, tier]), self.cost(generation, tier)
                 demands.append(Demand(f"{tier} {name}", count, have, cost))
@@ -292,6 +327,7 @@ class Pools:
             standby=TierView(target=self.target(standby), ready=len(self._ready[standby])),
             warm=TierView(target=self.target(warm), ready=len(self._ready[warm])),
             problem="; ".join(filter(None, problems)),
+            source=self.source(template),
         )
 
     def refresh(self) -> None:

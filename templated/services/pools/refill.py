@@ -16,8 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from templated import failpoints
-from templated.drivers.host.pressure import RESOURCES, read_pressure
-from templated.drivers.host.procfs import read_memory
+from templated.drivers.host.pressure import RESOURCES
 from templated.drivers.hypervisor.states import MachineState
 from templated.errors import Busy, HostError, TemplatedError
 from templated.model.clone import StartPath
@@ -27,7 +26,7 @@ from templated.services.machines.clock import PhaseClock
 from templated.services.machines.generation import Generation, Holder
 from templated.services.machines.slots import PreparedSlot
 from templated.services.machines.vm import Vm
-from templated.services.pools.capacity import kept_free
+from templated.services.pools.capacity import shortages
 from templated.services.pools.members import Member, Pool, Pools
 from templated.services.tasks import Tasks
 from templated.services.templates.catalog import Templates
@@ -160,7 +159,9 @@ class Refill:
             if failpoints.armed:
                 failpoints.hit("refill.waiting")
             self._backoff.pop(pool, None)
-            self._context.metrics.refill_seconds.labels(*pool).observe(clock.total_ms() / 1000)
+            seconds = clock.total_ms() / 1000
+            self._pools.took(pool, seconds)
+            self._context.metrics.refill_seconds.labels(*pool).observe(seconds)
         except Busy as error:  # others were faster; `_fill` looks before the next one
             log.info("no %s VM of %s is made: %s", pool[1], pool[0], error.message)
         except Exception as error:  # noqa: BLE001  # reported by _failed, whatever it is
@@ -221,18 +222,7 @@ class Refill:
 
     def _look_at_host(self) -> None:
         """Find out whether the host has room and time for new members now."""
-        blocked = {}
-        limits = self._context.config.pools.pressure
-        for resource in RESOURCES:
-            pressure, limit = read_pressure(resource), getattr(limits, resource)
-            if pressure is not None and pressure.some > limit:
-                blocked[resource] = (
-                    f"{resource} pressure is {pressure.some:.0f} % (limit {limit:g})"
-                )
-        memory = read_memory()
-        if memory.available < kept_free(memory):
-            free = memory.available >> 20
-            blocked["memory"] = f"only {free} MiB of memory are available"
+        blocked = shortages(self._context.config.pools.pressure)
         if blocked.keys() != self._blocked.keys():
             text = "; ".join(blocked.values()) or "nothing any more"
             log.info("what keeps pools from being filled: %s", text)

@@ -105,25 +105,25 @@ class FunctionMetrics:
             ("function", "version", "outcome"),
             registry=self._registry,
         )
-        self.aim = _Counted(
+        self.aim = Counted(
             "templated_function_aim",
             "Instances that there should be: those that are kept, or wanted ahead of requests.",
             ("function", "version"),
             registry=self._registry,
         )
-        self.failing = _Counted(
+        self.failing = Counted(
             "templated_function_start_failures",
             "How often in a row instances could not be started, or died before they served.",
             ("function", "version"),
             registry=self._registry,
         )
-        self.instances = _Counted(
+        self.instances = Counted(
             "templated_instances",
             "Instances by state.",
             ("function", "version", "state"),
             registry=self._registry,
         )
-        self.concurrency = _Counted(
+        self.concurrency = Counted(
             "templated_function_concurrency",
             "Requests that are under way: those that run, and those that an instance starts for.",
             ("function", "version"),
@@ -192,7 +192,7 @@ class FunctionMetrics:
             of_versions.remove_by_labels(labels)
 
 
-class _Counted(Gauge):
+class Counted(Gauge):
     """A gauge that is computed whenever it is read."""
 
     counts: Callable[[], Counts] = dict
