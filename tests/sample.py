@@ -2,8 +2,9 @@
 into half an hour on two CPUs. TEMPLATED_TEST_ALL=1 takes everything.
 
 `sampled` marks cases that are alike: a run takes a part of each kind, SAMPLE or the marker's own,
-by a fixed seed; TEMPLATED_TEST_SEED takes another part. `long` marks a test whose subject others
-hold, too, with less around it. What was chosen by its name, or by -k, is never left out.
+by a fixed seed; TEMPLATED_TEST_SEED takes another part. `long` marks a test that takes a minute or
+more beside one that is near to it: another way to restart in the lab, another machine there. What
+was chosen by its name, or by -k, is never left out. Before a release everything is taken.
 """
 
 from __future__ import annotations

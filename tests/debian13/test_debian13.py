@@ -18,8 +18,9 @@ pytestmark = [
 _BOUND = 1500.0
 # What depends on QEMU, or on the guest's Python. The demo has made an image.
 _REAL = [
-    *("clones.py", "daemon.py", "escape.py", "hypervisor.py", "identity_hooks.py", "network.py"),
-    "suites.py",
+    *("clones.py", "escape.py", "hypervisor.py", "identity_hooks.py", "network.py", "suites.py"),
+    "daemon.py::test_q35",
+    "daemon.py::test_transport_exec",
     "functions.py::test_the_first_request_and_the_next",
     "functions.py::test_paused_between_requests",
     "functions.py::test_from_a_pool",

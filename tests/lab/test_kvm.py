@@ -65,6 +65,7 @@ def test_pool(host: Product) -> None:
     check(host, clones)
 
 
+@pytest.mark.long
 def test_q35_with_two_vcpus(host: Product) -> None:
     """The other machine: PCI, firmware, two virtual CPUs that both go on after a restore."""
     host.template("big", type="q35", vcpus=2)
@@ -78,6 +79,7 @@ def test_q35_with_two_vcpus(host: Product) -> None:
     assert product_uuid == clones["direct"]["uuid"]
 
 
+@pytest.mark.long
 def test_other_accelerator(host: Product) -> None:
     """What was frozen under one accelerator is refused under the other, in one clear line.
 

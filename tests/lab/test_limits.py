@@ -81,7 +81,7 @@ def test_groups_and_limits(limited: Product) -> None:
         pytest.param("daemon", RESTART, id="subgroup-restart"),
         pytest.param("daemon", KILL, id="subgroup-kill", marks=pytest.mark.long),
         pytest.param("", RESTART, id="as-before-systemd-254-restart", marks=pytest.mark.long),
-        pytest.param("", KILL, id="as-before-systemd-254-kill"),
+        pytest.param("", KILL, id="as-before-systemd-254-kill", marks=pytest.mark.long),
     ],
 )
 def test_restart(limited: Product, subgroup: str, how: str) -> None:

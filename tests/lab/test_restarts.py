@@ -20,11 +20,13 @@ STOPPED = f"kill -STOP $({MAIN_PID})"
 @pytest.mark.parametrize(
     ("how", "replaced", "counted"),
     [
-        ("systemctl restart templated", True, 0),
+        pytest.param("systemctl restart templated", True, 0, marks=pytest.mark.long),
         (KILLED, True, 1),
         (STOPPED, True, 1),
-        ("systemctl daemon-reexec", False, 0),
-        ("systemctl stop templated; systemctl start templated", True, 0),
+        pytest.param("systemctl daemon-reexec", False, 0, marks=pytest.mark.long),
+        pytest.param(
+            "systemctl stop templated; systemctl start templated", True, 0, marks=pytest.mark.long
+        ),
     ],
     ids=["restart", "sigkill", "watchdog", "daemon-reexec", "stop"],
 )
@@ -69,6 +71,7 @@ def test_reboot(host: Product) -> None:
     assert host.lab.do("systemctl --failed --plain --no-legend") == ""
 
 
+@pytest.mark.long
 def test_another_qemu(host: Product) -> None:
     """`apt upgrade` of QEMU: clones go on, the template is refused until it is built again."""
     host.lab.put("/usr/local/bin/qemu-next", NEXT_QEMU)
