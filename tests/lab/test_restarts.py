@@ -20,13 +20,11 @@ STOPPED = f"kill -STOP $({MAIN_PID})"
 @pytest.mark.parametrize(
     ("how", "replaced", "counted"),
     [
-        pytest.param("systemctl restart templated", True, 0, marks=pytest.mark.long),
+        ("systemctl restart templated", True, 0),
         (KILLED, True, 1),
         (STOPPED, True, 1),
-        pytest.param("systemctl daemon-reexec", False, 0, marks=pytest.mark.long),
-        pytest.param(
-            "systemctl stop templated; systemctl start templated", True, 0, marks=pytest.mark.long
-        ),
+        ("systemctl daemon-reexec", False, 0),
+        ("systemctl stop templated; systemctl start templated", True, 0),
     ],
     ids=["restart", "sigkill", "watchdog", "daemon-reexec", "stop"],
 )

@@ -249,6 +249,7 @@ def test_a_guest_that_does_not_listen(ten: Daemon, hostile: str) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.long
 def test_a_restart_beside_a_flood(ten: Daemon, hostile: str) -> None:
     """The next daemon adopts all of them, and cuts the console that nobody has looked at."""
     left_behind(ten, _CONSOLE + _REPLACE, _AGENT.encode())
