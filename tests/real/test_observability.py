@@ -307,7 +307,8 @@ def test_top(busy: Daemon, prometheus: Prometheus) -> None:
     assert {"template": "pooled", "state": "dead", "count": 1} in frame["clones"]
     (function,) = frame["functions"]
     assert (function["function"], function["count"], function["failed"]) == ("hello", 2, 1)
-    assert function["cold_starts"] == 2 and sum(function["instances"].values()) == 1
+    # The second instance may have been started ahead of its request.
+    assert 1 <= function["cold_starts"] <= 2 and sum(function["instances"].values()) == 1
     assert any(event["type"] == "clone.dead" for event in frame["events"])
     (pool,) = (pool for pool in frame["pools"] if pool["template"] == "pooled")
     assert pool["standby"]["target"] == pool["warm"]["target"] == 1
