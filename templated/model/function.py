@@ -92,6 +92,11 @@ class Version(Struct, frozen=True, kw_only=True):
         return str(self.number) if self.number else LATEST
 
 
+def named(version: Version) -> str:
+    """A version, as people read it: NAME:LABEL."""
+    return f"{version.function}:{version.label}"
+
+
 class Alias(Struct, frozen=True, kw_only=True):
     """A name for one version, or for two with weights that add up to 1."""
 

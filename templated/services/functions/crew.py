@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from typing import Protocol
 
-from templated.model.function import Version
+from templated.model.function import Version, named
 from templated.model.units import seconds
 from templated.services.functions.backoff import Backoff, Pace
 from templated.services.functions.instance import InitError, Instance
@@ -25,7 +25,7 @@ class Crew:
 
     def __init__(self, version: Version, metrics: VersionMetrics, pace: Pace) -> None:
         self.version = version
-        self.key = f"{version.function}:{version.label}"
+        self.key = named(version)
         self.timeout = seconds(version.settings.timeout)
         self.metrics = metrics
         self.members: set[Instance] = set()

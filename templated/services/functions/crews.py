@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from templated.errors import Busy, NotFound
-from templated.model.function import Version
+from templated.model.function import Version, named
 from templated.services.functions.crew import DRIVEN, Crew, Waiter
 from templated.services.functions.instance import Instance
 from templated.services.functions.instances import Instances
-from templated.services.functions.starts import Room, Starts, named
+from templated.services.functions.starts import Room, Starts
 from templated.services.reports.events import EventBus
 from templated.services.reports.function_metrics import FunctionMetrics
 

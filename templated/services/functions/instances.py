@@ -27,7 +27,7 @@ from templated.errors import (
     Timeout,
 )
 from templated.model.clone import StartPath
-from templated.model.function import InstanceState, Version
+from templated.model.function import InstanceState, Version, named
 from templated.services.functions.environment import environment
 from templated.services.functions.instance import (
     InitError,
@@ -126,7 +126,7 @@ class Instances:
     async def _launch(self, instance: Instance) -> CodeFile:
         """Bring up its clone, with the code attached."""
         version, begin = instance.version, time.perf_counter()
-        label = f"{version.function}:{version.label}"
+        label = named(version)
         try:
             code = await self._code.ensure(version.code.digest)
             fetched = time.perf_counter()
@@ -479,7 +479,7 @@ def _require_there(instance: Instance) -> None:
 def _ended(instance: Instance, why: str) -> GuestError:
     version = instance.version
     return GuestError(
-        f"an instance of {version.function}:{version.label} ended in the middle: {why}",
+        f"an instance of {named(version)} ended in the middle: {why}",
         hint=f"see: templated function logs {version.function}",
     )
 

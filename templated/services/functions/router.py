@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from templated.errors import GuestError, TemplatedError, Throttled
-from templated.model.function import LATEST, Version
+from templated.model.function import LATEST, Version, named
 from templated.services.functions.bounds import Bounds
 from templated.services.functions.crew import Tallies
 from templated.services.functions.crews import Crews, closing
@@ -25,7 +25,6 @@ from templated.services.functions.parts import Call, Versions, Watches
 from templated.services.functions.payloads import checked
 from templated.services.functions.printed import Printed, Prints
 from templated.services.functions.request import Outcome, Request, ms_since
-from templated.services.functions.starts import named
 from templated.services.functions.traces import Traces
 from templated.services.reports.function_metrics import FunctionMetrics
 

@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from templated.errors import Busy, StartError, Timeout
-from templated.model.function import Alias, UpdateView, Version
+from templated.model.function import Alias, UpdateView, Version, named
 from templated.services.functions.crews import Crews
 from templated.services.functions.registry import Registry
-from templated.services.functions.starts import named
 from templated.services.reports.events import EventBus
 from templated.services.tasks import Tasks
 

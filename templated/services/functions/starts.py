@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from templated.errors import Busy, GuestError, StartError
-from templated.model.function import Version
+from templated.model.function import Version, named
 from templated.services.functions.backoff import Pace
 from templated.services.functions.crew import Crew, reason
 from templated.services.functions.instance import InitError, Instance, NotBegun
@@ -282,11 +282,6 @@ class Starts:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-
-
-def named(version: Version) -> str:
-    """A version, as people read it."""
-    return f"{version.function}:{version.label}"
 
 
 def _crowded(outcome: object) -> bool:

@@ -159,9 +159,9 @@ class Refill:
             if failpoints.armed:
                 failpoints.hit("refill.waiting")
             self._backoff.pop(pool, None)
-            seconds = clock.total_ms() / 1000
-            self._pools.took(pool, seconds)
-            self._context.metrics.refill_seconds.labels(*pool).observe(seconds)
+            took = clock.total_ms() / 1000
+            self._pools.took(pool, took)
+            self._context.metrics.refill_seconds.labels(*pool).observe(took)
         except Busy as error:  # others were faster; `_fill` looks before the next one
             log.info("no %s VM of %s is made: %s", pool[1], pool[0], error.message)
         except Exception as error:  # noqa: BLE001  # reported by _failed, whatever it is

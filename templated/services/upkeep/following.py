@@ -9,10 +9,10 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 
-from templated.model.function import Version
+from templated.model.function import Version, named
 from templated.services.functions.crews import Crews
 from templated.services.pools.members import Pools
-from templated.services.upkeep.scaling import Scaling, named
+from templated.services.upkeep.scaling import Scaling
 
 log = logging.getLogger(__name__)
 INTERVAL = 10.0

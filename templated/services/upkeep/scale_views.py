@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from templated.model.function import Version
+from templated.model.function import Version, named
 from templated.model.scaling import CallView, ScaleDetail, ScaleHistory, ScaleView
 from templated.scaling.chains import Edge
 from templated.scaling.ring import Ring
 from templated.services.functions.crews import Crews
-from templated.services.upkeep.scaling import MINUTES, Scaling, named
+from templated.services.upkeep.scaling import MINUTES, Scaling
 
 _DIGITS = 3
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from templated.model.config import ScalingConfig
-from templated.model.function import Version
+from templated.model.function import Version, named
 from templated.model.units import optional_bytes, seconds
 from templated.scaling import Bounds, Decision, Failure, Policy, Scaler
 from templated.scaling.chains import Chains
@@ -317,11 +317,6 @@ class Scaling:
         for supply in self._crews.supplies():
             found[supply.version.function, supply.version.label] += supply.up
         return found
-
-
-def named(version: Version) -> str:
-    """The scaler's key of a version."""
-    return f"{version.function}:{version.label}"
 
 
 def policy(config: ScalingConfig) -> Policy:
