@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from templated.scaling.chains.expected import Expected
@@ -84,13 +84,6 @@ class Agenda:
     def functions(self) -> list[str]:
         """Those of which something is, or was, expected."""
         return list(self._expected)
-
-    def due(self, now: float, lead: float = 0.0) -> Iterator[tuple[str, Wanted]]:
-        """All that has to be there `lead` seconds from now."""
-        for function in list(self._expected):
-            wanted = self.wanted(function, now, lead)
-            if wanted is not None:
-                yield function, wanted
 
     def forget(self, function: str) -> None:
         """It is gone."""
