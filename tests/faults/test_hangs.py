@@ -68,7 +68,7 @@ def test_claim(rig: Rig, path: str, count: Callable[[int], None]) -> None:
     rig.clean = True
 
 
-@pytest.mark.sampled
+@pytest.mark.long
 @pytest.mark.parametrize("place", ["program.start", "qmp.set_link"])
 def test_cold(rig: Rig, place: str, count: Callable[[], None]) -> None:
     """The bound of a boot holds for what comes before it."""

@@ -49,6 +49,7 @@ def test_every_path(host: Product) -> None:
     check(host, clones)
 
 
+@pytest.mark.long  # tests/real has pools; test_every_path takes of them here
 def test_pool(host: Product) -> None:
     """A pool is refilled when members are taken, and when one is killed."""
     host.cli("pool", "set", "python-fn", "--warm", "2", "--wait")

@@ -14,19 +14,19 @@ exec qemu-system-x86_64 "$@"
 """
 KILLED = f"kill -KILL $({MAIN_PID})"
 # systemd ends a daemon that gives no sign of life for WatchdogSec, and starts another.
+STOP, START = "systemctl stop templated", "systemctl start templated"
 STOPPED = f"kill -STOP $({MAIN_PID})"
 
 
 @pytest.mark.parametrize(
     ("how", "replaced", "counted"),
     [
-        ("systemctl restart templated", True, 0),
-        (KILLED, True, 1),
-        (STOPPED, True, 1),
-        ("systemctl daemon-reexec", False, 0),
-        ("systemctl stop templated; systemctl start templated", True, 0),
+        pytest.param("systemctl restart templated", True, 0, id="restart"),
+        pytest.param(KILLED, True, 1, id="sigkill", marks=pytest.mark.long),
+        pytest.param(STOPPED, True, 1, id="watchdog"),
+        pytest.param("systemctl daemon-reexec", False, 0, id="daemon-reexec"),
+        pytest.param(f"{STOP}; {START}", True, 0, id="stop", marks=pytest.mark.long),
     ],
-    ids=["restart", "sigkill", "watchdog", "daemon-reexec", "stop"],
 )
 def test_adoption(host: Product, how: str, replaced: bool, counted: int) -> None:
     """The clone has its process and memory still, answers, and can be removed; others start."""

@@ -29,14 +29,14 @@ def steady(host: Daemon) -> Iterator[Daemon]:
     assert host.settled(before) == before
 
 
-@pytest.mark.parametrize("name", ["../x", "", "x" * 300, "a b", "Fn-1", "-a", "a_b", "ü", "a\nb"])
-def test_bad_names(steady: Daemon, name: str) -> None:
+def test_bad_names(steady: Daemon) -> None:
     """A name that cannot be a host name is refused, by the command and by the API alike."""
-    assert "is not a clone name" in steady.fails("clone", "--", name)
-    body = json.dumps({"name": name, "template": "python-fn"})
-    command = ["curl", "-s", "--unix-socket", str(steady.socket), "-d", body, "http://x/v1/clones"]
-    answer = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    assert answer["error"]["code"] == "invalid" and answer["error"]["hint"]
+    curl = ["curl", "-s", "--unix-socket", str(steady.socket), "http://x/v1/clones", "-d"]
+    for name in ("../x", "", "x" * 300, "a b", "Fn-1", "-a", "a_b", "ü", "a\nb"):
+        assert "is not a clone name" in steady.fails("clone", "--", name)
+        body = json.dumps({"name": name, "template": "python-fn"})
+        answer = json.loads(subprocess.run([*curl, body], capture_output=True, check=True).stdout)
+        assert answer["error"]["code"] == "invalid" and answer["error"]["hint"]
 
 
 def test_unknown_template(steady: Daemon) -> None:

@@ -111,6 +111,7 @@ def test_neighbours(bench: Daemon) -> None:
     assert 0 < report["daemon_kib"]["before"] <= 2 * report["daemon_kib"]["most"]
 
 
+@pytest.mark.long
 def test_compare(bench: Daemon) -> None:
     """Every contender brings up the guest, libvirt's too."""
     report = bench.json("bench", "compare", "-n", "1")

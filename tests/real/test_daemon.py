@@ -19,7 +19,9 @@ from tests.real.harness import Daemon
 pytestmark = pytest.mark.real
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.long)]
+)
 def test_clones_outlive_the_daemon(copied: Daemon, number: signal.Signals) -> None:
     """A restarted daemon adopts its clones and goes on serving them, and keeps no orphan."""
     copied.start()
@@ -67,6 +69,7 @@ def building(daemon: Daemon) -> subprocess.Popen[bytes]:
     return build
 
 
+@pytest.mark.long  # tests/faults kills it there in each place
 def test_killed_in_the_middle_of_a_build(fresh: Daemon) -> None:
     """Nothing of the build stays, and the template can be built again."""
     fresh.start()

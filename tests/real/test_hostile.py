@@ -233,6 +233,7 @@ def test_floods_of_console_clock_packets_and_disk(ten: Daemon, hostile: str) -> 
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.long
 def test_a_guest_that_does_not_listen(ten: Daemon, hostile: str) -> None:
     """What it does not take is not piled up in the daemon, and does not keep it from ending."""
     left_behind(ten, _DEAF)

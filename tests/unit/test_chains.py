@@ -485,3 +485,23 @@ def test_the_command() -> None:
     data = CliRunner().invoke(bench.chains, [*arguments, "-o", "json"])
     assert json.loads(data.output)["runs"] == 30
     assert REACH > 10
+
+
+def _expected(at_once: int, begin: float) -> Expected:
+    return Expected("g", at_once, begin, begin + 5, 0.9, begin, ("f", "g"), True)
+
+
+def test_what_has_come_is_expected_no_more() -> None:
+    """Of each source that which was to come first; a fan-out one by one."""
+    agenda = Agenda()
+    agenda.arrived("g")
+    agenda.add("f", [_expected(2, 1.0), _expected(1, 3.0)])
+    agenda.add("h", [_expected(1, 2.0)])
+    counts = []
+    for _ in range(4):
+        wanted = agenda.wanted("g", 0.0, lead=9)
+        counts.append(wanted.count if wanted else 0)
+        agenda.arrived("g")
+    assert counts == [3, 2, 1, 0]
+    assert agenda.wanted("g", 0.0, lead=9) is None and agenda.functions() == []
+    agenda.arrived("g")

@@ -14,8 +14,8 @@ from templated.drivers.guest_functions import InitFailed
 from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.model.config import ScalingConfig
 from templated.model.function import Version
-from templated.scaling import Bounds, Policy, Scaler
-from templated.scaling.chains import Agenda, Edge, Expected
+from templated.scaling import Policy
+from templated.scaling.chains import Edge
 from templated.scaling.chains.edges import Outcome
 from templated.services.functions.crew import KEPT
 from templated.services.reports.scaling_metrics import ScalingMetrics
@@ -567,35 +567,3 @@ def test_a_daemon_has_it_unless_it_is_switched_off(tmp_path: Path) -> None:
     run(main(False))
     run(main(True))
     assert not (tmp_path / "s/scaling.part").exists()
-
-
-def _expected(at_once: int, begin: float) -> Expected:
-    return Expected("g", at_once, begin, begin + 5, 0.9, begin, ("f", "g"), True)
-
-
-def test_what_has_come_is_expected_no_more() -> None:
-    """Of each source that which was to come first; a fan-out one by one."""
-    agenda = Agenda()
-    agenda.arrived("g")
-    agenda.add("f", [_expected(2, 1.0), _expected(1, 3.0)])
-    agenda.add("h", [_expected(1, 2.0)])
-    counts = []
-    for _ in range(4):
-        wanted = agenda.wanted("g", 0.0, lead=9)
-        counts.append(wanted.count if wanted else 0)
-        agenda.arrived("g")
-    assert counts == [3, 2, 1, 0]
-    assert agenda.wanted("g", 0.0, lead=9) is None and agenda.functions() == []
-    agenda.arrived("g")
-
-
-def test_foreseen_in_place_of_what_was() -> None:
-    scaler = Scaler()
-    scaler.add("g", Bounds(mib=30))
-    for _ in range(3):
-        scaler.foresee("g", BEGIN, 2, BEGIN + 9, "f calls it")
-        scaler.round(BEGIN)
-    assert scaler.decision("g")[1:5] == (0, 2, "expected", "f calls it")
-    scaler.foresee("g", BEGIN, 0, BEGIN, "")
-    scaler.round(BEGIN + 1)
-    assert scaler.decision("g").keep == 0

@@ -352,3 +352,15 @@ def test_a_thousand_functions_invoked_once() -> None:
 def test_time_only_has_to_be_a_number() -> None:
     with pytest.raises(ValueError, match="is no time"):
         scaler().round(float("nan"))
+
+
+def test_foreseen_in_place_of_what_was() -> None:
+    scaler = Scaler()
+    scaler.add("g", Bounds(mib=30))
+    for _ in range(3):
+        scaler.foresee("g", 0.0, 2, 9, "f calls it")
+        scaler.round(0.0)
+    assert scaler.decision("g")[1:5] == (0, 2, "expected", "f calls it")
+    scaler.foresee("g", 0.0, 0, 0.0, "")
+    scaler.round(1)
+    assert scaler.decision("g").keep == 0
