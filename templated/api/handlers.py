@@ -46,6 +46,7 @@ async def info(request: web.Request) -> web.Response:
             transport=config.restore.transport,
             confine=config.confine,
             clones=len(services.clones),
+            scaling=config.scaling,
         )
     )
 

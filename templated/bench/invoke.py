@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from templated.bench.agents import agent
+from templated.bench.gateway import lambdas
 from templated.bench.paths import in_threads
 from templated.bench.session import Session
 from templated.bench.stats import medians, summarize
@@ -316,16 +317,7 @@ def _shifted(bench: _Bench, count: int) -> dict[str, Any]:
 
 def _gateway(bench: _Bench, url: str, count: int) -> dict[str, Any]:
     """The same request by boto3 and by the unix socket in turn, each on one connection."""
-    try:
-        import boto3
-        from botocore.config import Config
-    except ImportError as error:
-        raise HostError("boto3 is not installed", hint="pip install boto3") from error
-    lambdas = boto3.client(
-        "lambda",
-        endpoint_url=url,
-        config=Config(retries={"max_attempts": 0}, max_pool_connections=1),
-    )
+    client = lambdas(url)
     session, name = bench.session, bench.deploy()
     samples: dict[str, list[float]] = {"boto3": [], "socket": []}
     for number in range(-_WARM_UP, count):
@@ -335,7 +327,7 @@ def _gateway(bench: _Bench, url: str, count: int) -> dict[str, Any]:
             if way == "socket":
                 bench.invoke(name)
             else:
-                answer = lambdas.invoke(FunctionName=name, Payload=_PAYLOAD)
+                answer = client.invoke(FunctionName=name, Payload=_PAYLOAD)
                 if answer["Payload"].read() != _PAYLOAD:
                     raise GuestError(f"{name} answered something else by boto3")
             if number >= 0:

@@ -21,9 +21,15 @@ def info(settings: Settings) -> None:
     """Show the daemon: version, accelerator, QEMU, places."""
     body = settings.client().json(requests.info())
     if settings.table:
-        render.fields((key.replace("_", " "), value) for key, value in body.items())
+        render.fields((key.replace("_", " "), _shown(value)) for key, value in body.items())
     else:
         render.dump(body, settings)
+
+
+def _shown(value: object) -> object:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {one}" for key, one in value.items() if one is not None)
+    return value
 
 
 VERSION_EXAMPLES = """

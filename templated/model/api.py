@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from templated.model.config import ScalingConfig
 from templated.model.names import MAX_COUNT
 from templated.model.spec import PoolSize
 
@@ -225,3 +226,5 @@ class Info(Struct, frozen=True, kw_only=True):
     """`restore.transport`."""
     confine: bool
     clones: int
+    scaling: ScalingConfig | None = None
+    """`scaling`, as configured."""

@@ -182,7 +182,7 @@ class ScalingConfig(_Section, frozen=True, kw_only=True):
     buffer_floor: Annotated[int, Meta(ge=0, le=1000)] = 0
     """Instances in reserve of a function with demand, at least."""
     window: Duration = "60s"
-    """Of which the mean demand is followed; when that of a tenth is double, this one is."""
+    """Of which the mean demand is followed, or that of a tenth of it while it is more."""
     pools: bool = True
     """Warm pools of templates that have no sizes of their own follow what functions need."""
     cool_down: Duration = "5m"

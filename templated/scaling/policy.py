@@ -13,7 +13,8 @@ class Policy:
     stable: int = 60
     """Seconds whose mean demand is followed."""
     panic: int = 6
-    """Seconds whose mean demand is followed instead when that is at least double."""
+    """Seconds whose mean demand is followed instead while that is more; when it is double of what
+    there is, nothing shrinks for a while."""
     buffer_share: float = 0.2
     """Instances in reserve, as a share of the demand, rounded: below three none."""
     buffer_floor: int = 0

@@ -29,9 +29,9 @@ class Desired(NamedTuple):
 class Reactive:
     """Follows the demand of one function up at once, and down slowly.
 
-    Up: the mean over the stable window, or over the short one in a panic, and the buffer. Down:
-    surplus goes after a cool-down, half of what is left at a time. The longer the function has
-    been busy, the longer are the cool-down and the time between steps.
+    Up: the mean over the stable window, or over the short one where that is more, and the buffer.
+    Down: surplus goes after a cool-down, half of what is left at a time. The longer the function
+    has been busy, the longer are the cool-down and the time between steps.
     """
 
     __slots__ = ("_calm_since", "_panic_until", "_policy", "_step_at", "held")
@@ -61,8 +61,8 @@ class Reactive:
         sudden = math.ceil(short - 1e-9)
         if sudden >= _DOUBLE * max(1, self.held):
             self._panic_until = now + policy.stable
-        if now < self._panic_until:
-            mean = max(mean, sudden)
+        # What grows steadily is ahead of a long mean: the reserve is beside what there is now.
+        mean = max(mean, sudden if now < self._panic_until else short)
         if not mean:
             return demand.level
         # A mean of a half or less is somebody who comes now and then: the forecast knows better.

@@ -57,6 +57,12 @@ def test_the_buffer_is_a_share_with_a_floor() -> None:
     assert desired(lambda _: 1, 100, policy)[-1][0] == 4
 
 
+def test_the_reserve_is_ahead_of_what_grows() -> None:
+    """One more each ten seconds: from some on there is one for it before it comes."""
+    wanted = [count for count, _ in desired(lambda second: second // 10, 200)]
+    assert all(wanted[second] > second // 10 for second in range(39, 200, 10))
+
+
 def test_panic_holds_for_a_window_after_demand_doubled() -> None:
     def curve(second: int) -> int:
         return 40 if 100 <= second < 106 else 4 if second < 106 else 0

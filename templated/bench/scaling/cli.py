@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ templated bench scaling --trace azure2019-60apps.csv
 templated bench scaling --trace azure2019-60apps.csv --cost --plot scaling.svg
 templated bench scaling --trace invocations_per_function_md.anon.d01.csv --functions 200
 templated bench scaling --cost -o json
+AWS_ACCESS_KEY_ID=me AWS_SECRET_ACCESS_KEY=... AWS_DEFAULT_REGION=us-east-1 \\
+    templated bench scaling --trace azure2019-60apps.csv --functions 10 --live 144 \\
+    --gateway http://127.0.0.1:9178
 """
 
 
@@ -49,6 +53,35 @@ templated bench scaling --cost -o json
     is_flag=True,
     help="Count GiB-minutes, and decide by memory. Default: all instances count the same.",
 )
+@click.option(
+    "--live",
+    metavar="SPEED",
+    type=click.FloatRange(0.1, 1000),
+    default=None,
+    help="Instead, replay a part of it on real VMs, so many minutes of the trace in one.",
+)
+@click.option(
+    "--begin",
+    metavar="MINUTE",
+    type=click.IntRange(0, 100_000),
+    default=0,
+    show_default=True,
+    help="Where that part begins.",
+)
+@click.option(
+    "--minutes",
+    metavar="N",
+    type=click.IntRange(1, 100_000),
+    default=None,
+    help="How many minutes of the trace it has. Default: what goes by in ten minutes.",
+)
+@click.option(
+    "--gateway",
+    metavar="URL",
+    default=None,
+    help="Where requests go with --live: the daemon's gateway, by boto3, which needs a key of it.",
+)
+@click.option("--template", metavar="T", default=None, help="With --live. Default: the only one.")
 @click.option("--cost", is_flag=True, help="Also measure the CPU that deciding takes.")
 @click.option(
     "--plot",
@@ -64,6 +97,11 @@ def scaling(
     functions: int | None,
     duration: float,
     by_memory: bool,
+    live: float | None,
+    begin: int,
+    minutes: int | None,
+    gateway: str | None,
+    template: str | None,
     cost: bool,
     plot: Path | None,
 ) -> None:
@@ -77,25 +115,42 @@ def scaling(
     functions and shown for the other half, and for all.
 
     Starts nothing, and needs no daemon. A day of 60 applications takes one or two minutes.
+
+    With --live the requests of a part of the trace go to functions on real VMs, through the
+    gateway of the daemon that runs, and the daemon scales. What a minute needs comes at once and
+    takes a quarter of it. The same requests go through a simulation with the daemon's settings:
+    the report has the cold starts of both.
     """
     from templated.bench import plot as pictures
     from templated.bench.progress import ProgressLine
     from templated.bench.scaling.cost import measure_cost
+    from templated.bench.scaling.live import Plan, replay_live
     from templated.bench.scaling.measure import measure
     from templated.bench.scaling.picture import draw
     from templated.bench.scaling.show import show
     from templated.bench.scaling.trace import read
+    from templated.bench.session import session
 
     if trace_file is None and not cost:
         raise InvalidRequest("nothing to measure", hint="name a --trace, or ask for the --cost")
+    if live is not None and (trace_file is None or gateway is None):
+        raise InvalidRequest("--live needs a --trace and a --gateway", hint="see the examples")
     if plot is not None:
         pictures.check(plot)
+        if live is not None and not cost:
+            raise InvalidRequest("--live draws nothing", hint="leave out --plot")
     progress = ProgressLine(settings)
     report: dict[str, Any] = {"kind": "scaling"}
     try:
         if trace_file is not None:
             trace = read(trace_file, duration=duration, first=functions)
-            report |= measure(trace, by_memory, progress)
+            if live is None:
+                report |= measure(trace, by_memory, progress)
+            else:
+                plan = Plan(live, begin, minutes or math.ceil(10 * live), gateway or "")
+                with session(settings.client(), template, progress) as opened:
+                    report["live"] = replay_live(opened, trace, plan)
+                    report["host"] = opened.host()
         if cost:
             report["cost"] = measure_cost(progress)
     finally:

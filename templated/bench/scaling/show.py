@@ -14,6 +14,8 @@ def show(report: dict[str, Any]) -> None:
     """Tables on stdout."""
     if "curves" in report:
         _show_curves(report)
+    if "live" in report:
+        _show_live(report["live"])
     if "cost" in report:
         _show_cost(report["cost"])
 
@@ -64,6 +66,28 @@ def held_key(report: dict[str, Any]) -> str:
 
 def _least(points: list[dict[str, Any]], cold: int, key: str) -> float | str:
     return min((p[key] for p in points if p["cold"] <= cold), default="never")
+
+
+def _show_live(live: dict[str, Any]) -> None:
+    click.echo(
+        f"trace {live['trace']}: {live['minutes']} minutes from minute {live['begin']}, "
+        f"{live['speed']:g} in one; {live['requests']} requests, {live['errors']} failed"
+    )
+    if live["last_error"]:
+        click.echo(f"  the last one: {live['last_error']}")
+    table(
+        ["function", "requests", "cold, simulated", "cold, on VMs"],
+        [list(row.values()) for row in live["rows"]],
+    )
+    click.echo(
+        f"cold starts: {live['cold_live']}, the simulation said {live['cold_simulated']} "
+        f"({live['off_percent']:+g} %), with {live['start_ms']:g} ms for a start and "
+        f"{live['instance_mib']:g} MiB for an instance"
+    )
+    late, took = live["late_ms"], live["beyond_handler_ms"]
+    click.echo(f"sent late by, in ms: p50 {late['p50']:g}, p99 {late['p99']:g}, n = {late['n']}")
+    if took:
+        click.echo(f"beyond the handler, in ms: p50 {took['p50']:g}, p99 {took['p99']:g}")
 
 
 def _show_cost(cost: dict[str, Any]) -> None:
