@@ -42,7 +42,7 @@ templated bench neighbours 20 --rounds 50 --template limited -o json
 """
 _INVOKE_EXAMPLES = """
 templated bench invoke
-templated bench invoke --paused 200 --first 0 --attach 0 --shifted 0
+templated bench invoke --paused 200 --first 0 --attach 0 --shifted 0 --step 0
 AWS_ACCESS_KEY_ID=me AWS_SECRET_ACCESS_KEY=... AWS_DEFAULT_REGION=us-east-1 \\
     templated bench invoke --gateway http://127.0.0.1:9178
 """
@@ -269,6 +269,8 @@ def neighbours(settings: Settings, n: int, rounds: int, template: str | None) ->
 @_count("--first", default=30, most=1000, about="First requests, with and without a pool.")
 @_count("--attach", default=20, most=1000, about="First requests, of small and of large code.")
 @_count("--shifted", default=1000, most=100000, about="Requests by the weights of an alias.")
+@_count("--step", default=20, most=1000, about="Requests at once to a function at rest.")
+@_count("--steps", default=5, least=1, most=100, about="How often, each way.")
 @click.option(
     "--sustained",
     metavar="SECONDS",
@@ -292,6 +294,8 @@ def invoke(
     first: int,
     attach: int,
     shifted: int,
+    step: int,
+    steps: int,
     sustained: float,
     gateway: str | None,
     template: str | None,
@@ -311,6 +315,8 @@ def invoke(
         attach=attach,
         sustained=sustained,
         shifted=shifted,
+        step=step,
+        steps=steps,
         gateway=gateway,
     )
     _run(settings, template, None, lambda session: module.measure_invoke(session, plan))

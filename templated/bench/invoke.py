@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import itertools
-import math
-import os
 import time
-import zipfile
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from templated.bench.agents import agent
+from templated.bench.ahead import measure_shift, measure_step
+from templated.bench.functions import PAYLOAD, Functions
 from templated.bench.gateway import lambdas
 from templated.bench.paths import in_threads
 from templated.bench.session import Session
 from templated.bench.stats import medians, summarize
 from templated.client import Client
-from templated.errors import GuestError, HostError, TemplatedError, Timeout
+from templated.errors import GuestError, HostError
 from templated.model.function import InvokeView
 
-# What is measured is how a request comes to a handler: this one returns what it was given.
-_APP = b"def handler(event, context):\n    return event\n"
-_PAYLOAD = b'{"a": 1}'  # as Python writes it
 _SMALL, _LARGE = 100 << 10, 200 << 20
-_PAUSED_WITHIN = 30.0
-_POLL = 0.01
 # Functions of which one is invoked while the others come to rest.
 _RESTING = 12
 _WARM_UP, _WARM_UP_SECONDS = 3, 3.0
@@ -49,6 +40,10 @@ class Plan:
     """Seconds of each way."""
     shifted: int = 1000
     """Requests by weight."""
+    step: int = 20
+    """Requests that come at once to a function that has no instance."""
+    steps: int = 5
+    """How often, each way."""
     gateway: str | None = None
     """The URL of Lambda's API, for boto3 with the keys that it finds by itself."""
 
@@ -56,7 +51,7 @@ class Plan:
 def measure_invoke(session: Session, plan: Plan) -> dict[str, Any]:
     """All figures of one run, in milliseconds. Functions that it makes are removed again."""
     report: dict[str, Any] = {"kind": "invoke", "template": session.template, "unit": "ms"}
-    with _Bench(session) as bench:
+    with Functions(session) as bench:
         report["rows"], report["skipped"] = {}, {}
         if plan.paused:
             report |= _paused(bench, plan)
@@ -67,75 +62,15 @@ def measure_invoke(session: Session, plan: Plan) -> dict[str, Any]:
         if plan.sustained:
             report["sustained"] = _sustained(bench, plan.sustained)
         if plan.shifted:
-            report["shifted"] = _shifted(bench, plan.shifted)
+            report["shifted"] = measure_shift(bench, plan.shifted)
+        if plan.step:
+            report["step"] = measure_step(bench, plan.step, plan.steps)
         if plan.gateway:
             report["gateway"] = _gateway(bench, plan.gateway, plan.paused or 100)
     return report
 
 
-class _Bench:
-    """The functions of one run, which are removed at its end."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.client = Client(session.client.path, keep_alive=True)
-        self._names = (f"{session.tag}-{number}" for number in itertools.count())
-        self._numbers = map(str, itertools.count())
-        self._made: list[str] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name in self._made:
-            with contextlib.suppress(TemplatedError):
-                self.session.client.remove_function(name)
-        self.client.close()
-
-    def deploy(self, size: int = 0) -> str:
-        """A new function whose code has about so many bytes beside its handler."""
-        name = next(self._names)
-        self._made.append(name)
-        self.client.deploy_function(
-            name,
-            _archive(size),
-            handler="app.handler",
-            template=self.session.template,
-            timeout="60s",
-        )
-        return name
-
-    def invoke(self, name: str, client: Client | None = None, **how: Any) -> InvokeView:
-        """One request, which must succeed."""
-        view = (client or self.client).invoke_function(name, _PAYLOAD, **how)
-        if view.error is not None or bytes(view.payload) != _PAYLOAD:
-            raise GuestError(f"{name} answered {bytes(view.payload)[:200]!r}")
-        return view
-
-    def paused(self, name: str) -> None:
-        """Wait until a function's instance rests. Raises Timeout."""
-        deadline = time.monotonic() + _PAUSED_WITHIN
-        while not self.client.show_function(name).instances.get("paused"):
-            if time.monotonic() > deadline:
-                raise Timeout(f"no instance of {name} was paused within {_PAUSED_WITHIN:g} s")
-            time.sleep(_POLL)
-
-    def fresh(self, name: str) -> str:
-        """A version with the same code that had no request yet: nothing is kept ready for it."""
-        self.client.deploy_function(name, env={"VERSION": next(self._numbers)})
-        return self.client.publish_function(name).version
-
-
-def _archive(size: int) -> bytes:
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        archive.writestr("app.py", _APP)
-        if size:
-            archive.writestr("data", os.urandom(size))
-    return content.getvalue()
-
-
-def _paused(bench: _Bench, plan: Plan) -> dict[str, Any]:
+def _paused(bench: Functions, plan: Plan) -> dict[str, Any]:
     """Requests on paused instances, in turn with bare claims of warm clones."""
     session = bench.session
     names = [bench.deploy() for _ in range(_RESTING)]
@@ -167,7 +102,7 @@ def _paused(bench: _Bench, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _first(bench: _Bench, count: int) -> dict[str, Any]:
+def _first(bench: Functions, count: int) -> dict[str, Any]:
     """First requests of a function: from a warm pool; and without one, in turn with clones."""
     session, name = bench.session, bench.deploy()
     views: dict[str, list[InvokeView]] = {"pool": [], "direct": []}
@@ -194,7 +129,7 @@ def _first(bench: _Bench, count: int) -> dict[str, Any]:
     return {**rows, "clone": clone.as_dict(), "direct_to_clone": ratio}
 
 
-def _new(bench: _Bench, name: str, start: str) -> InvokeView:
+def _new(bench: Functions, name: str, start: str) -> InvokeView:
     """A request that needs a new instance, which is then ended.
 
     It is the first one of a version, and that goes with it: of one that was asked for before the
@@ -205,19 +140,11 @@ def _new(bench: _Bench, name: str, start: str) -> InvokeView:
     if view.start != start:
         raise HostError(f"a request of {name} was served by {view.start}, not by {start}")
     bench.client.remove_function(name, version)
-    _gone(bench, name)
+    bench.gone(name)
     return view
 
 
-def _gone(bench: _Bench, name: str) -> None:
-    deadline = time.monotonic() + _PAUSED_WITHIN
-    while any(bench.client.show_function(name).instances.values()):
-        if time.monotonic() > deadline:
-            raise Timeout(f"an instance of {name} does not end")
-        time.sleep(_POLL)
-
-
-def _attach(bench: _Bench, count: int) -> dict[str, Any]:
+def _attach(bench: Functions, count: int) -> dict[str, Any]:
     """The phase `attach` on members of a warm pool, small and large code in turn."""
     session = bench.session
     session.progress("deploying 200 MB of code")
@@ -233,7 +160,7 @@ def _attach(bench: _Bench, count: int) -> dict[str, Any]:
     return {**rows, "large_to_small": round(rows["200 MB"]["p50"] / rows["100 KB"]["p50"], 3)}
 
 
-def _sustained(bench: _Bench, seconds: float, instances: int = 4) -> dict[str, Any]:
+def _sustained(bench: Functions, seconds: float, instances: int = 4) -> dict[str, Any]:
     """Requests per second of one function, and of as many agents that are asked in a loop.
 
     As many callers as instances, each on a connection that is kept. In slices, since a host drifts.
@@ -250,7 +177,7 @@ def _sustained(bench: _Bench, seconds: float, instances: int = 4) -> dict[str, A
         ]
         session.progress(f"sustained: bringing up {instances} agents")
         asked = [
-            stack.enter_context(agent(generation, info, code, view.handler, _PAYLOAD))
+            stack.enter_context(agent(generation, info, code, view.handler, PAYLOAD))
             for _ in range(instances)
         ]
         workers: dict[str, list[Callable[[], object]]] = {
@@ -274,48 +201,11 @@ def _sustained(bench: _Bench, seconds: float, instances: int = 4) -> dict[str, A
     }
 
 
-def _caller(bench: _Bench, name: str, client: Client) -> Callable[[], object]:
+def _caller(bench: Functions, name: str, client: Client) -> Callable[[], object]:
     return lambda: bench.invoke(name, client)
 
 
-def _shifted(bench: _Bench, count: int) -> dict[str, Any]:
-    """Requests by an alias of two versions, 0.9 and 0.1; then it moves to one under load."""
-    session, name = bench.session, bench.deploy()
-    bench.client.publish_function(name)
-    bench.client.deploy_function(name, _archive(1))
-    bench.client.publish_function(name)
-    bench.client.set_alias(name, "prod", {"1": 0.9, "2": 0.1})
-    seen: Counter[str] = Counter()
-    for number in range(count):
-        session.progress(f"request {number + 1} of {count} by weight")
-        seen[bench.invoke(name, qualifier="prod").version] += 1
-    sigma = math.sqrt(count * 0.9 * 0.1)
-    moved: list[str] = []
-    failed: list[str] = []
-
-    def call() -> None:
-        try:
-            moved.append(bench.invoke(name, Client(session.client.path), qualifier="prod").version)
-        except TemplatedError as error:
-            failed.append(error.message)
-
-    def shift() -> None:
-        time.sleep(0.5)
-        bench.client.set_alias(name, "prod", {"2": 1.0})
-        time.sleep(5.0)
-
-    in_threads([call, shift], 3.0)
-    return {
-        "n": count,
-        "second": seen["2"],
-        "deviation_sigma": round((seen["2"] - count * 0.1) / sigma, 2),
-        "while_moving": len(moved),
-        "errors_while_moving": len(failed),
-        "last": moved[-1] if moved else "",
-    }
-
-
-def _gateway(bench: _Bench, url: str, count: int) -> dict[str, Any]:
+def _gateway(bench: Functions, url: str, count: int) -> dict[str, Any]:
     """The same request by boto3 and by the unix socket in turn, each on one connection."""
     client = lambdas(url)
     session, name = bench.session, bench.deploy()
@@ -327,8 +217,8 @@ def _gateway(bench: _Bench, url: str, count: int) -> dict[str, Any]:
             if way == "socket":
                 bench.invoke(name)
             else:
-                answer = client.invoke(FunctionName=name, Payload=_PAYLOAD)
-                if answer["Payload"].read() != _PAYLOAD:
+                answer = client.invoke(FunctionName=name, Payload=PAYLOAD)
+                if answer["Payload"].read() != PAYLOAD:
                     raise GuestError(f"{name} answered something else by boto3")
             if number >= 0:
                 samples[way].append((time.perf_counter() - begin) * 1000)

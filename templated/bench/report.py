@@ -149,8 +149,23 @@ def _invoke(report: dict[str, Any]) -> None:
         click.echo(
             f"weights 0.9 and 0.1: {found['second']} of {found['n']} by the second, "
             f"{found['deviation_sigma']:g} standard deviations off; while the alias moved "
-            f"{found['while_moving']} requests, {found['errors_while_moving']} errors"
+            f"{found['while_moving']} requests, {found['errors_while_moving']} errors; "
+            f"{found['new']} by the new version, {found['new_warm_percent']} % of them by an "
+            "initialised instance"
         )
+    if found := report.get("step"):
+        _step(found)
+
+
+def _step(found: dict[str, Any]) -> None:
+    click.echo(
+        f"{found['requests']} requests at once of {found['seconds_each']:g} s each, to a function "
+        "without an instance, until all are served:"
+    )
+    _row("empty pools", found["empty"], "")
+    _row("warm pool", found["pool"], f"empty to pool: {found['empty_to_pool']:g}")
+    if found["desired"]:
+        _row("desired right", found["desired"], f"never: {found['never_desired']}")
 
 
 def _paused(report: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from tests.real.harness import Daemon
 pytestmark = pytest.mark.real
 
 SIGNING = "of-these-tests"
+TRACE = Path(__file__).parents[1] / "data" / "azure2019-60apps.csv"
 ROLE = "arn:aws:iam::000000000000:role/any"
 APP = """
 import time
@@ -296,3 +297,22 @@ def test_the_runtime_of_aws(client: Any, served: Daemon, aws_runtime: bytes) -> 
     assert failed["errorType"] == "ValueError" and failed["errorMessage"] == "as asked"
     assert any("app.py" in line for line in failed["stackTrace"])
     assert _invoke(client, "aws", 4)[0]["calls"] == 4
+
+
+def test_a_trace_is_replayed(served: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench scaling --live`: all requests succeed, and the first of each function is cold."""
+    gateway: Any = served.config["gateway"]
+    keys = {"AWS_ACCESS_KEY_ID": "TESTS", "AWS_SECRET_ACCESS_KEY": SIGNING}
+    for name, value in {**keys, "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    report = served.json(
+        *("bench", "scaling", "--trace", str(TRACE), "--functions", "5", "--live", "144"),
+        *("--minutes", "36", "--gateway", f"http://{gateway['listen']}"),
+    )
+    live = report["live"]
+    assert (live["errors"], live["last_error"]) == (0, "")
+    used = [row for row in live["rows"] if row["requests"]]
+    assert used and all(row["cold_live"] >= 1 for row in used)
+    assert live["cold_live"] == sum(row["cold_live"] for row in live["rows"])
+    assert live["late_ms"]["n"] == live["requests"] == sum(row["requests"] for row in live["rows"])
+    assert served.json("function", "ls") == []
