@@ -18,7 +18,7 @@ import random
 import pytest
 
 ALL, SEED, PART = "TEMPLATED_TEST_ALL", "TEMPLATED_TEST_SEED", "TEMPLATED_TEST_PART"
-SAMPLE = 0.06
+SAMPLE = 0.03
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -21,7 +21,7 @@ STARTS = [
 REFILLS = [(tier, place) for tier, places in REFILL.items() for place in can(places, Kind.ERROR)]
 
 
-@pytest.mark.sampled(0.4)
+@pytest.mark.sampled(0.2)
 @pytest.mark.parametrize(("path", "place"), STARTS)
 def test_start(rig: Rig, path: str, place: str, count: Callable[[], None]) -> None:
     """The error names the clone; the next request works."""
@@ -49,7 +49,7 @@ def test_fallback(rig: Rig, path: str, place: str, count: Callable[[], None]) ->
     rig.clean = True
 
 
-@pytest.mark.sampled(0.4)
+@pytest.mark.sampled(0.2)
 @pytest.mark.parametrize(("tier", "place"), REFILLS)
 def test_refill(rig: Rig, tier: str, place: str, count: Callable[[], None]) -> None:
     """A pool whose member failed is filled all the same, a little later."""

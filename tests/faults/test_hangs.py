@@ -28,6 +28,7 @@ def bounded(places: tuple[str, ...]) -> list[str]:
 BESIDE = ("cgroup.join", "qmp.migrate-incoming", "qmp.cont")
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("beside", [False, True])
 def test_direct(rig: Rig, beside: bool, count: Callable[[int], None]) -> None:
     """Each request ends with one line that names its clone and the bound."""
@@ -46,6 +47,7 @@ def test_direct(rig: Rig, beside: bool, count: Callable[[int], None]) -> None:
     rig.clean = True
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("path", ["standby", "warm"])
 def test_claim(rig: Rig, path: str, count: Callable[[int], None]) -> None:
     """A member that hangs is ended; its request gets another one, or one line."""
@@ -86,6 +88,7 @@ MEMBERS = {
 }
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("tier", ["standby", "warm"])
 def test_refill(rig: Rig, tier: str, count: Callable[[int], None]) -> None:
     """Members that hang are ended, and the pool is filled all the same."""

@@ -33,7 +33,7 @@ def descriptors(rig: Rig, more: int) -> Iterator[None]:
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
 
 
-@pytest.mark.sampled(0.35)
+@pytest.mark.sampled(0.2)
 @pytest.mark.parametrize("more", range(1, 18))
 def test_no_descriptor(rig: Rig, more: int, count: Callable[[], None]) -> None:
     """A start that runs out of descriptors anywhere gives all of them back."""

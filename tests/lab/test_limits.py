@@ -75,13 +75,14 @@ def test_groups_and_limits(limited: Product) -> None:
     assert limited.lab.run(f"test -e /sys/fs/cgroup{path}").returncode != 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("subgroup", "how"),
     [
         pytest.param("daemon", RESTART, id="subgroup-restart"),
-        pytest.param("daemon", KILL, id="subgroup-kill", marks=pytest.mark.long),
-        pytest.param("", RESTART, id="as-before-systemd-254-restart", marks=pytest.mark.long),
-        pytest.param("", KILL, id="as-before-systemd-254-kill", marks=pytest.mark.long),
+        pytest.param("daemon", KILL, id="subgroup-kill"),
+        pytest.param("", RESTART, id="as-before-systemd-254-restart"),
+        pytest.param("", KILL, id="as-before-systemd-254-kill"),
     ],
 )
 def test_restart(limited: Product, subgroup: str, how: str) -> None:

@@ -56,18 +56,23 @@ def bridged(host: Product) -> Iterator[Product]:
         )
 
 
-def test_nat(bridged: Product) -> None:
+@pytest.mark.parametrize(
+    "paths", [("direct",), pytest.param(("warm", "direct", "cold"), marks=pytest.mark.long)]
+)
+def test_nat(bridged: Product, paths: tuple[str, ...]) -> None:
     """Clones of a pool and of none reach the network outside by the lab's address."""
-    bridged.cli("pool", "set", "python-fn", "--warm", "1", "--wait")
+    if "warm" in paths:
+        bridged.cli("pool", "set", "python-fn", "--warm", "1", "--wait")
     clones = {}
-    for path in ("warm", "direct", "cold"):
+    for path in paths:
         clones[path] = bridged.clone(path, "--path", path)["identity"]
         assert clones[path]["ip"].startswith("10.78.")
         assert bridged.cli("exec", path, "--", "python3", "-c", ASK).strip() == "192.0.2.1"
     # Its interfaces keep the addresses that the daemon gave them, whatever udev would like.
     for identity in clones.values():
         assert identity["mac"] in bridged.lab.do(f"ip neigh show {identity['ip']}")
-    ping = f"templated exec warm -- ping -c 1 -w 3 {clones['direct']['ip']}"
-    assert bridged.lab.run(ping).returncode != 0
+    if len(paths) > 1:
+        ping = f"templated exec warm -- ping -c 1 -w 3 {clones['direct']['ip']}"
+        assert bridged.lab.run(ping).returncode != 0
     bridged.lab.do("systemctl restart templated")
     assert bridged.cli("exec", "direct", "--", "python3", "-c", ASK).strip() == "192.0.2.1"
