@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from templated.bench.agents import agent
 from templated.bench.ahead import measure_shift, measure_step
 from templated.bench.functions import PAYLOAD, Functions
 from templated.bench.gateway import lambdas
-from templated.bench.paths import in_threads
+from templated.bench.paths import in_threads, used_cpu
 from templated.bench.session import Session
 from templated.bench.stats import medians, summarize
 from templated.client import Client
@@ -187,9 +188,13 @@ def _sustained(bench: Functions, seconds: float, instances: int = 4) -> dict[str
         for work in workers.values():  # all instances are there after that
             in_threads(work, _WARM_UP_SECONDS)
         done, took = dict.fromkeys(workers, 0), dict.fromkeys(workers, 0.0)
+        used = {way: Counter[str]() for way in workers}
         for way in ("agents", "functions", "functions", "agents"):
             session.progress(f"sustained: {way}, {instances} at once")
+            before = _used_cpu(info.pid)
             count, wall = in_threads(workers[way], seconds / 2)
+            used[way].update(_used_cpu(info.pid))
+            used[way].subtract(before)
             done[way] += count
             took[way] += wall
     rates = {way: done[way] / took[way] for way in workers}
@@ -198,7 +203,15 @@ def _sustained(bench: Functions, seconds: float, instances: int = 4) -> dict[str
         "requests": done,
         "per_second": {way: round(rate, 1) for way, rate in rates.items()},
         "functions_to_agents": round(rates["functions"] / rates["agents"], 3),
+        "cpu_ms_per_request": {
+            way: {part: round(spent / done[way] * 1000, 3) for part, spent in used[way].items()}
+            for way in workers
+        },
     }
+
+
+def _used_cpu(daemon: int) -> dict[str, float]:
+    return {**used_cpu(daemon), "bench": time.process_time()}
 
 
 def _caller(bench: Functions, name: str, client: Client) -> Callable[[], object]:

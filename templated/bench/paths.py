@@ -168,9 +168,9 @@ def _sustained(session: Session, seconds: float, concurrency: int) -> dict[str, 
         rounds = max(1, round(seconds / _ROUND))
         for name in ("floor", "direct", "direct", "floor") * rounds:
             session.progress(f"sustained: {name}, {concurrency} at once")
-            before = _cpu_seconds(daemon)
+            before = used_cpu(daemon)
             count, wall = in_threads(workers[name], seconds / rounds / 2)
-            used[name].update(_cpu_seconds(daemon))
+            used[name].update(used_cpu(daemon))
             used[name].subtract(before)
             done[name] += count
             took[name] += wall
@@ -188,7 +188,8 @@ def _sustained(session: Session, seconds: float, concurrency: int) -> dict[str, 
     }
 
 
-def _cpu_seconds(daemon: int) -> dict[str, float]:
+def used_cpu(daemon: int) -> dict[str, float]:
+    """CPU seconds so far: of the whole host, busy and idle, and of the daemon alone."""
     return {**host_cpu_seconds(), "daemon": cpu_seconds(daemon)}
 
 

@@ -145,6 +145,11 @@ def _invoke(report: dict[str, Any]) -> None:
             f"sustained, {found['instances']} instances: {rates} per second; "
             f"functions to agents: {found['functions_to_agents']:g}"
         )
+        each = ", ".join(
+            f"{way} {cpu['busy']:g} (the daemon {cpu['daemon']:g}, this client {cpu['bench']:g})"
+            for way, cpu in found["cpu_ms_per_request"].items()
+        )
+        click.echo(f"CPU of the whole host per request, ms: {each}")
     if found := report.get("shifted"):
         click.echo(
             f"weights 0.9 and 0.1: {found['second']} of {found['n']} by the second, "
