@@ -100,16 +100,18 @@ def _together(works: list[Callable[[], None]], stop: Callable[[], None]) -> None
 
 
 def measure_step(bench: Functions, count: int, rounds: int) -> dict[str, Any]:
-    """So many requests at once to a function without an instance, with empty pools and with a
-    warm pool of as many members, in turn."""
+    """So many requests at once to a version without an instance, in turn: with empty pools, with
+    pools as they follow functions by themselves, and with a warm pool of as many members."""
     session, name = bench.session, bench.deploy(app=_SLEEPER)
-    wall: dict[str, list[float]] = {"empty": [], "pool": []}
+    wall: dict[str, list[float]] = {"empty": [], "followed": [], "pool": []}
     wanted: list[float] = []
     for number in range(rounds):
         for way, walls in wall.items():
             session.progress(f"step {number + 1} of {rounds}, {way}")
             if way == "pool":
                 session.pools.fill("warm", count)
+            elif way == "followed":
+                session.pools.follow()
             else:
                 session.pools.empty()
             version = bench.fresh(name)
@@ -120,14 +122,15 @@ def measure_step(bench: Functions, count: int, rounds: int) -> dict[str, Any]:
             bench.client.remove_function(name, version)
             bench.gone(name)
     session.pools.empty()
-    ratio = statistics.median(wall["empty"]) / statistics.median(wall["pool"])
+    p50 = {way: statistics.median(walls) for way, walls in wall.items()}
     return {
         "requests": count,
         "seconds_each": _SLEEP,
         **{way: summarize(walls).as_dict() for way, walls in wall.items()},
-        "empty_to_pool": round(ratio, 3),
+        "empty_to_pool": round(p50["empty"] / p50["pool"], 3),
+        "followed_to_pool": round(p50["followed"] / p50["pool"], 3),
         "desired": summarize(wanted).as_dict() if wanted else None,
-        "never_desired": 2 * rounds - len(wanted),
+        "never_desired": len(wall) * rounds - len(wanted),
     }
 
 

@@ -167,8 +167,9 @@ def _step(found: dict[str, Any]) -> None:
         f"{found['requests']} requests at once of {found['seconds_each']:g} s each, to a function "
         "without an instance, until all are served:"
     )
-    _row("empty pools", found["empty"], "")
-    _row("warm pool", found["pool"], f"empty to pool: {found['empty_to_pool']:g}")
+    _row("empty pools", found["empty"], f"to a warm pool: {found['empty_to_pool']:g}")
+    _row("pools follow", found["followed"], f"to a warm pool: {found['followed_to_pool']:g}")
+    _row("warm pool", found["pool"], "")
     if found["desired"]:
         _row("desired right", found["desired"], f"never: {found['never_desired']}")
 

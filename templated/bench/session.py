@@ -179,6 +179,12 @@ class Pools:
         self._set(dict.fromkeys(POOLED, 0))
         self.settled()
 
+    def follow(self) -> None:
+        """Have the sizes that they have when nobody sets them. Raises as `settled` does."""
+        self._remember()
+        self._client.set_pool(self._template, reset=True)
+        self.settled()
+
     def _remember(self) -> None:
         if self._before is None:
             self._before = self.targets()

@@ -244,9 +244,7 @@ class _Functions:
             gateway.region,
             templates.memory,
         )
-        # Half of the turns are always left to requests.
-        ahead = max(1, context.config.limits.concurrent_starts // 2)
-        room = Room(most=limits.concurrency, ahead=ahead, of_function=self._registry.maximum)
+        room = Room.of(context.config.limits, limits.concurrency, self._registry.maximum)
         self._crews = Crews(instances, context.events, metrics, room, self._registry.current)
         bounds = Bounds(self._registry, limits.concurrency, limits.queue)
         arns = f"arn:aws:lambda:{gateway.region}:{gateway.account}:function"

@@ -251,6 +251,7 @@ class World:
         self.bounds = Bounds(self.versions, self.concurrency, self.queue)
         room = Room(
             most=self.concurrency,
+            at_once=8,
             ahead=self.ahead,
             of_function=self.versions.maximum,
             pace=Pace(first=self.pace, longest=self.pace * 30, random=lambda: 1.0),

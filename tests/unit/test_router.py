@@ -17,7 +17,9 @@ from templated.errors import (
     Throttled,
 )
 from templated.model.clone import StartPath
+from templated.model.config import LimitConfig
 from templated.model.function import MAX_PAYLOAD
+from templated.services.functions.starts import Room
 from tests.unit.fake_daemon import until
 from tests.unit.fake_instances import FakeGuest, Held, World, echo, play, settle, version
 
@@ -538,3 +540,11 @@ def test_the_daemon_ends_in_the_middle() -> None:
             await world.ask()
 
     play(scenario, concurrency=3)
+
+
+def test_starts_of_a_version_at_once_are_as_many_as_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each keeps one busy. Half of the turns are left to requests in any case."""
+    for cpus, turns, expected in ((1, 8, (2, 2)), (4, 8, (4, 4)), (64, 8, (8, 4)), (4, 1, (1, 1))):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cpus: set(range(n)))
+        room = Room.of(LimitConfig(concurrent_starts=turns), 100, lambda _: None)
+        assert (room.at_once, room.ahead) == expected

@@ -24,6 +24,7 @@ from templated.bench.session import Session, require_memory
 from templated.bench.stats import summarize
 from templated.cli.scrape import Scrape
 from templated.errors import GuestError, InvalidRequest, TemplatedError
+from templated.services.functions.starts import host_starts
 from templated.services.upkeep.scaling import policy
 
 _APP = b"import time\n\ndef handler(event, context):\n    time.sleep(event)\n    return event\n"
@@ -70,7 +71,7 @@ def replay_live(session: Session, trace: Trace, plan: Plan) -> dict[str, Any]:
     with _functions(session, len(rows) + 1) as (*names, other):
         start = _rehearse(session, other)
         mib = session.client.show_scaling(other).instance_mib
-        world = World(len(rows), policy(config), mib, start)
+        world = World(len(rows), policy(config), mib, start, host_starts())
         world.run(wanted)
         require_memory(world.most, "instances")
         session.progress(f"{len(wanted)} requests; {sum(c.cold for c in world.crews)} cold ones?")

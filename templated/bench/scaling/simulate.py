@@ -16,9 +16,6 @@ from dataclasses import dataclass, field
 from templated.bench.scaling.requests import Request
 from templated.scaling import Bounds, Policy, Scaler
 
-# As in the daemon: starts of one version for requests at once, and those beside which others begin
-# ahead of them.
-_AT_ONCE, _AHEAD = 8, 4
 _ROUND = 1.0
 
 
@@ -46,12 +43,14 @@ class Crew:
 class World:
     """One run. `crews` has what it came to."""
 
-    def __init__(self, functions: int, policy: Policy, mib: float, start: float) -> None:
-        """An instance takes `mib` MiB, and `start` seconds to come up."""
+    def __init__(
+        self, functions: int, policy: Policy, mib: float, start: float, starts: int
+    ) -> None:
+        """An instance takes `mib` MiB, and `start` seconds to come up, `starts` of them at once."""
         self.crews = [Crew(str(number)) for number in range(functions)]
         self.most = 0
         """The most instances that there were at once."""
-        self._start = start
+        self._start, self._starts = start, starts
         self._scaler = Scaler(policy)
         for crew in self.crews:
             self._scaler.add(crew.key, Bounds(mib=mib))
@@ -104,7 +103,7 @@ class World:
             crew.resting += 1
 
     def _attend(self, crew: Crew) -> None:
-        while crew.starting < min(len(crew.waiting), _AT_ONCE):
+        while crew.starting < min(len(crew.waiting), self._starts):
             crew.cold += 1
             self._begin(crew)
 
@@ -133,7 +132,7 @@ class World:
 
     def _grow(self) -> None:
         """Begin what is wanted ahead, that of which most is missing first."""
-        while sum(crew.starting for crew in self.crews) < _AHEAD:
+        while sum(crew.starting for crew in self.crews) < self._starts:
             wanting = [crew for crew in self.crews if crew.strength < crew.aim]
             if not wanting:
                 return

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from templated.errors import Busy, GuestError, StartError
+from templated.model.config import LimitConfig
 from templated.model.function import Version, named
 from templated.services.functions.backoff import Pace
 from templated.services.functions.crew import Crew, reason
@@ -33,14 +35,32 @@ class Room:
 
     most: int
     """Instances in all, as far as some of them rest that nobody has asked to keep."""
-    at_once: int = 8
-    """Starts of one version for requests. More would not be faster: starts take turns. But who
-    waits for one that has not begun may be served by another before."""
-    ahead: int = 4
+    at_once: int
+    """Starts of one version for requests. Each keeps a CPU busy: with more than there are CPUs the
+    first would only come up later, and it may serve who waits for one that has not begun."""
+    ahead: int
     """With so many starts under way, whatever for, none is begun ahead of requests."""
     of_function: Callable[[str], int | None] = lambda _: None
     """Instances of one function at most; None: it has no bound of its own."""
     pace: Pace = field(default_factory=Pace)
+
+    @classmethod
+    def of(cls, limits: LimitConfig, most: int, of_function: Callable[[str], int | None]) -> Room:
+        """As configured, on the CPUs of this host."""
+        turns, cpus = limits.concurrent_starts, host_starts()
+        return cls(
+            most=most,
+            at_once=min(turns, cpus),
+            # Half of the turns are always left to requests.
+            ahead=max(1, min(turns // 2, cpus)),
+            of_function=of_function,
+        )
+
+
+def host_starts() -> int:
+    """Starts that this host does side by side: one for each CPU that the daemon may use, and two
+    at least, since a start waits at times, too."""
+    return max(2, len(os.sched_getaffinity(0)))
 
 
 class Starts:
