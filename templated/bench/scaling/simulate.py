@@ -2,7 +2,8 @@
 
 The rules of the crews (services/functions/starts.py) in a few lines: a request takes an instance
 that rests; for each that waits one is begun, and that is a cold start; a round each second begins
-instances ahead and ends those beyond. Each start takes the same time.
+instances ahead and ends those beyond. A start keeps a CPU busy, so that more of them than CPUs
+take longer.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class World:
     def __init__(
         self, functions: int, policy: Policy, mib: float, start: float, starts: int
     ) -> None:
-        """An instance takes `mib` MiB, and `start` seconds to come up, `starts` of them at once."""
+        """An instance takes `mib` MiB, and `start` seconds to come up, as long as no more than
+        `starts` do."""
         self.crews = [Crew(str(number)) for number in range(functions)]
         self.most = 0
         """The most instances that there were at once."""
@@ -109,12 +111,17 @@ class World:
 
     def _begin(self, crew: Crew) -> None:
         crew.starting += 1
-        self._at(self._now + self._start, lambda: self._came_up(crew))
+        took = self._start * max(1.0, self._starting / self._starts)
+        self._at(self._now + took, lambda: self._came_up(crew, took))
 
-    def _came_up(self, crew: Crew) -> None:
+    @property
+    def _starting(self) -> int:
+        return sum(crew.starting for crew in self.crews)
+
+    def _came_up(self, crew: Crew, took: float) -> None:
         crew.starting -= 1
         crew.up += 1
-        self._scaler.started(crew.key, self._start)
+        self._scaler.started(crew.key, took)
         self._offer(crew)
         self._attend(crew)
         self._grow()
@@ -132,7 +139,7 @@ class World:
 
     def _grow(self) -> None:
         """Begin what is wanted ahead, that of which most is missing first."""
-        while sum(crew.starting for crew in self.crews) < self._starts:
+        while self._starting < self._starts:
             wanting = [crew for crew in self.crews if crew.strength < crew.aim]
             if not wanting:
                 return
