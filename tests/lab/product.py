@@ -57,7 +57,11 @@ class Product:
         return errors[0]
 
     def settle(self) -> None:
-        """Have the default configuration, no clones, and a build of python-fn that serves."""
+        """Have the default configuration, no clones, and a build of python-fn that serves.
+
+        The daemon may be starting, or not there, after a test that failed.
+        """
+        self.lab.do("systemctl reset-failed templated; systemctl start templated")
         if self._config:
             self.configure()
         self.cli("rm", "--all", "--yes")
