@@ -27,3 +27,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish(session: pytest.Session) -> None:
     """After `-k` and `-m` have chosen."""
     divide(session.config, session.items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_keyboard_interrupt(excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+    """Keep the last entry: all are formatted, which took a minute on a busy host, and only then
+    do fixtures clean up."""
+    excinfo.traceback = excinfo.traceback[-1:]
