@@ -42,11 +42,14 @@ def agent(
         vm.connect()
         vm.restore(generation.frozen / STATE)
         wake(vm)
-        order = LoadOrder(
-            uuid=_uuid(code), runtime=Runtime.PYTHON, handler=handler, init_timeout=_INIT
-        )
-        vm.agent.ask({"cmd": "load", **order.fields()})
-        yield lambda: _invoke(vm, payload)
+        load(vm, code, handler)
+        yield lambda: invoke(vm, payload)
+
+
+def load(vm: Bare, code: Path, handler: str) -> None:
+    """Have the agent of a VM with that code mount it and start its handler. Raises GuestError."""
+    order = LoadOrder(uuid=_uuid(code), runtime=Runtime.PYTHON, handler=handler, init_timeout=_INIT)
+    vm.agent.ask({"cmd": "load", **order.fields()})
 
 
 def _uuid(code: Path) -> str:
@@ -54,7 +57,8 @@ def _uuid(code: Path) -> str:
         return uuid_of(image.fileno())
 
 
-def _invoke(vm: Bare, payload: bytes) -> None:
+def invoke(vm: Bare, payload: bytes) -> None:
+    """One request, of a handler that returns what it is given. Raises GuestError."""
     order = InvokeOrder(
         request=str(uuid.uuid4()),
         arn="arn:aws:lambda:us-east-1:000000000000:function:bench",

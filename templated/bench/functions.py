@@ -8,6 +8,7 @@ import itertools
 import os
 import time
 import zipfile
+from pathlib import Path
 from typing import Any, Self
 
 from templated.bench.session import Session
@@ -17,6 +18,7 @@ from templated.model.function import InvokeView
 
 # What is measured is how a request comes to a handler: this one returns what it was given.
 _APP = b"def handler(event, context):\n    return event\n"
+HANDLER = "app.handler"
 PAYLOAD = b'{"a": 1}'  # as Python writes it
 _PAUSED_WITHIN = 30.0
 _POLL = 0.01
@@ -48,11 +50,16 @@ class Functions:
         self.client.deploy_function(
             name,
             archive(size, app),
-            handler="app.handler",
+            handler=HANDLER,
             template=self.session.template,
             timeout="60s",
         )
         return name
+
+    def code(self) -> Path:
+        """The image of a new function's code, in the daemon's cache."""
+        digest = self.client.show_function(self.deploy()).code.digest
+        return Path(self.session.info().state_dir, "code", f"{digest}.img")
 
     def invoke(self, name: str, client: Client | None = None, **how: Any) -> InvokeView:
         """One request, which must succeed."""

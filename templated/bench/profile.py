@@ -7,15 +7,20 @@ at the time; milliseconds do not. QMP: `x-query-jit`.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
 
+from templated.bench.agents import invoke, load
 from templated.bench.bare import Bare, Line
 from templated.bench.floor import floor
+from templated.bench.functions import HANDLER, PAYLOAD, Functions
 from templated.bench.session import Session
 from templated.bench.stats import medians
 from templated.cli.options import Command, Settings
@@ -42,7 +47,8 @@ Row = dict[str, float]
 @click.option("--template", metavar="T", default=None, help="Default: the only one built.")
 @click.pass_obj
 def profile(settings: Settings, count: int, template: str | None) -> None:
-    """Count what a clone translates: at identify, at ping, when idle, and at a warm one's claim.
+    """Count what a clone translates: at identify, at ping, when idle, at a warm one's claim, and
+    at a function's first requests where the template has `code: true`.
 
     Runs the floor's loop, so it needs no clone, but the template's files: run it as the daemon's
     user. It shows nothing under KVM, which translates nothing.
@@ -52,15 +58,23 @@ def profile(settings: Settings, count: int, template: str | None) -> None:
     if generation.manifest.accel != "tcg":
         name, accel = generation.manifest.template, generation.manifest.accel
         raise InvalidRequest(f"{name} runs under {accel}, not TCG", hint="nothing is translated")
-    report = measure(generation, session.info(), count)
+    with contextlib.ExitStack() as stack:
+        code = None
+        if generation.code is not None:
+            code = stack.enter_context(Functions(session)).code()
+        report = measure(generation, session.info(), count, code)
     if settings.table:
         _print(report)
     else:
         dump_item(report, settings)
 
 
-def measure(generation: Generation, daemon: Info, count: int) -> dict[str, Any]:
-    """Medians over `count` starts: blocks, megabytes of code and milliseconds that a step adds."""
+def measure(
+    generation: Generation, daemon: Info, count: int, code: Path | None = None
+) -> dict[str, Any]:
+    """Medians over `count` starts: blocks, megabytes of code and milliseconds that a step adds.
+
+    With `code`, an image of the bench's function, also the steps of its first requests."""
     steps: dict[str, list[Row]] = {}
 
     def note(step: str, row: Row) -> None:
@@ -70,6 +84,10 @@ def measure(generation: Generation, daemon: Info, count: int) -> dict[str, Any]:
         for _ in range(count):
             for kind in (_direct, _claim, _claim_unrehearsed):
                 bare.once(lambda vm, kind=kind: kind(vm, _Meter(vm, note)))  # type: ignore[misc]
+    if code is not None:
+        with floor(replace(generation, placeholder=code), daemon) as bare:
+            for _ in range(count):
+                bare.once(lambda vm: _function(vm, code, _Meter(vm, note)))
     rows = {step: medians(samples) for step, samples in steps.items()}
     return {"template": generation.manifest.template, "n": count, "steps": rows}
 
@@ -115,6 +133,14 @@ def _claim_unrehearsed(vm: Bare, step: _Meter) -> None:
     vm.identify()
     _paused(vm)
     step("claim, not rehearsed", lambda: _wake(vm))
+
+
+def _function(vm: Bare, code: Path, step: _Meter) -> None:
+    """The first requests of a function on a direct clone."""
+    vm.identify()
+    step("function: load", lambda: load(vm, code, HANDLER))
+    for number in ("first", "second", "third"):
+        step(f"{number} request", lambda: invoke(vm, PAYLOAD))
 
 
 def _paused(vm: Bare) -> None:
