@@ -68,14 +68,15 @@ def test_up_ahead_of_requests_and_down_in_steps(scaled: Daemon, source: Path) ->
 
 
 def test_what_a_function_calls_is_ready(copied: Daemon, source: Path) -> None:
-    """It is known of runs before that `first` calls `second` two seconds later."""
+    """It is known of runs before that `first` calls `second` two to twenty seconds later."""
     copied.config |= {"scaling": {"pools": True}}
     copied.start()
     for name in ("first", "second"):
         deploy(copied, source, name, "sleep")
     copied.stop()
     edge, now = Edge("first", "second", True, 0.0), 0.0
-    edge.ran(*[Outcome(2.0, 2.0, 1)] * 4)
+    # So long that a slow host sees it within its time.
+    edge.ran(*[Outcome(2.0, 20.0, 1)] * 4)
     chains = Chains()
     chains._add(edge)
     learned.write(copied.state / "scaling.learned", [msgspec.json.encode(chains.save(now))])
@@ -84,7 +85,8 @@ def test_what_a_function_calls_is_ready(copied: Daemon, source: Path) -> None:
     assert (call["callee"], call["fan_out"], call["traced"]) == ("second", 1, True)
     assert invoke(copied, "first", 0)["start"] != "warm"
     until(lambda: shown(copied, "second")["ready"] == 1, "what it calls is ready", 10)
-    assert "first calls it" in shown(copied, "second")["reason"]
+    # It may be begun before the round that says so.
+    until(lambda: "first calls it" in shown(copied, "second")["reason"], "why it is there", 10)
     assert invoke(copied, "second", 0)["start"] == "warm"
     (pool,) = copied.json("pool", "ls")
     assert pool["source"] == "scaling" and 1 <= pool["warm"]["target"] <= 4
