@@ -152,6 +152,8 @@ class TemplateSpec(_Spec, frozen=True, kw_only=True):
     name: TemplateName
     description: str = ""
     image: ImageSpec = ImageSpec()
+    hypervisor: Literal["qemu", "libvirt"] = "qemu"
+    """Who starts its VMs: the daemon itself, or libvirt, which then shows them as domains."""
     machine: MachineSpec = MachineSpec()
     boot_timeout: Duration = "120s"
     start_timeout: Duration = "30s"

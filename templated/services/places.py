@@ -32,6 +32,9 @@ class Layout:
         self.incoming = self.code / "incoming"
         self.scaling = self.state / "scaling.learned"
         self.lock = self.state / "lock"
+        # What libvirt's QEMU is lent. No template's name begins with a dot.
+        self.lent = self.state / "libvirt"
+        self.lent_memory = self.shm / ".libvirt"
         self.kvm_proof = self.state / "kvm-proof.json"
 
     def create(self) -> None:

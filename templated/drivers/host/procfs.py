@@ -85,6 +85,15 @@ def with_argument(words: set[str]) -> list[tuple[str, int]]:
     return [(word, pid) for pid in pids for word in words.intersection(command_line(pid))]
 
 
+def newest_with_argument(word: str) -> int | None:
+    """The process with the highest pid that has this argument; None when there is none.
+
+    One that has just started is found without a look at most of /proc.
+    """
+    pids = sorted((int(name) for name in os.listdir(_PROC) if name.isdigit()), reverse=True)
+    return next((pid for pid in pids if word in command_line(pid)), None)
+
+
 def mapped_bytes(pid: int, proc: Path = _PROC) -> Mapped | None:
     """The memory of a process; None when it is gone, or belongs to somebody else.
 

@@ -31,6 +31,8 @@ class Hardware:
     cpu: str
     version: str
     """The hypervisor's: its devices, and thus their saved state, are those of its version."""
+    hypervisor: str = "qemu"
+    """Who starts QEMU, which gives a VM its devices: we (`qemu`), or `libvirt`."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,9 @@ class Launch:
     uid: int | None = None
     """The user and the group that the hypervisor runs as, with no privileges; it must then
     inherit all its files. None: this process's own."""
+    template: str = ""
+    generation: str = ""
+    """Both for people who look at the hypervisor."""
     confined: bool = True
     """The kernel refuses the hypervisor what no VM needs, above all to start programs. One that
     waits for state starts a program for it, unless it has `state_fd`."""
@@ -151,7 +156,10 @@ class Machine(Protocol):
     process has ended, it raises HypervisorError.
     """
 
+    placed: bool
+    """The hypervisor keeps it in a control group of its own, which it must not be taken out of."""
     pid: int
+    """0 before it is known, which it is once the machine is connected."""
     exited: asyncio.Future[str]
     """Done when the process has ended; its result says how, in one line."""
 
@@ -230,6 +238,12 @@ class Machine(Protocol):
 
     async def release(self) -> None:
         """Release a process that must outlive the daemon. Idempotent, always allowed."""
+
+    def announce(self, name: str) -> None:
+        """Show the clone's name to people who look at the hypervisor, where that is possible.
+
+        Returns at once. `running`, once.
+        """
 
     def last_words(self) -> str:
         """The last line that the hypervisor wrote to its log; empty when there is none."""
@@ -329,7 +343,8 @@ class Hypervisor(Protocol):
     def spawn(self, launch: Launch) -> Machine:
         """Start a VM and return at once. Raises HostError when that fails; nothing runs then.
 
-        The descriptors that the launch names may be closed afterwards.
+        A hypervisor that takes longer to know says so in `connect`: it raises HostError, and the
+        machine has ended. The descriptors that the launch names may be closed afterwards.
         """
 
     def adopt(

@@ -157,6 +157,8 @@ class FakeHypervisor:
 class FakeMachine(Life):
     """One machine; see `templated.drivers.hypervisor.base.Machine`."""
 
+    placed = False
+
     def __init__(
         self, pid: int, launch: Launch, fail: str, mismatch: str, holds: dict[str, asyncio.Event]
     ) -> None:
@@ -169,6 +171,7 @@ class FakeMachine(Life):
         self._holds = holds
         self.exited: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.link_up = False
+        self.announced = ""
         self.priorities: list[bool] = []
         """Whether it was put into the background, in turn."""
         self.code = launch.code
@@ -268,6 +271,10 @@ class FakeMachine(Life):
     async def release(self) -> None:
         if self.state not in (MachineState.ENDED, MachineState.RELEASED):
             self._move(MachineState.RELEASED)
+
+    def announce(self, name: str) -> None:
+        """Remember it."""
+        self.announced = name
 
     def last_words(self) -> str:
         return ""

@@ -252,7 +252,7 @@ class Clones:
     def _limit(self, clone: Running) -> None:
         """Set the limits that would have made the start longer, beside requests."""
         group = self._context.groups.group(clone.slot.id)
-        if group is not None:
+        if group is not None and not clone.vm.machine.placed:
             self._tasks.spawn(self._hold(clone, group), f"limits of {clone.name}")
 
     async def _hold(self, clone: Running, group: Group) -> None:

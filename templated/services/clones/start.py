@@ -182,7 +182,7 @@ class Start:
             )
             prepared = await self._slot(layer, undo)
             code = self._code or generation.code
-            launch = starter.launch(prepared, generation.hardware, code=code)
+            launch = starter.launch(prepared, generation.hardware, generation.template, code=code)
             kernel = boot_kernel(self.context.hypervisor, image, manifest.spec, manifest.accel)
             self.clock.allotted()
             return await starter.boot(prepared, launch, kernel, terms, self.clone.name, self.clock)

@@ -220,6 +220,7 @@ class Generation:
             accel=self.manifest.accel,
             cpu=self.manifest.cpu,
             version=self.manifest.qemu.version,
+            hypervisor=self.manifest.spec.hypervisor,
         )
 
     def state(self, transport: str) -> SavedState:

@@ -57,6 +57,7 @@ class Starter:
         self,
         prepared: PreparedSlot,
         hardware: Hardware,
+        template: str = "",
         *,
         forwards: tuple[Forward, ...] = (),
         code: Path | None = None,
@@ -80,6 +81,8 @@ class Starter:
             opened=dict(prepared.files.opened),
             backing=prepared.backing,
             uid=None if self.uids is None else self.uids[slot.index],
+            template=template,
+            generation=slot.generation,
         )
 
     def user(self, slot: Slot) -> int | None:
@@ -103,7 +106,9 @@ class Starter:
         Timeout.
         """
         code = code or generation.code
-        launch = self.launch(prepared, generation.hardware, forwards=forwards, code=code)
+        launch = self.launch(
+            prepared, generation.hardware, generation.template, forwards=forwards, code=code
+        )
         opened = {**launch.opened, generation.memory: generation.memory_fd}
         launch = replace(launch, memory=generation.memory, opened=opened)
         state = generation.state(self.transport)
@@ -165,6 +170,7 @@ class Starter:
         await self._wake(vm, generation.terms, hostname, generation.lag, clock)
         with clock(Phase.LINK):
             await vm.machine.set_link(True)
+        vm.machine.announce(hostname)
 
     async def warm(self, vm: Vm, generation: Generation, hostname: str) -> float:
         """From a hypervisor that waits for its state to a paused VM that only lacks its name.
@@ -196,6 +202,7 @@ class Starter:
         await self._wake(vm, terms, hostname, lag, clock, Step.CLAIM)
         with clock(Phase.LINK):
             await vm.machine.set_link(True)
+        vm.machine.announce(hostname)
 
     async def boot(
         self,
@@ -224,6 +231,7 @@ class Starter:
             await identify(vm, self.plan, terms, hostname, time.time())
         with clock(Phase.LINK):
             await vm.machine.set_link(True)
+        vm.machine.announce(hostname)
         return vm
 
     def _spawn(self, prepared: PreparedSlot, launch: Launch) -> Vm:
@@ -243,7 +251,7 @@ class Starter:
         and memory of a VM that is in no group yet would count for nobody.
         """
         group = prepared.group
-        if group is None:
+        if group is None or vm.machine.placed:
             await vm.connect(timeout)
             return
         async with _one_failure(), asyncio.TaskGroup() as tasks:

@@ -158,6 +158,7 @@ class Build:
             accel=accel,
             cpu=self.context.hypervisor.cpu(accel),
             version=qemu.version,
+            hypervisor=self.spec.hypervisor,
         )
 
     async def _base(self, image: Image, hardware: Hardware, qemu: QemuVersion) -> Manifest:
@@ -169,7 +170,9 @@ class Build:
         async with self._slot(layer) as prepared, _memory_file(memory) as descriptor:
             forwards, ports = self._forwards()
             code = self.context.layout.placeholder if self.spec.code else None
-            launch = self.context.starter.launch(prepared, hardware, forwards=forwards, code=code)
+            launch = self.context.starter.launch(
+                prepared, hardware, self.spec.name, forwards=forwards, code=code
+            )
             opened = {**launch.opened, memory: descriptor}
             launch = replace(launch, memory=memory, memory_shared=True, opened=opened)
             async with self._tail_on_failure(prepared):

@@ -113,7 +113,7 @@ class Qemu:
         # By their paths: the numbers of descriptors say nothing to people.
         return tuple(qemu_arguments(self._program.path, replace(launch, opened={})))
 
-    def spawn(self, launch: Launch) -> QemuMachine:
+    def spawn(self, launch: Launch) -> Machine:
         arguments = qemu_arguments(self._binary, launch)
         child = Process.spawn(
             arguments, log=launch.places.log, fds=inherited(launch), user=self.demotion(launch)
@@ -133,7 +133,7 @@ class Qemu:
 
     def adopt(
         self, pid: int, start_time: int, places: Places, uuid: str, uid: int | None = None
-    ) -> QemuMachine | None:
+    ) -> Machine | None:
         found = Process.adopt(pid, start_time, uuid, uid)
         # Which QEMU it is nobody needs to know any more: it neither loads nor saves a state.
         return QemuMachine(found, places, features(""), None) if found else None
