@@ -244,8 +244,9 @@ class HypervisorContract:
 
         async def scenario() -> None:
             async with rig.clone(connected=False) as machine:
-                assert machine.state is SPAWNED and machine.pid > 0
+                assert machine.state is SPAWNED
                 await machine.connect(BOUND)
+                assert machine.pid > 0
                 assert machine.state is WAITING and await machine.status() is WAITING
                 assert machine.start_time > 0
                 await machine.restore(rig.state(), BOUND)
@@ -339,7 +340,11 @@ class HypervisorContract:
         async def scenario() -> None:
             async with rig.launch(rig.frozen) as launch:
                 with pytest.raises(HostError) as caught:
-                    rig.missing().spawn(launch)
+                    machine = rig.missing().spawn(launch)
+                    try:
+                        await machine.connect(BOUND)
+                    finally:
+                        await machine.destroy()
                 assert caught.value.hint
                 assert await rig.hypervisor.find({launch.uuid: launch.places}) == {}
 

@@ -90,7 +90,7 @@ def hold(launch: Launch, tap: int | None) -> Held:
                 if fd is not None:
                     undo.callback(os.close, others[-1])
         except OSError as error:
-            raise HostError(f"cannot hold a VM's files: {error}") from error
+            raise HostError(f"cannot open a VM's files: {error}") from error
         undo.pop_all()
     agent, *rest = others
     state, port = (None if fd < 0 else fd for fd in rest)
@@ -130,8 +130,7 @@ class Lent:
                 _passable(directory.parent, user)
                 _passable(directory, user)
             for name, fd in files.items():
-                # The very file that is open, whatever lies at its path by now.
-                os.link(f"/proc/self/fd/{fd}", self.path(name), follow_symlinks=True)
+                _link(fd, self.path(name))
             if CODE in files:
                 _readable(self.path(CODE))
             if user is not None:
@@ -211,6 +210,16 @@ def _data(file: int, size: int) -> Iterator[tuple[int, int]]:
             return
         end = min(os.lseek(file, begin, os.SEEK_HOLE), size)
         yield begin, end
+
+
+def _link(fd: int, target: Path) -> None:
+    """Link the very file that is open, whatever lies at its path by now."""
+    directory = os.open(target.parent, os.O_PATH | os.O_CLOEXEC)
+    try:
+        # With a descriptor of a directory Python calls linkat(2), which can follow the link.
+        os.link(f"/proc/self/fd/{fd}", target.name, dst_dir_fd=directory)
+    finally:
+        os.close(directory)
 
 
 def _readable(path: Path) -> None:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from templated import failpoints
 from templated.drivers.host import procfs
 from templated.drivers.hypervisor import process
 from templated.drivers.hypervisor.base import SavedState
@@ -345,10 +344,9 @@ class LibvirtMachine(Life):
         def found(connection: Any) -> T:
             return work(connection.lookupByUUIDString(self._uuid))
 
-        asked = self._link.ask(f"libvirt's {what}", found, bound=bound)
-        if failpoints.armed:
-            asked = failpoints.around(f"libvirt.{what.split()[-1]}", asked)
-        return await self._within(asked, None, what)
+        return await self._within(
+            self._link.ask(f"libvirt's {what}", found, bound=bound), None, what
+        )
 
     async def _within(
         self, work: Coroutine[Any, Any, T] | asyncio.Future[T], timeout: float | None, what: str

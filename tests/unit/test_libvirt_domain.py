@@ -1,0 +1,171 @@
+"""The XML of libvirt's domains against golden files, and what is lent to QEMU.
+
+To refresh them after a deliberate change: TEMPLATED_UPDATE_GOLDEN=1 scripts/test tests/unit
+"""
+
+from __future__ import annotations
+
+import os
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from templated.drivers.hypervisor.base import Launch
+from templated.drivers.hypervisor.libvirt.domain import (
+    NAMESPACE,
+    Label,
+    domain_xml,
+    memory_options,
+)
+from templated.drivers.hypervisor.libvirt.driver import user_of
+from templated.drivers.hypervisor.libvirt.lending import Lent, User, fill, hold
+from templated.errors import HostError
+from templated.model.network import Tap
+from tests.unit.test_command import BOOT, GOLDEN, LAUNCH
+
+LENT = Lent(Path("/state/libvirt/u"), Path("/dev/shm/t/.libvirt/u"))
+USER = User(64055, 64055)
+CLONE = replace(
+    LAUNCH,
+    hardware=replace(LAUNCH.hardware, hypervisor="libvirt"),
+    backing=(Path("/state/g/disk.qcow2"), Path("/images/i/disk.qcow2")),
+    template="python-fn",
+    generation="20261129t000000-0a1b2c",
+)
+KVM = replace(CLONE.hardware, type="q35", accel="kvm", cpu="host,migratable=on", vcpus=2)
+CASES = {
+    "libvirt-restore": CLONE,
+    "libvirt-boot": replace(CLONE, boot=BOOT, memory_shared=True, code=Path("/code/none.img")),
+    "libvirt-cold": replace(CLONE, boot=BOOT, memory=None, network=Tap(9)),
+    "libvirt-q35-kvm": replace(CLONE, hardware=KVM, network=Tap(9)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_domain(name: str) -> None:
+    """Every part of a domain is deliberate."""
+    text = _xml(CASES[name])
+    file = GOLDEN / f"{name}.xml"
+    if os.environ.get("TEMPLATED_UPDATE_GOLDEN"):
+        file.write_text(text)
+    assert text == file.read_text()
+
+
+def test_names_are_escaped() -> None:
+    """Whatever a template or a path is called, it is one value."""
+    odd = replace(
+        CLONE, template="a<b>&'\"", places=replace(CLONE.places, directory=Path("/a&<'b"))
+    )
+    domain = ET.fromstring(_xml(odd))  # noqa: S314
+    assert domain.findtext("title") == odd.template
+    log = domain.find("devices/serial/log")
+    assert log is not None and log.get("file") == "/a&<'b/serial.log"
+    assert "mem-path=/a,,b,share=on" in memory_options(
+        Path("/a,b"), 1, shared=True, read_only=False
+    )
+
+
+def test_metadata() -> None:
+    """What `virsh metadata` shows: a clone's name only once it has one."""
+    label = Label("0123456789", "t", "g")
+    assert label.text() == '<vm slot="0123456789" template="t" generation="g" />'
+    assert replace(label, name="fn-1").element(NAMESPACE).get("name") == "fn-1"
+
+
+_DAC = "<secmodel><model>dac</model><baselabel type='kvm'>+64055:+109</baselabel></secmodel>"
+
+
+@pytest.mark.parametrize(
+    ("models", "user"),
+    [
+        ("<secmodel><model>none</model></secmodel>", None),
+        (f"<secmodel><model>apparmor</model></secmodel>{_DAC}", User(64055, 109)),
+    ],
+    ids=["session", "system"],
+)
+def test_who_qemu_runs_as(models: str, user: User | None) -> None:
+    """libvirt's capabilities tell; without the model `dac` it is libvirt's own user."""
+    assert user_of(f"<capabilities><host>{models}</host></capabilities>") == user
+
+
+def test_lending(tmp_path: Path) -> None:
+    """A VM's directory has links to its files alone, and the disk is ours again at the end."""
+    launch = _files(tmp_path)
+    held = hold(launch, None)
+    lent = Lent(tmp_path / "lent/u", tmp_path / "memory-lent/u")
+    lent.lend(held.files, None)
+    try:
+        names = sorted(path.name for path in lent.directory.iterdir())
+        assert names == ["code.img", "disk.qcow2", "layer-0.qcow2"]
+        assert lent.path("disk.qcow2").samefile(launch.disk)
+        assert lent.path("memory").samefile(tmp_path / "memory")
+        assert launch.code is not None and launch.code.stat().st_mode & 0o777 == 0o644
+        given = lent.lend_more("given.img", launch.disk)
+        assert given.samefile(launch.disk)
+        with pytest.raises(HostError, match="exists"):
+            lent.lend(held.files, None)
+    finally:
+        held.close()
+        held.close()
+        for _ in range(2):
+            lent.take_back()
+    assert not lent.directory.exists() and not lent.memory.exists()
+    assert launch.disk.read_text() == "disk"
+
+
+def test_a_copy_of_memory(tmp_path: Path) -> None:
+    """It has what the template has, and as many holes."""
+    size = 1 << 20
+    source = tmp_path / "memory"
+    with open(source, "wb") as file:
+        file.truncate(size)
+        file.seek(size // 2)
+        file.write(b"x" * 4096)
+    lent = Lent(tmp_path / "lent/u", tmp_path / "memory-lent/u")
+    lent.memory.mkdir(parents=True)
+    target = lent.lend_copy(size, None)
+    with open(source, "rb") as file:
+        fill(file.fileno(), target, size)
+    copy = lent.path("memory")
+    assert copy.read_bytes() == source.read_bytes()
+    assert copy.stat().st_blocks == source.stat().st_blocks
+    lent.forget_memory()
+    assert not lent.memory.exists()
+
+
+def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    launch = _files(tmp_path)
+    launch.disk.unlink()
+    with pytest.raises(HostError, match="disk"):
+        hold(launch, None)
+
+
+def _xml(launch: Launch) -> str:
+    memory = (
+        ""
+        if launch.memory is None
+        else memory_options(
+            LENT.path("memory"),
+            launch.hardware.memory_bytes,
+            shared=launch.memory_shared,
+            read_only=not launch.memory_shared,
+        )
+    )
+    return domain_xml(launch, "/usr/bin/qemu-system-x86_64", LENT, USER, memory)
+
+
+def _files(directory: Path) -> Launch:
+    """A launch whose files are there, with descriptors that are open in this process."""
+    for name in ("disk", "layer", "code", "memory"):
+        (directory / name).write_text(name)
+        (directory / name).chmod(0o600)
+    return replace(
+        CLONE,
+        disk=directory / "disk",
+        backing=(directory / "layer",),
+        code=directory / "code",
+        memory=directory / "memory",
+        agent_fd=0,
+    )
