@@ -150,6 +150,7 @@ class Libvirt:
         await asyncio.to_thread(lent.forget_memory)
         setup = partial(_set_up, uuid=launch.uuid, held=held, boots=launch.boot is not None)
         await self._asks.ask("the domain's sockets", setup, bound=_BOUND)
+        held.given()
 
     async def _run_as(self) -> User | None:
         """Whom libvirt runs QEMU as; None: this process's own user."""

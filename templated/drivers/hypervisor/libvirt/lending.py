@@ -45,16 +45,22 @@ class Held:
 
     files: dict[str, int]
     """By the names that they are lent under."""
-    agent: int
+    agent: int | None
     state: int | None
     tap: int | None
 
+    def given(self) -> None:
+        """Close what QEMU has by now: all but the saved state. Idempotent."""
+        for fd in (*self.files.values(), self.agent, self.tap):
+            if fd is not None:
+                os.close(fd)
+        self.files, self.agent, self.tap = {}, None, None
+
     def close(self) -> None:
         """Close all that is left. Idempotent."""
-        others = (self.agent, self.state, self.tap)
-        for fd in (*self.files.values(), *(fd for fd in others if fd is not None and fd >= 0)):
+        self.given()
+        if (fd := self.take_state()) is not None:
             os.close(fd)
-        self.files, self.agent, self.state, self.tap = {}, -1, None, None
 
     def take_state(self) -> int | None:
         """The saved state's, which is the caller's from here on."""
