@@ -22,6 +22,7 @@ import msgspec
 
 from templated import failpoints
 from templated.drivers import disk
+from templated.drivers.cgroups import ControlGroups
 from templated.drivers.code.image import placeholder
 from templated.drivers.host.files import fsync
 from templated.drivers.hypervisor.base import Hardware, Kernel, Launch
@@ -109,6 +110,8 @@ class Build:
         if self.spec.code:
             await placeholder(self.context.layout.code)
         groups = self.context.groups
+        if self.spec.hypervisor == "libvirt":
+            groups = ControlGroups("libvirt keeps its VMs in groups of its own")
         for name in groups.missing(Limits.of(self.spec)):
             why = groups.problem or "the host does not offer it"
             self.progress.log(f"warning: limits.{name} will not hold: {why}")
