@@ -97,6 +97,8 @@ class Restartable:
 def restartable_libvirtd() -> Iterator[Restartable]:
     """One for tests; nothing of it is left at the end."""
     with private_libvirtd(USER) as daemon, contextlib.ExitStack() as stack:
+        # Its first look at every QEMU takes long, and no start of a VM should wait for that.
+        daemon.virsh("capabilities")
         pid = int((daemon.base / "pid").read_text())
         fds = []
         for kind in ("mnt", "net"):

@@ -29,7 +29,7 @@ from templated.drivers.hypervisor.qemu.command import UPLINK
 from templated.drivers.hypervisor.qemu.features import features
 from templated.drivers.hypervisor.states import MachineState
 from templated.drivers.libvirt.connection import binding
-from templated.errors import HypervisorError, TemplatedError
+from templated.errors import HypervisorError, TemplatedError, host_errors
 from templated.model.network import Tap
 
 _MARK = "domain.xml"
@@ -127,9 +127,8 @@ class Libvirt:
         A domain that is there then is the machine's, whatever failed after that.
         """
         user = await self._run_as()
-        target = await asyncio.to_thread(_lend, launch, held, lent, user)
         xml = domain_xml(launch, emulator, lent, user, _options(launch, lent))
-        await asyncio.to_thread((launch.places.directory / _MARK).write_text, xml)
+        target = await asyncio.to_thread(_lend, launch, held, lent, user, xml)
         create = partial(_create, xml=xml, machine=machine)
         work = [self._starts.ask("the domain's start", create, bound=START_TIMEOUT)]
         if target is not None:
@@ -156,7 +155,7 @@ class Libvirt:
         """Whom libvirt runs QEMU as; None: this process's own user."""
         if self._user is None:
             text = await self._starts.ask(
-                "libvirt's capabilities", lambda c: c.getCapabilities(), bound=_BOUND
+                "libvirt's capabilities", lambda c: c.getCapabilities(), bound=START_TIMEOUT
             )
             self._user = (user_of(text),)
         return self._user[0]
@@ -190,8 +189,11 @@ def _options(launch: Launch, lent: Lent) -> str:
     return memory_options(lent.path(MEMORY), size, shared=shared, read_only=not shared)
 
 
-def _lend(launch: Launch, held: Held, lent: Lent, user: User | None) -> int | None:
-    """Lend all files; the descriptor of an empty memory file, where a copy is wanted. Blocks."""
+def _lend(launch: Launch, held: Held, lent: Lent, user: User | None, xml: str) -> int | None:
+    """Mark the VM as libvirt's, and lend its files; the descriptor of an empty memory file, where
+    a copy is wanted. Blocks; raises HostError."""
+    with host_errors(f"cannot write {launch.places.directory / _MARK}"):
+        (launch.places.directory / _MARK).write_text(xml)
     if not _copies(launch):
         lent.lend(held.files, user)
         return None
