@@ -61,12 +61,16 @@ class Libvirtd:
 
     base: Path
 
+    @property
+    def uri(self) -> str:
+        """What its clients connect to."""
+        return f"qemu+unix:///system?socket={self.base}/run/libvirt-sock"
+
     def virsh(self, *arguments: str, timeout: float = _STARTS_WITHIN) -> str:
         """Run virsh and return its output; HypervisorError with its last line, or Timeout."""
-        uri = f"qemu+unix:///system?socket={self.base}/run/libvirt-sock"
         try:
             done = subprocess.run(
-                ["virsh", "--quiet", "--connect", uri, *arguments],
+                ["virsh", "--quiet", "--connect", self.uri, *arguments],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 timeout=timeout,

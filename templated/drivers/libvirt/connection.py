@@ -59,7 +59,7 @@ class Connection:
 
     @property
     def alive(self) -> bool:
-        """False once it is closed or broken, or the daemon has gone. Asks nobody."""
+        """False once it is closed or broken. That the daemon has gone shows with the next call."""
         with contextlib.suppress(binding().libvirtError):
             return not self._broken and bool(self._handle.isAlive())
         return False
