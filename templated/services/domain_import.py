@@ -204,7 +204,7 @@ def _yaml(spec: dict[str, Any]) -> str:
 def _write(target: Path, text: str) -> None:
     """All of the file or nothing, and never over another one."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    with host_errors(f"cannot write {target}"):
+    with host_errors(f"cannot write {target}", hint="-f FILE names another place"):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             part.write_text(text, encoding="utf-8")

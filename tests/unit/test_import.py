@@ -64,6 +64,7 @@ class Desk:
         with pytest.raises(kind, match=match) as caught:
             self.run(**order)
         assert self.files() == before
+        assert caught.value.hint
         return caught.value
 
     def files(self) -> dict[str, bytes]:

@@ -39,10 +39,11 @@ async def examine(path: Path, image_format: str) -> SourceImage:
     try:
         found = json.loads(await run(*command, timeout=_EXAMINED_WITHIN))
     except HostError as error:
-        raise _in_use(path, error) from error
+        hint = "it must be there, readable, and of the format that its domain says"
+        raise _in_use(path, error, hint) from error
     details = found.get("format-specific", {}).get("data", {})
     if found.get("encrypted"):
-        raise InvalidRequest(f"{path} is encrypted; a template has no key for it")
+        raise InvalidRequest(f"{path} is encrypted", hint="a template has no key for it")
     if details.get("corrupt") or found.get("dirty-flag"):
         raise InvalidRequest(
             f"{path} is marked as broken", hint=f"qemu-img check -r all {path}, on a copy of it"
@@ -70,25 +71,27 @@ async def copy(image: SourceImage, target: Path) -> None:
     or the image is in use, HostError for all else; no file is left then.
     """
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    with host_errors(f"cannot write {target}"):
+    with host_errors(f"cannot write {target}", hint="state_dir must be writable"):
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     formats = ("-f", image.format, "-O", "qcow2")
     timeout = _COPIED_WITHIN + image.size / _LEAST_RATE
     try:
         await run("qemu-img", "convert", *formats, str(image.path), str(part), timeout=timeout)
-        with host_errors(f"cannot write {target}"):
+        with host_errors(f"cannot write {target}", hint="state_dir must be writable"):
             part.chmod(0o600)
             os.link(part, target)
     except HostError as error:
         if target.exists():
-            raise Conflict(f"{target} is there already") from error
-        raise _in_use(image.path, error) from error
+            raise Conflict(
+                f"{target} is there already", hint="rm it, if no template has it"
+            ) from error
+        raise _in_use(image.path, error, "free some space in state_dir") from error
     finally:
         part.unlink(missing_ok=True)
 
 
-def _in_use(path: Path, error: HostError) -> TemplatedError:
+def _in_use(path: Path, error: HostError, hint: str) -> TemplatedError:
     """`error` of qemu-img, or what it means when the image is locked."""
     if "another process using" not in error.message:
-        return error
+        return HostError(error.message, hint=error.hint or hint)
     return Conflict(f"{path} is in use", hint="end the VM that has it")

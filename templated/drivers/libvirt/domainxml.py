@@ -21,6 +21,7 @@ from templated.drivers.libvirt.leftovers import (
 from templated.errors import InvalidRequest
 
 _LARGEST = 4 << 20
+_LOOK = "virsh dumpxml NAME shows it, virsh edit NAME changes it"
 _MIB = 1 << 20
 _MOST_VCPUS = 64
 # Both spellings of each, as libvirt takes them.
@@ -89,14 +90,16 @@ def translate(xml: str) -> Translation:
 
 def _parsed(xml: str) -> Element:
     if len(xml) > _LARGEST:
-        raise InvalidRequest(f"the domain's XML is too long: {len(xml)} characters")
+        raise InvalidRequest(f"the domain's XML is too long: {len(xml)} characters", hint=_LOOK)
     try:
         # It comes from libvirt, which has read and written it itself.
         domain = ET.fromstring(xml)  # noqa: S314
     except ET.ParseError as error:
-        raise InvalidRequest(f"the domain's XML cannot be read: {error}") from None
+        raise InvalidRequest(f"the domain's XML cannot be read: {error}", hint=_LOOK) from None
     if domain.tag != "domain":
-        raise InvalidRequest(f"this is the XML of no domain, but of <{printable(domain.tag)}>")
+        raise InvalidRequest(
+            f"this is the XML of no domain, but of <{printable(domain.tag)}>", hint=_LOOK
+        )
     return domain
 
 
@@ -104,14 +107,19 @@ def _check_machine(name: str, domain: Element) -> None:
     kind = domain.get("type", "")
     if kind not in ("kvm", "qemu"):
         raise InvalidRequest(
-            f"the domain {name} is of type {printable(kind)}; only kvm and qemu can be imported"
+            f"the domain {name} is of type {printable(kind)}",
+            hint="only kvm and qemu are VMs of QEMU",
         )
     machine = domain.find("os/type")
     if machine is None or (machine.text or "").strip() != "hvm":
-        raise InvalidRequest(f"the domain {name} is no full virtual machine (os type hvm)")
+        raise InvalidRequest(
+            f"the domain {name} is no full virtual machine", hint="its os type: hvm"
+        )
     arch = machine.get("arch", "x86_64")
     if arch != "x86_64":
-        raise InvalidRequest(f"the domain {name} is for {printable(arch)}; templates are x86_64")
+        raise InvalidRequest(
+            f"the domain {name} is for {printable(arch)}", hint="templates are x86_64"
+        )
 
 
 def _check_host_devices(name: str, domain: Element) -> None:
@@ -159,14 +167,17 @@ def _boot_disk(name: str, domain: Element) -> Element:
         if disk.get("device", "disk") == "disk" and disk.find("source") is not None
     ]
     if not disks:
-        raise InvalidRequest(f"the domain {name} has no disk, which a template starts from")
+        raise InvalidRequest(
+            f"the domain {name} has no disk",
+            hint="a template starts from one; CD-ROMs do not count",
+        )
     return min(disks, key=_boot_order)  # the first of equals
 
 
 def _boot_order(disk: Element) -> int:
     boot = disk.find("boot")
     order = "" if boot is None else boot.get("order", "")
-    return int(order) if order.isdecimal() else 1 << 30
+    return _number(order) or 1 << 30
 
 
 def _source(name: str, disk: Element) -> DiskSource:
@@ -175,18 +186,18 @@ def _source(name: str, disk: Element) -> DiskSource:
     label = printable("" if target is None else target.get("dev", ""))
     where = f"the disk {label} of {name}"
     if disk.find(".//encryption") is not None:
-        raise InvalidRequest(f"{where} is encrypted; a template has no key for it")
+        raise InvalidRequest(f"{where} is encrypted", hint="a template has no key for it")
     kind = disk.get("type", "")
     path = source.get(_SOURCES.get(kind, ""), "")
     if not path:
         protocol = printable(source.get("protocol", ""))
         raise InvalidRequest(
-            f"{where} is of type {printable(kind)} {protocol}".rstrip()
-            + "; a template needs a file, a block device or a volume"
+            f"{where} is of type {printable(kind)} {protocol}".rstrip(),
+            hint="a template needs a file, a block device or a volume",
         )
     # QEMU takes what begins otherwise for the name of a protocol.
     if not path.isprintable() or (kind != "volume" and not path.startswith("/")):
-        raise InvalidRequest(f"{where} has an odd path: {path[:200]!r}")
+        raise InvalidRequest(f"{where} has an odd path: {path[:200]!r}", hint=_LOOK)
     return DiskSource(
         target=label,
         kind=kind,  # type: ignore[arg-type] # one of _SOURCES
@@ -207,15 +218,22 @@ def _memory(name: str, domain: Element) -> int:
     memory = domain.find("memory")
     text = "" if memory is None else (memory.text or "").strip()
     unit = _UNITS.get("kib" if memory is None else memory.get("unit", "KiB").lower())
-    if unit is None or not text.isdecimal() or not 0 < int(text) <= 1 << 60:
-        raise InvalidRequest(f"the domain {name} has no memory that can be read")
-    return -(-int(text) * unit // _MIB) * _MIB
+    count = _number(text)
+    if unit is None or count == 0:
+        raise InvalidRequest(f"the domain {name} has no memory that can be read", hint=_LOOK)
+    return -(-count * unit // _MIB) * _MIB
 
 
 def _vcpus(domain: Element) -> int:
     element = domain.find("vcpu")
     text = "1" if element is None else element.get("current") or element.text or "1"
-    return int(text) if text.strip().isdecimal() and int(text) > 0 else 1
+    return _number(text) or 1
+
+
+def _number(text: str) -> int:
+    """A number as libvirt writes it; 0 for anything else."""
+    shown = text.strip()
+    return int(shown) if shown.isdecimal() and len(shown) < 20 else 0
 
 
 def _is_uefi(domain: Element) -> bool:
