@@ -125,6 +125,18 @@ def test_a_copy(desk: Desk) -> None:
     assert "shut off" not in done.text
     assert desk.said and os.listdir(copied.parent) == ["web.qcow2"]
     desk.refused(Conflict, "web.qcow2 is there already", copy=True, file="-")
+    assert desk.state.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_copy_that_was_killed(desk: Desk) -> None:
+    """What it left is removed by the next one; another's work is not."""
+    place = desk.state / "imported"
+    place.mkdir(parents=True)
+    (place / ".web.qcow2.99999999.part").touch()
+    mine = place / f".web.qcow2.{os.getppid()}.part"
+    mine.touch()
+    desk.run(copy=True)
+    assert sorted(os.listdir(place)) == [mine.name, "web.qcow2"]
 
 
 def test_to_stdout(desk: Desk) -> None:

@@ -67,12 +67,15 @@ def _obstacle(image_format: str, found: dict[str, Any], details: dict[str, Any])
 async def copy(image: SourceImage, target: Path) -> None:
     """Make `target`, a qcow2 without a backing file, out of an image, which is only read.
 
-    QEMU's lock keeps others from writing to it meanwhile. Raises Conflict when `target` is there
-    or the image is in use, HostError for all else; no file is left then.
+    QEMU's lock keeps others from writing to it meanwhile. The two directories above `target` are
+    made for their owner only. Raises Conflict when `target` is there or the image is in use,
+    HostError for all else; no file is left then.
     """
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     with host_errors(f"cannot write {target}", hint="state_dir must be writable"):
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for directory in (target.parent.parent, target.parent):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _remove_parts(target)
     formats = ("-f", image.format, "-O", "qcow2")
     timeout = _COPIED_WITHIN + image.size / _LEAST_RATE
     try:
@@ -88,6 +91,13 @@ async def copy(image: SourceImage, target: Path) -> None:
         raise _in_use(image.path, error, "free some space in state_dir") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _remove_parts(target: Path) -> None:
+    """What a copy left that was killed."""
+    for part in target.parent.glob(f".{target.name}.*.part"):
+        if not Path("/proc", part.name.split(".")[-2]).exists():
+            part.unlink(missing_ok=True)
 
 
 def _in_use(path: Path, error: HostError, hint: str) -> TemplatedError:
