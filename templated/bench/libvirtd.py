@@ -63,7 +63,7 @@ class Libvirtd:
 
     @property
     def uri(self) -> str:
-        """What its clients connect to."""
+        """How to connect to it."""
         return f"qemu+unix:///system?socket={self.base}/run/libvirt-sock"
 
     def virsh(self, *arguments: str, timeout: float = _STARTS_WITHIN) -> str:

@@ -37,7 +37,7 @@ templated template import --domain web -f - -o json | jq -r '.not_carried_over[]
     "-f", "--file", metavar="FILE", type=click.Path(),
     help="Write the template here; - is stdout. Default: the first template directory.",
 )  # fmt: skip
-@click.option("--copy", is_flag=True, help="Copy the disk, as qcow2, so that the domain can run.")
+@click.option("--copy", is_flag=True, help="Copy the disk at once, as qcow2.")
 @click.option(
     "--config", metavar="FILE", type=click.Path(path_type=Path),
     help="Import for a daemon with this configuration. Default: where serve looks for it.",
@@ -55,8 +55,8 @@ def import_(
     """Write a template's YAML file from a domain of libvirt.
 
     Disk, memory, vCPUs, firmware and network are taken from it; all that a template cannot have
-    is listed, in the file and on stderr. The domain and its disk stay as they are: clones read
-    the disk, so the domain must not run while the template has generations. With --copy it may.
+    is listed, in the file and on stderr. The domain and its disk stay as they are. `template
+    build` copies the disk, so the domain must stay shut off until then; with --copy it may run.
     Refused are domains that run, and those with devices of the host. Needs no daemon.
     """
     from templated.drivers.configfile import load_config
@@ -92,6 +92,6 @@ def _tell(done: Imported, settings: Settings) -> None:
     for one in done.leftovers:
         settings.note(f"  {one.what}: {one.why}")
     if not done.copied:
-        settings.note(f"keep the domain shut off: clones read {done.disk}")
+        settings.note("keep the domain shut off until the template is built")
     if done.file is not None:
         settings.note(f"next: templated template build {done.template}")

@@ -72,9 +72,10 @@ def import_domain(order: Order, config: Config, say: Callable[[str], None]) -> I
         raise Conflict(f"{copy} is there already", hint="rm it, if no template has it")
     domain, translation, path, more = _looked_up(order)
     image = asyncio.run(disks.examine(path, translation.disk.format))
-    if image.obstacle and copy is None:
+    obstacle = image.obstacle or _odd(path)
+    if obstacle and copy is None:
         raise InvalidRequest(
-            f"the disk {path} {image.obstacle}", hint="--copy makes a qcow2 of it, for the template"
+            f"the disk {path} {obstacle}", hint="--copy makes a qcow2 of it, for the template"
         )
     leftovers = (*translation.leftovers, *more)
     spec = make_spec(name, translation, copy or path)
@@ -100,6 +101,11 @@ def import_domain(order: Order, config: Config, say: Callable[[str], None]) -> I
     )
 
 
+def _odd(path: Path) -> str:
+    """Why a template cannot name `path`; empty when it can."""
+    return "" if str(path).isascii() else "has a path with characters that are not ASCII"
+
+
 def make_spec(name: str, found: Translation, disk: Path) -> dict[str, Any]:
     """The template's values, in the order of its file."""
     spec: dict[str, Any] = {"name": name}
@@ -112,10 +118,10 @@ def make_spec(name: str, found: Translation, disk: Path) -> dict[str, Any]:
         "vcpus": found.vcpus,
         "firmware": found.firmware,
     }
-    spec["identity"] = {"agent": "qemu-ga"}
+    # What the agent is asked to do is slow without KVM, as is the boot.
+    spec["identity"] = {"agent": "qemu-ga", "timeout": "60s"}
     if found.network is not None:
         spec["network"] = {"mode": "libvirt", "name": found.network}
-    # The agent answers once the guest is up, which takes long without KVM.
     spec["boot_timeout"] = "300s"
     spec["probes"] = [
         {"type": "agent", "name": "agent", "timeout": "300s"},
@@ -188,8 +194,8 @@ def _commented(
     lines = [f"Of the libvirt domain {domain.name} ({domain.uuid}, {uri})."]
     if not copied:
         lines += [
-            "Its disk is layer 1 of all clones: keep the domain shut off as long as the template",
-            "has generations, or import it with --copy.",
+            "A build copies its disk: keep the domain shut off until the template is built, or",
+            "import it with --copy.",
         ]
     if leftovers:
         lines.append("Not carried over:")

@@ -94,7 +94,7 @@ def test_a_domain(desk: Desk) -> None:
             "hypervisor": "libvirt",
             "image": {"path": str(desk.disk)},
             "machine": {"type": "q35", "memory": "2GiB", "vcpus": 2, "firmware": "bios"},
-            "identity": {"agent": "qemu-ga"},
+            "identity": {"agent": "qemu-ga", "timeout": "60s"},
             "network": {"mode": "libvirt", "name": "default"},
             "boot_timeout": "300s",
             "probes": [
@@ -171,6 +171,16 @@ def test_a_backing_file(desk: Desk, tmp_path: Path) -> None:
     copied = desk.run(copy=True).disk
     base.unlink()
     qemu_img("check", copied)
+
+
+def test_a_path_beyond_ascii(desk: Desk) -> None:
+    """A template's file cannot name it, but a copy has another name."""
+    moved = desk.disk.with_name("größe.qcow2")
+    desk.disk.rename(moved)
+    desk.disk = moved
+    desk.define()
+    desk.refused(InvalidRequest, "not ASCII")
+    assert desk.run(copy=True).disk.isascii()
 
 
 def test_a_data_file(desk: Desk, tmp_path: Path) -> None:
@@ -325,7 +335,7 @@ def test_the_command(desk: Desk, cli: Cli, capsys: Capture) -> None:
         said[0] == "not carried over:" and "  graphics spice: clones have a serial console" in said
     )
     assert said[-2:] == [
-        f"keep the domain shut off: clones read {desk.disk}",
+        "keep the domain shut off until the template is built",
         "next: templated template build web",
     ]
     assert cli("--domain", "web") == exit_codes.for_error("conflict")
