@@ -37,6 +37,10 @@ templated template import --domain web -f - -o json | jq -r '.not_carried_over[]
     "-f", "--file", metavar="FILE", type=click.Path(),
     help="Write the template here; - is stdout. Default: the first template directory.",
 )  # fmt: skip
+@click.option(
+    "--hypervisor", type=click.Choice(["libvirt", "qemu"]), default="libvirt", show_default=True,
+    help="Who starts the VMs: with qemu the daemon itself, on its own network.",
+)  # fmt: skip
 @click.option("--copy", is_flag=True, help="Copy the disk at once, as qcow2.")
 @click.option(
     "--config", metavar="FILE", type=click.Path(path_type=Path),
@@ -49,6 +53,7 @@ def import_(
     connect: str,
     name: str | None,
     file: str | None,
+    hypervisor: str,
     copy: bool,
     config: Path | None,
 ) -> None:
@@ -62,7 +67,7 @@ def import_(
     from templated.drivers.configfile import load_config
     from templated.services.domain_import import Order, import_domain
 
-    order = Order(domain=domain, uri=connect, name=name, file=file, copy=copy)
+    order = Order(domain, connect, name, file, copy, hypervisor)
     done = import_domain(order, load_config(config), settings.note)
     if not settings.table:
         render.dump(_view(done, order.domain, order.uri), settings)

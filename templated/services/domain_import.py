@@ -19,7 +19,7 @@ import yaml
 from templated.drivers.configfile import template_files
 from templated.drivers.libvirt import disks, domains
 from templated.drivers.libvirt.address import SYSTEM
-from templated.drivers.libvirt.connection import connect
+from templated.drivers.libvirt.connection import Connection, connect
 from templated.drivers.libvirt.domainxml import DiskSource, Translation, translate
 from templated.drivers.libvirt.leftovers import Leftover
 from templated.errors import ConfigError, Conflict, InvalidRequest, host_errors
@@ -42,6 +42,8 @@ class Order:
     """Where the template is written: NAME.yaml in the first template directory when it is left
     out, and nowhere for `-`."""
     copy: bool = False
+    hypervisor: str = "libvirt"
+    """Who will start the template's VMs: `libvirt` or `qemu`, on whose network they are."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def import_domain(order: Order, config: Config, say: Callable[[str], None]) -> I
             f"the disk {path} {obstacle}", hint="--copy makes a qcow2 of it, for the template"
         )
     leftovers = (*translation.leftovers, *more)
-    spec = make_spec(name, translation, copy or path)
+    spec = make_spec(name, translation, copy or path, order.hypervisor)
     text = _commented(domain, order.uri, leftovers, copied=copy is not None) + _yaml(spec)
     if copy is not None:
         say(f"copying {path} ({image.size >> 20} MiB)")
@@ -106,11 +108,11 @@ def _odd(path: Path) -> str:
     return "" if str(path).isascii() else "has a path with characters that are not ASCII"
 
 
-def make_spec(name: str, found: Translation, disk: Path) -> dict[str, Any]:
+def make_spec(name: str, found: Translation, disk: Path, hypervisor: str) -> dict[str, Any]:
     """The template's values, in the order of its file."""
     spec: dict[str, Any] = {"name": name}
     spec["description"] = found.description or f"libvirt domain {found.domain}"
-    spec["hypervisor"] = "libvirt"
+    spec["hypervisor"] = hypervisor
     spec["image"] = {"path": str(disk)}
     spec["machine"] = {
         "type": "q35",
@@ -120,7 +122,7 @@ def make_spec(name: str, found: Translation, disk: Path) -> dict[str, Any]:
     }
     # What the agent is asked to do is slow without KVM, as is the boot.
     spec["identity"] = {"agent": "qemu-ga", "timeout": "60s"}
-    if found.network is not None:
+    if found.network is not None and hypervisor == "libvirt":
         spec["network"] = {"mode": "libvirt", "name": found.network}
     spec["boot_timeout"] = "300s"
     spec["probes"] = [
@@ -175,13 +177,19 @@ def _looked_up(order: Order) -> tuple[domains.Domain, Translation, Path, list[Le
         domain = domains.shut_off(connection, order.domain)
         found = translate(domain.xml)
         path = _path(found.disk, lambda d: domains.volume_path(connection, d.pool, d.path))
-        more = []
-        if found.network is not None:
-            problem = domains.network_problem(connection, found.network)
-            more = [Leftover(f"network {found.network}", problem)] if problem else []
+        problem = _network_problem(connection, found.network, order.hypervisor)
+        more = [Leftover(f"network {found.network}", problem)] if problem else []
     finally:
         connection.close()
     return domain, found, path, more
+
+
+def _network_problem(connection: Connection, network: str | None, hypervisor: str) -> str:
+    if network is None:
+        return ""
+    if hypervisor != "libvirt":
+        return "clones are on the daemon's network"
+    return domains.network_problem(connection, network)
 
 
 def _path(disk: DiskSource, volume_path: Callable[[DiskSource], str]) -> Path:

@@ -17,8 +17,8 @@ _LEAST = (8, 2)
 _UNUSED = ("IOMMU", "ecure guest")
 
 
-def libvirt_checks(*, needed: bool, kvm: bool) -> Iterator[Check]:
-    """The findings. Blocks for at most some 60 s, when libvirt hangs.
+def libvirt_checks(*, needed: bool, kvm: bool, uri: str = SYSTEM) -> Iterator[Check]:
+    """The findings, of the libvirt at `uri`. Blocks for at most some 60 s, when libvirt hangs.
 
     `needed`: a template runs on it, so what keeps it from that is a failure. `kvm`: guests must run
     under KVM, so what libvirt's own check calls a failure is one.
@@ -30,13 +30,13 @@ def libvirt_checks(*, needed: bool, kvm: bool) -> Iterator[Check]:
         fix = "apt install libvirt-daemon-system libvirt-clients"
         yield Check("libvirt", "FAIL" if needed else "PASS", detail, fix)
         return
-    yield from _connected(found, bad)
+    yield from _connected(uri, found, bad)
     yield from _validated(kvm=kvm)
 
 
-def _connected(daemon: str, bad: Status) -> Iterator[Check]:
+def _connected(uri: str, daemon: str, bad: Status) -> Iterator[Check]:
     try:
-        connection = connect(SYSTEM, read_only=True, bound=_BOUND)
+        connection = connect(uri, read_only=True, bound=_BOUND)
     except TemplatedError as error:
         yield Check("libvirt", bad, f"{daemon}: {error.message}", error.hint)
         return

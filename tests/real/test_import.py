@@ -21,7 +21,7 @@ import yaml
 from templated.bench.libvirtd import Libvirtd, private_libvirtd
 from templated.cli import exit_codes
 from templated.cli.main import main
-from templated.drivers.libvirt.connection import Connection, connect
+from templated.drivers.libvirt.connection import connect
 from templated.errors import HypervisorError, Timeout
 from templated.services import libvirt_checks
 
@@ -223,12 +223,9 @@ def refused(host: Host, capsys: Capture, why: str) -> None:
     assert not (host.place / "t").exists()
 
 
-def test_doctor(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    def connected(uri: str, **options: Any) -> Connection:
-        return connect(host.daemon.uri, **options)
-
-    monkeypatch.setattr(libvirt_checks, "connect", connected)
-    checks = {c.name: c for c in libvirt_checks.libvirt_checks(needed=True, kvm=False)}
+def test_doctor(host: Host) -> None:
+    found = libvirt_checks.libvirt_checks(needed=True, kvm=False, uri=host.daemon.uri)
+    checks = {check.name: check for check in found}
     version = host.virsh("version").split("library: libvirt ")[1].split()[0]
     assert checks["libvirt"].status == "PASS"
     assert f"libvirt {version}, its QEMU " in checks["libvirt"].detail

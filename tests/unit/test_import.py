@@ -107,6 +107,13 @@ def test_a_domain(desk: Desk) -> None:
     assert desk.handle.closed == 1 and desk.said == []
 
 
+def test_for_qemu(desk: Desk) -> None:
+    """The network is the daemon's then, which is said."""
+    done = desk.run(hypervisor="qemu")
+    assert done.spec["hypervisor"] == "qemu" and "network" not in done.spec
+    assert any(one.what == "network default" for one in done.leftovers)
+
+
 def test_what_is_left_is_in_the_file(desk: Desk) -> None:
     done = desk.run()
     head = [line for line in done.text.splitlines() if line.startswith("# ")]
