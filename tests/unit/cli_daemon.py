@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -178,22 +177,6 @@ def run(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[byte
     return subprocess.run(
         command(*arguments), input=stdin, capture_output=True, cwd=ROOT, timeout=30, check=False
     )
-
-
-def complete(words: str) -> bytes:
-    """What the shell is given for a command line that ends where the cursor is."""
-    environment = {"_TEMPLATED_COMPLETE": "bash_complete", "COMP_WORDS": f"templated {words}"}
-    environment["COMP_CWORD"] = str(len(words.split(" ")))
-    done = subprocess.run(
-        command(),
-        env={**os.environ, **environment},
-        capture_output=True,
-        cwd=ROOT,
-        timeout=30,
-        check=True,
-    )
-    assert done.stderr == b""
-    return done.stdout
 
 
 def popen(*arguments: str) -> subprocess.Popen[bytes]:

@@ -51,10 +51,14 @@ class Place:
 
     active: bool = True
     location: str = ""
+    xml: str = "<network/>"
     volumes: dict[str, Place] = field(default_factory=dict)
 
     def isActive(self) -> int:  # noqa: N802
         return int(self.active)
+
+    def XMLDesc(self) -> str:  # noqa: N802
+        return self.xml
 
     def path(self) -> str:
         return self.location

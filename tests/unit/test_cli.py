@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -29,7 +30,6 @@ from tests.unit.cli_daemon import (
     TEMPLATE,
     Daemon,
     command,
-    complete,
     popen,
     run,
 )
@@ -358,12 +358,27 @@ def test_completion_script(capsys: Capture, shell: str) -> None:
     assert "_TEMPLATED_COMPLETE" in capsys.readouterr().out
 
 
+def _complete(words: str) -> bytes:
+    environment = {"_TEMPLATED_COMPLETE": "bash_complete", "COMP_WORDS": f"templated {words}"}
+    environment["COMP_CWORD"] = str(len(words.split(" ")))
+    done = subprocess.run(
+        command(),
+        env={**os.environ, **environment},
+        capture_output=True,
+        cwd=ROOT,
+        timeout=30,
+        check=True,
+    )
+    assert done.stderr == b""
+    return done.stdout
+
+
 def test_names_complete(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert complete("rm fn").split() == [b"plain,fn-123"]
-    assert complete("template show p").split() == [b"plain,python-fn"]
-    assert complete(f"--socket {daemon.socket} show f").split() == [b"plain,fn-123"]
+    assert _complete("rm fn").split() == [b"plain,fn-123"]
+    assert _complete("template show p").split() == [b"plain,python-fn"]
+    assert _complete(f"--socket {daemon.socket} show f").split() == [b"plain,fn-123"]
     monkeypatch.setenv("TEMPLATED_SOCKET", "/nonexistent")
-    assert complete("show f").split() == []
+    assert _complete("show f").split() == []
 
 
 # Commands that need no daemon

@@ -19,8 +19,8 @@ from templated.errors import Conflict, HostError, InvalidRequest, NotFound, Temp
 from templated.model.config import Config
 from templated.services import domain_import
 from templated.services.domain_import import Imported, Order, import_domain
-from tests.unit.cli_daemon import complete
 from tests.unit.libvirt_handle import UUID, Handle, Place
+from tests.unit.test_cli import _complete
 from tests.unit.test_domain_xml import xml
 
 Capture = pytest.CaptureFixture[str]
@@ -290,6 +290,11 @@ def test_a_network_that_is_not_there(desk: Desk, network: Place | None, why: str
     assert done.spec["network"]["name"] == "default"
 
 
+def test_a_network_of_the_hosts_nics(desk: Desk) -> None:
+    desk.handle.networks["default"] = Place(xml="<network><forward mode='hostdev'/></network>")
+    desk.refused(InvalidRequest, "network default hands out devices of the host")
+
+
 def test_a_volume(desk: Desk) -> None:
     desk.handle.define("fedora", xml("session"))
     desk.refused(NotFound, "the volume fedora of the pool gnome-boxes", domain="fedora")
@@ -382,6 +387,6 @@ def test_domains_are_completed(tmp_path: Path) -> None:
     """Those that can be imported; and nothing where libvirt does not answer."""
     (tmp_path / "host.xml").write_text(HOST)
     given = f"template import --connect test://{tmp_path}/host.xml --domain w"
-    assert complete(given).split() == [b"plain,web"]
+    assert _complete(given).split() == [b"plain,web"]
     given = f"template import --connect qemu+unix:///system?socket={tmp_path}/none --domain w"
-    assert complete(given).split() == []
+    assert _complete(given).split() == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from xml.etree import ElementTree as ET
 
 from templated.drivers.libvirt.connection import Connection, binding
 from templated.errors import Conflict, InvalidRequest, NotFound
@@ -76,12 +77,23 @@ def volume_path(connection: Connection, pool: str, volume: str) -> str:
 
 
 def network_problem(connection: Connection, network: str) -> str:
-    """What is wrong with a network, in a few words; empty when it is active."""
+    """What is wrong with a network, in a few words; empty when it is active.
+
+    Raises InvalidRequest for one whose NICs are devices of the host, and as `Connection.call`.
+    """
+
+    def look(handle: Any) -> tuple[bool, str]:
+        found = handle.networkLookupByName(network)
+        return bool(found.isActive()), found.XMLDesc()
+
     try:
-        active = connection.call(
-            f"the network {network}",
-            lambda handle: bool(handle.networkLookupByName(network).isActive()),
-        )
+        active, xml = connection.call(f"the network {network}", look)
     except NotFound:
         return "libvirt has no such network"
+    forward = ET.fromstring(xml).find("forward")  # noqa: S314 - it is libvirt's own
+    if forward is not None and forward.get("mode") == "hostdev":
+        raise InvalidRequest(
+            f"the network {network} hands out devices of the host, which clones cannot share",
+            hint="put the domain on another network: virsh edit, or --hypervisor qemu",
+        )
     return "" if active else f"it is not active: virsh net-start {network}"
