@@ -80,6 +80,10 @@ class Layout:
         """Disk layer 1."""
         return image_disk(self.state, digest)
 
+    def imported(self, template: str) -> Path:
+        """The copy of a domain's disk that `template import --copy` makes."""
+        return self.state / "imported" / f"{template}.qcow2"
+
     def image_overlay(self, digest: str) -> Path:
         """An empty layer over an image, for cold boots."""
         return self.state / "overlays" / f"{digest}.qcow2"

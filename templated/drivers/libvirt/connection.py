@@ -59,7 +59,7 @@ class Connection:
 
     @property
     def alive(self) -> bool:
-        """False once it is closed or broken, or the daemon has gone. Asks nobody."""
+        """False once it is closed or broken. That the daemon has gone shows with the next call."""
         with contextlib.suppress(binding().libvirtError):
             return not self._broken and bool(self._handle.isAlive())
         return False
@@ -114,7 +114,8 @@ class Connection:
         except TimeoutError:
             self._broken = True
             _stuck.add(future)
-            raise Timeout(f"{what}: {self.uri} did not answer within {limit:g} s") from None
+            message = f"{what}: {self.uri} did not answer within {limit:g} s"
+            raise Timeout(message, hint="restart libvirtd: its VMs go on") from None
         except Exception as error:
             if not isinstance(error, binding().libvirtError):
                 raise
@@ -194,12 +195,12 @@ def _ours(error: Any, what: str) -> TemplatedError:
         return any(code == getattr(libvirt, f"VIR_ERR_{name}") for name in names)
 
     if among(_MISSING):
-        return NotFound(message)
+        return NotFound(message, hint="virsh lists what there is")
     if among(_CONFLICTS):
-        return Conflict(message)
+        return Conflict(message, hint="virsh tells its state")
     if among(_DENIED):
         return HostError(message, hint="run it as root, or join the group libvirt")
-    return HypervisorError(message)
+    return HypervisorError(message, hint="libvirtd's log has more")
 
 
 def _thread(work: Callable[[], T]) -> Future[T]:
