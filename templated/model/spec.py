@@ -48,11 +48,7 @@ class ImageSpec(_Spec, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.path is None and self.seed is not None:
             raise ValueError("seed is for an image that has a path")
-        if self.path is not None and (self.boot, self.packages, self.mirror) != (
-            "kernel",
-            (),
-            None,
-        ):
+        if self.path is not None and (self.boot == "disk" or self.packages or self.mirror):
             raise ValueError("an image that has a path has neither boot, packages nor mirror")
 
     @property

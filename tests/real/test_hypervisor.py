@@ -45,7 +45,9 @@ class QemuRig(Rig):
         await disk.create_overlay(target, backing or self._image.disk)
 
     def kernel(self) -> Kernel:
-        return full_boot(self.hypervisor, self._image, TemplateSpec(name="t"), "tcg")
+        boot = full_boot(self.hypervisor, self._image, TemplateSpec(name="t"), "tcg")
+        assert isinstance(boot, Kernel)
+        return boot
 
     def missing(self) -> Hypervisor:
         return Qemu("no-such-qemu", self.directory / "kvm-proof.json")

@@ -80,8 +80,8 @@ class ImageBuild:
             folder.mkdir(mode=0o755)
         with self._log.open("wb") as log:
             self._progress("packages")
-            package, folder = shlex.quote(self._spec.kernel), shlex.quote(str(self._kernel))
-            hook = _KERNEL_HOOK.format(package=package, folder=folder)
+            package, target = shlex.quote(self._spec.kernel), shlex.quote(str(self._kernel))
+            hook = _KERNEL_HOOK.format(package=package, folder=target)
             small = [f"--dpkgopt=path-exclude=/usr/share/{pattern}" for pattern in _EXCLUDED]
             small.append("--dpkgopt=path-include=/usr/share/doc/*/copyright")
             await self._bootstrap(log, "essential", PACKAGES, *small, f"--customize-hook={hook}")

@@ -75,8 +75,8 @@ def image_digest(spec: ImageSpec) -> str:
     canonical = {k: v for k, v in canonical.items() if k not in _LATER or v != _LATER[k]}
     if spec.boots_itself:
         canonical["file"] = _state(Path(spec.path)) if spec.path else ()
-        content = msgspec.json.encode([canonical, BUILDER_VERSION], order="deterministic")
-        return hashlib.sha256(content).hexdigest()[:16]
+        whole = msgspec.json.encode([canonical, BUILDER_VERSION], order="deterministic")
+        return hashlib.sha256(whole).hexdigest()[:16]
     content = hashlib.sha256(msgspec.json.encode(canonical, order="deterministic"))
     content.update(f"\0{BUILDER_VERSION}\0".encode())
     for path in sorted(GUEST_FILES.rglob("*")):

@@ -14,7 +14,8 @@ from templated.drivers.hypervisor.base import Hardware, Kernel, Launch
 from templated.drivers.hypervisor.qemu.features import features
 from templated.model.network import Attachment, Forward, Tap
 
-AGENT_PORTS = {"templated": "templated.agent.0", "qemu-ga": "org.qemu.guest_agent.0"}
+AGENT_PORT = "templated.agent.0"
+AGENT_PORTS = {"templated": AGENT_PORT, "qemu-ga": "org.qemu.guest_agent.0"}
 """How a guest's agent finds its port."""
 UPLINK = "uplink"
 """The network of a VM that boots, as QMP names it."""
@@ -132,6 +133,8 @@ def _devices(launch: Launch) -> list[str]:
     rom = "" if bus == "device" else ",romfile="
     # status=off: QEMU drops packets while the link is down, and the guest has nothing to do when
     # it comes up.
+    # Firmware that is told nothing looks at all that there is.
+    first = ",bootindex=1" if launch.hardware.firmware else ""
     nic = f"id=nic0,netdev=net0,mac={launch.mac},status=off"
     return [
         *("-chardev", f"socket,id=qmp,fd={launch.control_fd},server=on,wait=off"),
@@ -143,11 +146,7 @@ def _devices(launch: Launch) -> list[str]:
         ),
         *("-serial", "chardev:serial"),
         *("-blockdev", _blockdev(launch)),
-        # Named to the firmware, which otherwise looks at all that there is.
-        *(
-            "-device",
-            f"virtio-blk-{bus},drive=disk{',bootindex=1' if launch.hardware.firmware else ''}",
-        ),
+        *("-device", f"virtio-blk-{bus},drive=disk{first}"),
         *_code(launch, bus),
         *_seed(launch, bus),
         *_flash(launch),

@@ -109,9 +109,8 @@ class Qemu:
     def uefi_variables(self) -> Path:
         for file in (UEFI_CODE, UEFI_VARIABLES):
             if not file.is_file():
-                raise HostError(
-                    f"there is no UEFI for VMs: {file} is missing", hint="apt install ovmf"
-                )
+                what = f"there is no UEFI for VMs: {file} is missing"
+                raise HostError(what, hint="apt install ovmf")
         return UEFI_VARIABLES
 
     def cpu(self, accelerator: str) -> str:
