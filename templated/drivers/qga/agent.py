@@ -372,7 +372,7 @@ def assignments(identity: IdentityOrder) -> str:
     """The values of an identity as the script takes them: assignments of the shell."""
     values = {
         "task": "identify" if identity.step is Step.IDENTIFY else "claim",
-        "time": str(int(identity.time * 1e9)),
+        "time": str(int(identity.time * 1e6) * 1000),
         "entropy": identity.entropy.hex(),
         "hostname": identity.hostname,
         "machine_id": identity.machine_id,

@@ -8,6 +8,8 @@
 #
 # Values come by stdin, as assignments: everybody in the guest can read a process's arguments.
 # A fork takes some 10 ms in an emulated CPU, so the shell itself does what it can.
+#
+# shellcheck shell=sh disable=SC2154,SC3013  # values come from outside; -ef is POSIX of 2024
 set -eu
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 export PATH
