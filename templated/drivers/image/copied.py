@@ -49,7 +49,7 @@ class ImageCopy:
 
     async def _check(self) -> None:
         code, said = await self._do(["qemu-img", "check", "-q", "-f", "qcow2", str(self._path)])
-        if "lock" in said:
+        if "another process" in said:
             raise refused(self._path, "a VM uses it", "shut that VM down, or give a copy")
         if code not in (0, _LEAKS):
             hint = "repair a copy: qemu-img check -r all COPY"
