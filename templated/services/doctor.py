@@ -144,10 +144,9 @@ def _accelerator(config: Config) -> Iterator[Check]:
 def _kvm_proof(config: Config, hypervisor: Hypervisor) -> Check:
     try:
         asyncio.run(hypervisor.version())
-        images = ImageStore(Path(config.state_dir)).list()
         proof = hypervisor.remembered_proof()
-        if proof is None and images:
-            proof = asyncio.run(hypervisor.prove_kvm(images[-1].kernel, images[-1].initrd))
+        if proof is None and (kernel := ImageStore(Path(config.state_dir)).any_kernel()):
+            proof = asyncio.run(hypervisor.prove_kvm(*kernel))
     except (TemplatedError, OSError) as error:
         return Check("accelerator", "WARN", f"KVM could not be proven: {error}", "see `qemu`")
     if proof is None:

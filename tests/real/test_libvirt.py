@@ -23,7 +23,7 @@ from templated.drivers.hypervisor.libvirt.driver import LentPlaces, Libvirt
 from templated.drivers.hypervisor.process import Process
 from templated.drivers.image.store import Image
 from templated.model.spec import TemplateSpec
-from templated.services.machines.boot import boot_kernel
+from templated.services.machines.boot import full_boot
 from tests.hypervisor_contract import Frozen, HypervisorContract, Rig
 from tests.real.conftest import prepare
 from tests.real.harness import Daemon
@@ -56,7 +56,9 @@ class LibvirtRig(Rig):
         await disk.create_overlay(target, backing or self._image.disk)
 
     def kernel(self) -> Kernel:
-        return boot_kernel(self.hypervisor, self._image, TemplateSpec(name="t"), "tcg")
+        boot = full_boot(self.hypervisor, self._image, TemplateSpec(name="t"), "tcg")
+        assert isinstance(boot, Kernel)
+        return boot
 
     def missing(self) -> Hypervisor:
         uri = f"qemu+unix:///system?socket={self.directory}/nobody"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from templated.drivers.hypervisor.base import Launch
+from templated.drivers.hypervisor.base import Launch, OwnLoader
 from templated.drivers.hypervisor.libvirt.domain import (
     NAMESPACE,
     Label,
@@ -39,6 +39,14 @@ CASES = {
     "libvirt-restore": CLONE,
     "libvirt-boot": replace(CLONE, boot=BOOT, memory_shared=True, code=Path("/code/none.img")),
     "libvirt-cold": replace(CLONE, boot=BOOT, memory=None, network=Tap(9)),
+    "libvirt-uefi": replace(
+        CLONE,
+        hardware=replace(KVM, firmware="uefi", agent="qemu-ga"),
+        seed=Path("/images/i/seed.img"),
+        variables=Path("/state/slots/s/variables.fd"),
+        boot=OwnLoader(),
+        memory_shared=True,
+    ),
     "libvirt-q35-kvm": replace(CLONE, hardware=KVM, network=Tap(9)),
 }
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -18,6 +18,7 @@ from templated.drivers.hypervisor.states import MachineState
 from templated.errors import HostError
 from templated.model.generation import QemuVersion
 from templated.model.network import Attachment
+from templated.model.spec import AgentKind
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Hardware:
     """The hypervisor's: its devices, and thus their saved state, are those of its version."""
     hypervisor: str = "qemu"
     """Who starts QEMU, which gives a VM its devices: we (`qemu`), or `libvirt`."""
+    agent: AgentKind = "templated"
+    """Whose port there is."""
+    firmware: Literal["", "bios", "uefi"] = ""
+    """What starts the boot loader on the disk; empty: there is none, and a kernel is given."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class Places:
         return self.directory / "serial.log"
 
     @property
+    def variables(self) -> Path:
+        """The VM's own store of UEFI's variables, where it has one."""
+        return self.directory / "variables.fd"
+
+    @property
     def log(self) -> Path:
         """The output of the hypervisor itself."""
         return self.directory / "qemu.log"
@@ -70,6 +80,19 @@ class Kernel:
     kernel: Path
     initrd: Path
     cmdline: str
+
+    def files(self) -> tuple[Path, ...]:
+        """What the VM reads of the host's for that."""
+        return self.kernel, self.initrd
+
+
+@dataclass(frozen=True)
+class OwnLoader:
+    """A full boot by the boot loader on the VM's disk."""
+
+    def files(self) -> tuple[Path, ...]:
+        """What the VM reads of the host's for that: nothing."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -98,7 +121,11 @@ class Launch:
     code: Path | None = None
     """A second, read-only disk: a raw image. It is part of the hardware: a clone has one if and
     only if its template had one; the content may differ."""
-    boot: Kernel | None = None
+    seed: Path | None = None
+    """A third, read-only disk: what cloud-init reads at the first boot. Hardware, as `code` is."""
+    variables: Path | None = None
+    """The VM's own store of UEFI's variables, for `hardware.firmware` uefi."""
+    boot: Kernel | OwnLoader | None = None
     """None: start waiting for state."""
     opened: Mapping[Path, int] = field(default_factory=dict)
     """Of the files above and of `places.serial_log`: those that the VM inherits, by a descriptor,
@@ -330,6 +357,9 @@ class Hypervisor(Protocol):
 
     def clock_problem(self, accelerator: str) -> str:
         """Why a guest's clock may drift; empty when it keeps time."""
+
+    def uefi_variables(self) -> Path:
+        """An empty store of UEFI's variables, to copy. Raises HostError when there is no UEFI."""
 
     def cpu(self, accelerator: str) -> str:
         """The CPU model that guests get."""

@@ -93,6 +93,9 @@ class FakeHypervisor:
     def clock_problem(self, accelerator: str) -> str:
         return ""
 
+    def uefi_variables(self) -> Path:
+        raise HostError("the fake has no UEFI", hint="this is a test")
+
     def cpu(self, accelerator: str) -> str:
         return "fake"
 

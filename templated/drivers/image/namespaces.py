@@ -11,12 +11,15 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 from templated.drivers.host.programs import missing, started
 from templated.errors import HostError
 
+Progress = Callable[[str], None]
+"""Called with a line for people whenever a build has come further."""
 _TOOLS = ("mmdebstrap", "unshare", "mkfs.ext4", "qemu-img", "dpkg-deb")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 

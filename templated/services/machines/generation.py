@@ -29,13 +29,14 @@ from templated.drivers.code.image import placeholder
 from templated.drivers.host.files import Stamp, fsync, remove_directory, stamp
 from templated.drivers.host.procfs import read_memory
 from templated.drivers.hypervisor.base import Hardware, Hypervisor, SavedState
+from templated.drivers.image.store import image_seed
 from templated.errors import HostError
 from templated.model.generation import FileDigest, Manifest
 from templated.model.limits import Limits
 from templated.model.spec import TemplateSpec
 from templated.model.units import seconds, size_bytes
 from templated.services.machines.admission import Promise
-from templated.services.machines.slots import Layer
+from templated.services.machines.slots import GuestParts, Layer
 from templated.services.machines.vm import require_space
 from templated.services.places import Layout
 
@@ -43,12 +44,13 @@ log = logging.getLogger(__name__)
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 MANIFEST_FORMAT = 3
 """2: the frozen agent takes its identity in one packed field."""
-DISK, EMPTY, MANIFEST, MEMORY, STATE = (
+DISK, EMPTY, MANIFEST, MEMORY, STATE, VARIABLES = (
     "disk.qcow2",
     "empty.qcow2",
     "manifest.json",
     "memory",
     "state",
+    "variables.fd",
 )
 _FROZEN = 0o444
 _FLUSHED = 64 << 20
@@ -197,6 +199,7 @@ class Generation:
             (self.directory / DISK, self.image),
             self.limits,
             Promise.of(self.manifest.spec),
+            guest_parts(self.manifest.spec, self.image, self.directory / VARIABLES),
         )
 
     @functools.cached_property
@@ -212,16 +215,8 @@ class Generation:
     @functools.cached_property
     def hardware(self) -> Hardware:
         """The hardware that the template had, and every clone must have."""
-        machine = self.manifest.spec.machine
-        return Hardware(
-            type=machine.type,
-            memory_bytes=size_bytes(machine.memory),
-            vcpus=machine.vcpus,
-            accel=self.manifest.accel,
-            cpu=self.manifest.cpu,
-            version=self.manifest.qemu.version,
-            hypervisor=self.manifest.spec.hypervisor,
-        )
+        manifest = self.manifest
+        return hardware(manifest.spec, manifest.accel, manifest.cpu, manifest.qemu.version)
 
     def state(self, transport: str) -> SavedState:
         """The saved device state; for the transport `fd` its file is opened by the caller."""
@@ -230,6 +225,8 @@ class Generation:
     def files(self) -> dict[str, Path]:
         """The frozen files, by their names in the manifest."""
         names = {MEMORY: self.frozen, STATE: self.frozen, DISK: self.directory}
+        if self.manifest.spec.machine.firmware == "uefi":
+            names[VARIABLES] = self.directory
         return {name: directory / name for name, directory in names.items()}
 
     def changed(self) -> list[str]:
@@ -331,6 +328,31 @@ class Generation:
             raise _damaged(self, f"{self.memory}: {error.strerror}") from error
         weakref.finalize(self, os.close, descriptor)
         return descriptor
+
+
+def hardware(spec: TemplateSpec, accel: str, cpu: str, version: str) -> Hardware:
+    """What all VMs of a template have; `version` is the hypervisor's."""
+    machine = spec.machine
+    return Hardware(
+        type=machine.type,
+        memory_bytes=size_bytes(machine.memory),
+        vcpus=machine.vcpus,
+        accel=accel,
+        cpu=cpu,
+        version=version,
+        agent=spec.identity.agent,
+        firmware=machine.firmware if spec.image.boots_itself else "",
+        hypervisor=spec.hypervisor,
+    )
+
+
+def guest_parts(spec: TemplateSpec, image_disk: Path, variables: Path) -> GuestParts:
+    """What the VMs of a template have beside their disk; `variables` is copied for each."""
+    return GuestParts(
+        seed=image_seed(image_disk) if spec.image.seed else None,
+        variables=variables if spec.machine.firmware == "uefi" else None,
+        host_keys=spec.identity.agent == "qemu-ga",
+    )
 
 
 def _damaged(generation: Generation, what: str) -> HostError:

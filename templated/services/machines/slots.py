@@ -14,13 +14,15 @@ import secrets
 import socket
 import uuid
 from collections import defaultdict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from templated import failpoints
 from templated.drivers import disk
 from templated.drivers.cgroups import ControlGroups, Group
+from templated.drivers.guest import HostKey
 from templated.drivers.host.files import remove_directory
+from templated.drivers.hostkeys import make_host_keys
 from templated.drivers.hypervisor.base import Places
 from templated.drivers.network import Network, Port
 from templated.errors import HostError, TemplatedError
@@ -41,6 +43,18 @@ _LATE = 2.0
 
 
 @dataclass(frozen=True)
+class GuestParts:
+    """What the guests of some templates have beside their disk."""
+
+    seed: Path | None = None
+    """A read-only disk for cloud-init, the same for all."""
+    variables: Path | None = None
+    """A store of UEFI's variables, of which each VM gets a copy."""
+    host_keys: bool = False
+    """Each VM gets keys for its SSH server."""
+
+
+@dataclass(frozen=True)
 class Layer:
     """What a slot is made from: an empty overlay to copy, the layers below it, and limits."""
 
@@ -51,6 +65,7 @@ class Layer:
     limits: Limits = UNLIMITED
     promise: Promise | None = None
     """What the slot's VM counts for; None: for nothing, as one of a build."""
+    guest: GuestParts = GuestParts()
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,9 @@ class PreparedSlot:
     backing: tuple[Path, ...]
     group: Group | None
     limits: Limits
+    guest: GuestParts = GuestParts()
+    """With the VM's own store of variables."""
+    host_keys: tuple[HostKey, ...] = ()
     vm: Vm | None = None
 
     def close(self) -> None:
@@ -174,15 +192,29 @@ class Slots:
         slot, files = await asyncio.to_thread(self._numbered, layer)
         with contextlib.ExitStack() as undo:
             undo.callback(files.close)
+            places, overlay = self._layout.vm(slot.id), self._layout.overlay(slot.id)
             try:
+                keys = await make_host_keys(places.sockets) if layer.guest.host_keys else ()
                 port = await self._network.make_port(slot.id, slot.index)
             except BaseException:
                 await self.give_up(slot.id)
                 raise
             undo.pop_all()
-        places, overlay = self._layout.vm(slot.id), self._layout.overlay(slot.id)
-        group = self._groups.group(slot.id)
-        return PreparedSlot(slot, places, overlay, port, files, layer.backing, group, layer.limits)
+        guest = layer.guest
+        if guest.variables is not None:
+            guest = replace(guest, variables=places.variables)
+        return PreparedSlot(
+            slot=slot,
+            places=places,
+            overlay=overlay,
+            port=port,
+            files=files,
+            backing=layer.backing,
+            group=self._groups.group(slot.id),
+            limits=layer.limits,
+            guest=guest,
+            host_keys=keys,
+        )
 
     async def drop(self, slot_id: str) -> None:
         """Give back everything that a slot holds, its journal rows last. Idempotent.
@@ -325,8 +357,11 @@ def _files(places: Places, layer: Layer, overlay: Path) -> Inheritance:
             if failpoints.armed:
                 failpoints.hit("slot.open")
             files.opened[overlay] = os.open(overlay, os.O_RDWR | os.O_CLOEXEC)
-            for lower in layer.backing:
+            for lower in (*layer.backing, *([layer.guest.seed] if layer.guest.seed else [])):
                 files.opened[lower] = os.open(lower, os.O_RDONLY | os.O_CLOEXEC)
+            if layer.guest.variables is not None:
+                disk.copy_overlay(layer.guest.variables, places.variables)
+                files.opened[places.variables] = os.open(places.variables, os.O_RDWR | os.O_CLOEXEC)
             files.opened[places.serial_log] = os.open(places.serial_log, _APPENDED, 0o600)
         except OSError as error:
             raise HostError(

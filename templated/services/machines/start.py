@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from templated.drivers.guest import Step
-from templated.drivers.hypervisor.base import Hardware, Hypervisor, Kernel, Launch
+from templated.drivers.hypervisor.base import Hardware, Hypervisor, Kernel, Launch, OwnLoader
 from templated.drivers.network import Network
 from templated.errors import HostError
 from templated.model.clone import Phase, Slot
@@ -77,6 +77,8 @@ class Starter:
             control_fd=prepared.files.control.fileno(),
             agent_fd=prepared.files.agent.fileno(),
             code=code,
+            seed=prepared.guest.seed,
+            variables=prepared.guest.variables,
             confined=self.confine,
             opened=dict(prepared.files.opened),
             backing=prepared.backing,
@@ -186,11 +188,11 @@ class Starter:
         if generation.code is not None:
             await vm.agent.rehearse_code(terms.start_s)
         for name in REHEARSED * REHEARSALS:
-            await identify(vm, self.plan, terms, name, time.time(), Step.REHEARSAL)
-        marked = time.monotonic()
+            at_mark = time.time() - (time.monotonic() - vm.agent.marked)
+            await identify(vm, self.plan, terms, name, at_mark, Step.REHEARSAL)
         await asyncio.sleep(REST)
         await vm.machine.pause()
-        return time.monotonic() - marked
+        return time.monotonic() - vm.agent.marked
 
     async def claim(
         self, vm: Vm, terms: Terms, hostname: str, lag: float, clock: PhaseClock
@@ -208,7 +210,7 @@ class Starter:
         self,
         prepared: PreparedSlot,
         launch: Launch,
-        kernel: Kernel,
+        boot: Kernel | OwnLoader,
         terms: Terms,
         hostname: str,
         clock: PhaseClock,
@@ -219,9 +221,9 @@ class Starter:
         """
         with clock(Phase.SPAWN):
             with contextlib.ExitStack() as files:
-                paths = [kernel.kernel, kernel.initrd, *([launch.code] if launch.code else [])]
+                paths = [*boot.files(), *([launch.code] if launch.code else [])]
                 parts = {path: _opened(path, files) for path in paths}
-                launch = replace(launch, boot=kernel, opened={**launch.opened, **parts})
+                launch = replace(launch, boot=boot, opened={**launch.opened, **parts})
                 vm = self._spawn(prepared, launch)
             await self._connect(vm, prepared, terms.start_s)
         await vm.machine.set_link(False)
@@ -236,7 +238,13 @@ class Starter:
 
     def _spawn(self, prepared: PreparedSlot, launch: Launch) -> Vm:
         machine = self.hypervisor.spawn(launch)
-        prepared.vm = Vm(prepared.slot, launch.places, machine)
+        prepared.vm = Vm(
+            prepared.slot,
+            launch.places,
+            machine,
+            agent=launch.hardware.agent,
+            host_keys=prepared.host_keys,
+        )
         if prepared.limits.disk is not None:
             machine.limit_files(prepared.limits.disk)
         prepared.close()

@@ -25,7 +25,7 @@ from templated.drivers import disk
 from templated.drivers.cgroups import ControlGroups
 from templated.drivers.code.image import placeholder
 from templated.drivers.host.files import fsync
-from templated.drivers.hypervisor.base import Hardware, Kernel, Launch
+from templated.drivers.hypervisor.base import Hardware, Kernel, Launch, OwnLoader
 from templated.drivers.image.store import Image, image_digest, lacks_rights
 from templated.errors import BuildError, HostError, TemplatedError
 from templated.journal import now
@@ -33,10 +33,9 @@ from templated.model.generation import Manifest, ProbeResult, QemuVersion
 from templated.model.limits import UNLIMITED, Limits
 from templated.model.network import BridgeNetwork, Forward
 from templated.model.spec import SerialProbe, TemplateSpec
-from templated.model.units import size_bytes
 from templated.services.context import Context
 from templated.services.machines import generation as generations
-from templated.services.machines.boot import boot_kernel, image_overlay
+from templated.services.machines.boot import full_boot, image_overlay, image_parts
 from templated.services.machines.clock import PhaseClock
 from templated.services.machines.generation import (
     Generation,
@@ -54,7 +53,7 @@ from templated.timing import within
 _SAVE_TIMEOUT = 120.0
 _QUIT_TIMEOUT = 30.0
 _REHEARSAL_TIMEOUT = 60.0
-_QUIESCE_TIMEOUT = 30.0
+_QUIESCE_TIMEOUT = 60.0
 _SETTLE = 0.5
 _HINT = "the console lines show how far the guest got; see boot_timeout and the hooks of the image"
 # What QEMU and the state need beside the guest's memory.
@@ -143,8 +142,10 @@ class Build:
         return generation
 
     def _require_rights(self) -> None:
+        if self.spec.image.path is not None or not lacks_rights():  # a copy needs none
+            return
         present = self.context.images.get(image_digest(self.spec.image))
-        if present is None and lacks_rights():
+        if present is None:
             raise HostError(
                 f"the image of {self.spec.name} is missing, and this daemon has not the rights "
                 "to make images",
@@ -153,23 +154,16 @@ class Build:
 
     async def _hardware(self, image: Image, qemu: QemuVersion) -> Hardware:
         accel = await self.context.host.accelerator(image)
-        machine = self.spec.machine
-        return Hardware(
-            type=machine.type,
-            memory_bytes=size_bytes(machine.memory),
-            vcpus=machine.vcpus,
-            accel=accel,
-            cpu=self.context.hypervisor.cpu(accel),
-            version=qemu.version,
-            hypervisor=self.spec.hypervisor,
-        )
+        cpu = self.context.hypervisor.cpu(accel)
+        return generations.hardware(self.spec, accel, cpu, qemu.version)
 
     async def _base(self, image: Image, hardware: Hardware, qemu: QemuVersion) -> Manifest:
         """Boot, probe and freeze the base VM."""
-        kernel = boot_kernel(self.context.hypervisor, image, self.spec, hardware.accel)
+        boot = full_boot(self.context.hypervisor, image, self.spec, hardware.accel)
         empty = await image_overlay(self.context.layout, image)
         memory = self.frozen / generations.MEMORY
-        layer = Layer(self.id, empty, (image.disk,))
+        guest = image_parts(self.context.hypervisor, image, self.spec)
+        layer = Layer(self.id, empty, (image.disk,), guest=guest)
         async with self._slot(layer) as prepared, _memory_file(memory) as descriptor:
             forwards, ports = self._forwards()
             code = self.context.layout.placeholder if self.spec.code else None
@@ -180,7 +174,7 @@ class Build:
             launch = replace(launch, memory=memory, memory_shared=True, opened=opened)
             async with self._tail_on_failure(prepared):
                 with self._phase("boot"):
-                    vm = await self._boot(prepared, launch, kernel)
+                    vm = await self._boot(prepared, launch, boot)
                 if failpoints.armed:
                     failpoints.hit("build.booted")
                 with self._phase("probes"):
@@ -190,13 +184,15 @@ class Build:
             if failpoints.armed:
                 failpoints.hit("build.disk")
             prepared.overlay.rename(self.directory / generations.DISK)
-        return self._manifest(image, launch, kernel, qemu, probes, lag)
+            if prepared.guest.variables is not None:
+                prepared.guest.variables.rename(self.directory / generations.VARIABLES)
+        return self._manifest(image, replace(launch, boot=boot), qemu, probes, lag)
 
-    async def _boot(self, prepared: PreparedSlot, launch: Launch, kernel: Kernel) -> Vm:
+    async def _boot(self, prepared: PreparedSlot, launch: Launch, boot: Kernel | OwnLoader) -> Vm:
         terms = Terms.of(self.spec)
         async with within(terms.booted_s, "its start", hint=_HINT):
             return await self.context.starter.boot(
-                prepared, launch, kernel, terms, self.spec.name, PhaseClock()
+                prepared, launch, boot, terms, self.spec.name, PhaseClock()
             )
 
     async def _probe(
@@ -220,11 +216,10 @@ class Build:
             # What clones do first is slow the first time; some of that stays in the frozen memory.
             await vm.agent.rehearse_code(_REHEARSAL_TIMEOUT)
         await vm.agent.quiesce(_QUIESCE_TIMEOUT)
-        marked = time.monotonic()
         # The agent goes back to waiting, and the kernel finishes work that it put off.
         await asyncio.sleep(_SETTLE)
         await machine.pause()
-        lag = time.monotonic() - marked
+        lag = time.monotonic() - vm.agent.marked
         await machine.detach_network()
         await machine.save(self.frozen / generations.STATE, _SAVE_TIMEOUT)
         await machine.quit(_QUIT_TIMEOUT)
@@ -240,11 +235,15 @@ class Build:
             generations.STATE: self.frozen / generations.STATE,
             generations.DISK: layer2,
         }
+        if self.spec.machine.firmware == "uefi":
+            paths[generations.VARIABLES] = self.directory / generations.VARIABLES
         for name, path in paths.items():
             freeze_file(path)
             files[name] = await digest_file(path)
         await disk.create_overlay(self.directory / generations.EMPTY, layer2)
         freeze_file(self.directory / generations.EMPTY)
+        if not manifest.kernel:
+            return _with(manifest, files=files)
         kernel = await digest_file(Path(manifest.kernel))
         return _with(manifest, files=files, kernel_sha256=kernel.sha256)
 
@@ -337,12 +336,12 @@ class Build:
         self,
         image: Image,
         launch: Launch,
-        kernel: Kernel,
         qemu: QemuVersion,
         probes: tuple[ProbeResult, ...],
         lag: float,
     ) -> Manifest:
-        command = self.context.hypervisor.describe(replace(launch, boot=kernel))
+        command = self.context.hypervisor.describe(launch)
+        kernel = launch.boot if isinstance(launch.boot, Kernel) else None
         return Manifest(
             format=generations.MANIFEST_FORMAT,
             id=self.id,
@@ -354,9 +353,9 @@ class Build:
             accel=launch.hardware.accel,
             cpu=launch.hardware.cpu,
             command_line=command,
-            kernel=str(kernel.kernel),
+            kernel=str(kernel.kernel) if kernel else "",
             kernel_sha256="",
-            kernel_cmdline=kernel.cmdline,
+            kernel_cmdline=kernel.cmdline if kernel else "",
             files={},
             probes=probes,
             canary_probes=(),

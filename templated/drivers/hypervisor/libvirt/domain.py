@@ -14,20 +14,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement
 
-from templated.drivers.hypervisor.base import Launch
+from templated.drivers.hypervisor.base import Kernel, Launch
 from templated.drivers.hypervisor.libvirt.lending import (
     CODE,
     DISK,
     INITRD,
     KERNEL,
+    SEED,
+    VARIABLES,
     Lent,
     User,
     layer,
 )
 from templated.drivers.hypervisor.qemu.command import (
-    AGENT_PORT,
+    AGENT_PORTS,
     CODE_SERIAL,
     MACHINES,
+    UEFI_CODE,
     UPLINK,
     netdev,
 )
@@ -99,7 +102,10 @@ def _hardware(domain: Element, launch: Launch, lent: Lent) -> None:
     system = SubElement(domain, "os")
     machine = MACHINES[hardware.type].partition(",")[0]
     _text(system, "type", "hvm", {"arch": "x86_64", "machine": machine})
-    if launch.boot is not None:
+    if launch.variables is not None:
+        _text(system, "loader", str(UEFI_CODE), {"readonly": "yes", "type": "pflash"})
+        _text(system, "nvram", str(lent.path(VARIABLES)))
+    if isinstance(launch.boot, Kernel):
         _text(system, "kernel", str(lent.path(KERNEL)))
         _text(system, "initrd", str(lent.path(INITRD)))
         _text(system, "cmdline", launch.boot.cmdline)
@@ -132,6 +138,8 @@ def _devices(devices: Element, launch: Launch, emulator: str, lent: Lent) -> Non
     _text(devices, "emulator", emulator)
     mmio = launch.hardware.type == "microvm"
     _disk(devices, launch, lent, mmio=mmio)
+    if launch.seed is not None:
+        _seed(devices, lent.path(SEED))
     SubElement(devices, "controller", {"type": "usb", "model": "none"})
     controller = {"type": "virtio-serial", "index": "0", "ports": "2"}
     _placed(SubElement(devices, "controller", controller), mmio)
@@ -141,7 +149,7 @@ def _devices(devices: Element, launch: Launch, emulator: str, lent: Lent) -> Non
     SubElement(serial, "target", {"port": "0"})
     # The agent's socket takes the place of nothing once QEMU runs: it goes there by its descriptor.
     channel = SubElement(devices, "channel", {"type": "null"})
-    SubElement(channel, "target", {"type": "virtio", "name": AGENT_PORT})
+    SubElement(channel, "target", {"type": "virtio", "name": AGENT_PORTS[launch.hardware.agent]})
     SubElement(devices, "memballoon", {"model": "none"})
     rng = SubElement(devices, "rng", {"model": "virtio"})
     SubElement(rng, "backend", {"model": "builtin"})
@@ -164,7 +172,18 @@ def _disk(devices: Element, launch: Launch, lent: Lent, *, mmio: bool) -> None:
     if launch.backing:
         SubElement(above, "backingStore")
     SubElement(disk, "target", {"dev": "vda", "bus": "virtio"})
+    if launch.hardware.firmware:
+        # Firmware that is told nothing looks at all that there is.
+        SubElement(disk, "boot", {"order": "1"})
     _placed(disk, mmio)
+
+
+def _seed(devices: Element, path: Path) -> None:
+    disk = SubElement(devices, "disk", {"type": "file", "device": "disk"})
+    SubElement(disk, "driver", {"name": "qemu", "type": "raw"})
+    SubElement(disk, "source", {"file": str(path)})
+    SubElement(disk, "target", {"dev": "vdb", "bus": "virtio"})
+    SubElement(disk, "readonly")
 
 
 def _placed(device: Element, mmio: bool) -> None:

@@ -15,13 +15,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from templated.drivers.hypervisor.base import Launch
+from templated.drivers.hypervisor.base import Kernel, Launch
 from templated.errors import HostError
 
-DISK, MEMORY, KERNEL, INITRD, CODE, GIVEN = (
+DISK, MEMORY, KERNEL, INITRD, CODE, GIVEN, SEED, VARIABLES = (
     *("disk.qcow2", "memory", "kernel", "initrd"),
-    *("code.img", "given.img"),
+    *("code.img", "given.img", "seed.img", "variables.fd"),
 )
+_WRITTEN = (DISK, VARIABLES)
+"""What belongs to libvirt's user while the VM runs."""
 _PASSABLE = 0o710
 _LENT = 0o666
 
@@ -72,11 +74,14 @@ def named(launch: Launch) -> dict[str, Path]:
     """The files of a launch, by the names that they are lent under."""
     files = {DISK: launch.disk}
     files |= {layer(number): path for number, path in enumerate(launch.backing)}
-    if launch.memory is not None:
-        files[MEMORY] = launch.memory
-    if launch.code is not None:
-        files[CODE] = launch.code
-    if launch.boot is not None:
+    others = {
+        MEMORY: launch.memory,
+        CODE: launch.code,
+        SEED: launch.seed,
+        VARIABLES: launch.variables,
+    }
+    files |= {name: path for name, path in others.items() if path is not None}
+    if isinstance(launch.boot, Kernel):
         files |= {KERNEL: launch.boot.kernel, INITRD: launch.boot.initrd}
     return files
 
@@ -126,7 +131,7 @@ class Lent:
         return (self.memory if name == MEMORY else self.directory) / name
 
     def lend(self, files: Mapping[str, int], user: User | None) -> None:
-        """Make the directories, with a link to each file; the disk then belongs to `user`.
+        """Make the directories, with a link to each file; what QEMU writes is `user`'s then.
 
         Blocks for some 0.3 ms. Raises HostError; `take_back` removes what is there then.
         """
@@ -137,10 +142,11 @@ class Lent:
                 _passable(directory, user)
             for name, fd in files.items():
                 _link(fd, self.path(name))
-            if CODE in files:
-                _readable(self.path(CODE))
+            for name in files.keys() & {CODE, SEED}:
+                _readable(self.path(name))
             if user is not None:
-                os.chown(self.path(DISK), user.uid, user.gid)
+                for name in files.keys() & set(_WRITTEN):
+                    os.chown(self.path(name), user.uid, user.gid)
         except OSError as error:
             raise HostError(
                 f"cannot lend a VM its files: {error}",
@@ -180,12 +186,13 @@ class Lent:
         shutil.rmtree(self.memory, ignore_errors=True)
 
     def take_back(self) -> None:
-        """Make the disk ours again, and remove the links. Idempotent. Blocks; raises nothing.
+        """Make what it wrote ours again, and remove the links. Idempotent. Blocks; raises nothing.
 
         For a VM that has ended: what it wrote may become a template's.
         """
-        with contextlib.suppress(OSError):
-            os.chown(self.path(DISK), os.geteuid(), os.getegid())
+        for name in _WRITTEN:
+            with contextlib.suppress(OSError):
+                os.chown(self.path(name), os.geteuid(), os.getegid())
         shutil.rmtree(self.directory, ignore_errors=True)
         self.forget_memory()
 

@@ -25,7 +25,13 @@ from templated.drivers.hypervisor.process import (
     use_small_pages,
 )
 from templated.drivers.hypervisor.qemu import accel
-from templated.drivers.hypervisor.qemu.command import SANDBOX, inherited, qemu_arguments
+from templated.drivers.hypervisor.qemu.command import (
+    SANDBOX,
+    UEFI_CODE,
+    UEFI_VARIABLES,
+    inherited,
+    qemu_arguments,
+)
 from templated.drivers.hypervisor.qemu.features import PROVEN, features, proven, release
 from templated.drivers.hypervisor.qemu.machine import QemuMachine
 from templated.drivers.hypervisor.qemu.program import Program
@@ -99,6 +105,13 @@ class Qemu:
         if accelerator == "kvm" or tsc_khz() is not None:
             return ""
         return "the host's TSC is not constant: TCG guests may drift"
+
+    def uefi_variables(self) -> Path:
+        for file in (UEFI_CODE, UEFI_VARIABLES):
+            if not file.is_file():
+                what = f"there is no UEFI for VMs: {file} is missing"
+                raise HostError(what, hint="apt install ovmf")
+        return UEFI_VARIABLES
 
     def cpu(self, accelerator: str) -> str:
         return accel.CPUS[accelerator]

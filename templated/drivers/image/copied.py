@@ -1,0 +1,82 @@
+"""An image from a file that somebody brings: checked, and copied, so that it never changes."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from templated.drivers.image.fat import make_fat
+from templated.drivers.image.namespaces import Progress, start
+from templated.drivers.image.qcow2 import check_qcow2, refused
+from templated.errors import BuildError
+from templated.model.spec import ImageSpec, SeedSpec
+
+_LEAKS = 3
+"""The exit code of `qemu-img check` for clusters that nobody uses: no harm."""
+_SEED_ROOM = 128
+"""KiB of the seed's file system beside its files."""
+
+
+class ImageCopy:
+    """One copy in `work`, a directory of its own. `run` leaves the files in `work/out`."""
+
+    def __init__(self, spec: ImageSpec, work: Path, progress: Progress) -> None:
+        assert spec.path is not None
+        self._path, self._seed, self._work = Path(spec.path), spec.seed, work
+        self._progress = progress
+        self.out = work / "out"
+
+    async def run(self) -> None:
+        """Make disk.qcow2, and seed.img where there is a seed.
+
+        Raises BuildError for a file that cannot be used, HostError when a program is missing. The
+        file itself is only read.
+        """
+        self.out.mkdir(mode=0o755)
+        self._progress("check")
+        await asyncio.to_thread(check_qcow2, self._path)
+        await self._check()
+        self._progress("copy")
+        target = self.out / "disk.qcow2"
+        command = ["cp", "--reflink=auto", "--sparse=always", "--", str(self._path), str(target)]
+        code, said = await self._do(command)
+        if code != 0:
+            raise BuildError(f"the image cannot be copied: {said}", hint="free some space")
+        # What is used is what was checked, also when the file was exchanged meanwhile.
+        await asyncio.to_thread(check_qcow2, target)
+        if self._seed is not None:
+            await make_seed(self.out / "seed.img", self._seed, self._work / "seed")
+
+    async def _check(self) -> None:
+        code, said = await self._do(["qemu-img", "check", "-q", "-f", "qcow2", str(self._path)])
+        if "another process" in said:
+            raise refused(self._path, "a VM uses it", "shut that VM down, or give a copy")
+        if code not in (0, _LEAKS):
+            hint = "repair a copy: qemu-img check -r all COPY"
+            raise refused(self._path, f"it is broken: {said or f'exit code {code}'}", hint)
+
+    async def _do(self, command: list[str]) -> tuple[int | None, str]:
+        """Run a program; its exit code and its last line."""
+        async with start(command, namespace=False, folder=self._work) as process:
+            out, _ = await process.communicate()
+        lines = out.decode(errors="replace").strip().splitlines()
+        return process.returncode, lines[-1] if lines else ""
+
+
+async def make_seed(target: Path, seed: SeedSpec, folder: Path) -> None:
+    """Make cloud-init's NoCloud file system: FAT, with the label that it looks for.
+
+    Source: cloud-init's reference of the datasource NoCloud. Raises HostError.
+    """
+    files = {
+        "user-data": seed.user_data,
+        "meta-data": seed.meta_data,
+        "network-config": seed.network_config,
+    }
+    await asyncio.to_thread(folder.mkdir)
+    size = _SEED_ROOM
+    for name, text in files.items():
+        if text:
+            await asyncio.to_thread((folder / name).write_text, text)
+            size += len(text.encode()) // 1024 + 1
+    await make_fat(target, "CIDATA", size, folder)

@@ -1,0 +1,299 @@
+# The identity of a Linux guest, by the tools that it has: sh, cat, rm, mkdir, mv, date, ip, mount, head,
+# perl or python3, and systemctl where systemd runs. qemu-ga runs this (guest-exec); nothing of it
+# is in the image. `task` is one of:
+#
+#   quiesce    leave nothing unique, before the guest is frozen
+#   identify   take a whole identity
+#   claim      take a name, a time and entropy, in a guest that has the rest
+#
+# Values come by stdin, as assignments: everybody in the guest can read a process's arguments.
+# A fork takes some 10 ms in an emulated CPU, so the shell itself does what it can.
+#
+# shellcheck shell=sh disable=SC2154,SC3013  # values come from outside; -ef is POSIX of 2024
+set -eu
+PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+export PATH
+umask 022
+eval "$(cat)"
+
+run=/run/templated
+# They have in their memory what no two guests may share: stopped before the guest is frozen, and
+# started when it has its own.
+units="ssh.service sshd.service systemd-networkd.socket systemd-networkd.service
+ NetworkManager.service dhcpcd.service"
+services=
+
+fail() {
+    echo "$1" >&2
+    exit 1
+}
+
+# Mounts and names are for the guest, not for the agent alone.
+check_place() {
+    [ /proc/self/ns/mnt -ef /proc/1/ns/mnt ] ||
+        fail "its agent has file systems of its own: take PrivateTmp=, ProtectSystem= and the like out of its unit"
+    [ -d "$run" ] || mkdir -p "$run"
+}
+
+# Sets `nic` to the one network interface that has a device.
+find_nic() {
+    nic=
+    for path in /sys/class/net/*; do
+        if [ -e "$path/device" ]; then
+            nic=${path##*/}
+            return
+        fi
+    done
+    fail "it has no network interface"
+}
+
+# --- services -------------------------------------------------------------------------------------
+
+stop_services() {
+    if [ -d /run/systemd/system ]; then
+        for unit in $units; do
+            if systemctl -q is-active "$unit" || systemctl -q is-enabled "$unit" 2>/dev/null; then
+                services="$services $unit"
+            fi
+        done
+        # shellcheck disable=SC2086  # words
+        [ -z "$services" ] || systemctl stop $services
+    elif [ -s /run/sshd.pid ]; then
+        read -r pid </run/sshd.pid
+        kill "$pid" 2>/dev/null || true
+        services=sshd
+    fi
+    for comm in /proc/[0-9]*/comm; do
+        { read -r name <"$comm"; } 2>/dev/null || continue
+        case $name in
+        dhclient | dhcpcd | udhcpc)
+            pid=${comm#/proc/}
+            kill "${pid%/comm}" 2>/dev/null || true
+            ;;
+        esac
+    done
+    echo "$services" >"$run/services"
+}
+
+# Nothing waits for them: all that they need is in place.
+start_services() {
+    if [ -d /run/systemd/system ]; then
+        # journald takes the machine's id from its start.
+        # shellcheck disable=SC2086  # words
+        systemctl --no-block restart systemd-journald.service $services
+    elif [ "$services" = sshd ]; then
+        /usr/sbin/sshd
+    fi
+}
+
+# --- what is unique -------------------------------------------------------------------------------
+
+# Keys, seeds, leases and ids of DHCP clients: a clone gets its own, or makes them when it needs them.
+forget() {
+    rm -rf /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub \
+        /var/lib/systemd/random-seed /var/lib/urandom/random-seed /var/lib/misc/random-seed \
+        /var/lib/dhcp/*.lease* /var/lib/dhcpcd/* /var/lib/systemd/network/* \
+        /run/systemd/netif/leases/* /run/systemd/netif/lldp/* \
+        /var/lib/NetworkManager/*.lease /var/lib/NetworkManager/secret_key
+}
+
+# Entropy counts only by ioctl (random(4)): what is written to the device waits for up to a minute.
+reseed() {
+    if command -v perl >/dev/null; then
+        ENTROPY=$entropy perl -e '
+            open(my $random, "+<", "/dev/random") or die "$!\n";
+            my $bytes = pack("H*", $ENV{ENTROPY});
+            my $pool = pack("ii", 8 * length($bytes), length($bytes)) . $bytes;
+            ioctl($random, 0x40085203, $pool) or die "RNDADDENTROPY: $!\n";
+            ioctl($random, 0x5207, 0) or die "RNDRESEEDCRNG: $!\n";'
+    elif command -v python3 >/dev/null; then
+        ENTROPY=$entropy python3 -ISc '
+import fcntl, os, struct
+data = bytes.fromhex(os.environ["ENTROPY"])
+random = os.open("/dev/random", os.O_RDWR)
+fcntl.ioctl(random, 0x40085203, struct.pack("ii", 8 * len(data), len(data)) + data)
+fcntl.ioctl(random, 0x5207)'
+    else
+        fail "nothing in it can reseed its random numbers: install perl-base or python3"
+    fi
+}
+
+# The guest's clocks stood still while it was frozen. `time` was the wall clock, in ns, at the mark.
+set_clock() {
+    now=$time
+    if [ -s "$run/mark" ]; then
+        read -r mark <"$run/mark"
+        read -r up _ </proc/uptime
+        now=$((time + (${up%.*}${up#*.} - mark) * 10000000))
+    fi
+    at=$((now / 1000000000)).$(printf %09d $((now % 1000000000)))
+    # Not all of them know fractions.
+    date -u -s "@$at" >/dev/null 2>&1 || date -u -s "@${at%.*}" >/dev/null
+}
+
+set_name() {
+    echo "$hostname" >/proc/sys/kernel/hostname
+    echo "$hostname" >/etc/hostname
+    # The others' names, without the line that Debian has for the host's own.
+    [ -e "$run/hosts" ] || copy /etc/hosts 127.0.1.1 >"$run/hosts"
+    { copy "$run/hosts" && echo "$ip $hostname"; } >/etc/hosts
+}
+
+# copy FILE [START]: its lines, but for those that start so.
+copy() {
+    while read -r line || [ -n "$line" ]; do
+        case $line in
+        ${2:-templated}*) ;;
+        *) printf '%s\n' "$line" ;;
+        esac
+    done <"$1"
+}
+
+set_ids() {
+    read -r old </etc/machine-id || old=
+    echo "$machine_id" >/etc/machine-id
+    if [ -f /var/lib/dbus/machine-id ] && ! [ -L /var/lib/dbus/machine-id ]; then
+        echo "$machine_id" >/var/lib/dbus/machine-id
+    fi
+    for journal in /run/log/journal /var/log/journal; do
+        if [ -n "$old" ] && [ "$old" != "$machine_id" ] && [ -d "$journal/$old" ]; then
+            mv "$journal/$old" "$journal/$machine_id"
+        fi
+    done
+    show boot_id "$boot_id" /proc/sys/kernel/random/boot_id
+    umask 077
+    if [ -e /sys/class/dmi/id/product_uuid ]; then
+        show product_uuid "$uuid" /sys/class/dmi/id/product_uuid
+    else
+        echo "$uuid" >"$run/product_uuid"
+    fi
+    if [ -d /var/lib/systemd ]; then
+        head -c 512 /dev/urandom >/var/lib/systemd/random-seed
+    fi
+    umask 022
+}
+
+# show NAME VALUE FILE: have a file of the kernel's show this value. It is mounted over once.
+show() {
+    echo "$2" >"$run/$1"
+    read -r seen <"$3"
+    [ "$seen" = "$2" ] || mount --bind "$run/$1" "$3"
+}
+
+set_host_keys() {
+    [ -d /etc/ssh ] || return 0
+    umask 077
+    for kind in $host_keys; do
+        eval "private=\$${kind}_private public=\$${kind}_public"
+        printf '%s\n' "$private" >"/etc/ssh/ssh_host_${kind}_key"
+        printf '%s\n' "$public" >"/etc/ssh/ssh_host_${kind}_key.pub"
+    done
+    umask 022
+}
+
+# --- network --------------------------------------------------------------------------------------
+
+# So that who manages the network agrees with what is set below, also when it is restarted.
+configure_network() {
+    if [ -d /run/systemd/netif ]; then
+        [ -d /etc/systemd/network ] || mkdir -p /etc/systemd/network
+        {
+            printf '%s\n' "[Match]" "Name=$nic" "[Link]" "MACAddress=$mac" \
+                "[Network]" "DHCP=no" "Address=$ip/$prefix"
+            [ -z "$gateway" ] || echo "Gateway=$gateway"
+            for server in $dns; do echo "DNS=$server"; done
+        } >/etc/systemd/network/00-templated.network
+    fi
+    if [ -d /run/NetworkManager ]; then
+        umask 077
+        printf '%s\n' "[connection]" "id=templated" "type=ethernet" "interface-name=$nic" \
+            "autoconnect-priority=999" "[ethernet]" "cloned-mac-address=$mac" \
+            "[ipv4]" "method=manual" "address1=$ip/$prefix${gateway:+,$gateway}" \
+            "dns=${dns:+$(echo "$dns" | tr ' ' ';');}" \
+            >/etc/NetworkManager/system-connections/templated.nmconnection
+        umask 022
+    fi
+    if [ -x /sbin/ifup ] && [ -e /etc/network/interfaces ]; then
+        printf '%s\n' "auto lo" "iface lo inet loopback" "auto $nic" "iface $nic inet static" \
+            "    hwaddress $mac" "    address $ip/$prefix" ${gateway:+"    gateway $gateway"} \
+            >/etc/network/interfaces
+    fi
+    if [ -n "$dns" ] && ! [ -L /etc/resolv.conf ]; then
+        for server in $dns; do echo "nameserver $server"; done >/etc/resolv.conf
+    fi
+}
+
+set_address() {
+    # Down first: an address of IPv6 that came from the other MAC goes with it.
+    set -- "link set dev $nic down" "addr flush dev $nic" "link set dev $nic address $mac" \
+        "addr add $ip/$prefix dev $nic" "link set dev $nic up" \
+        ${gateway:+"route add default via $gateway dev $nic"}
+    printf '%s\n' "$@" >"$run/ip"
+    # Not all of them take more than one command at once.
+    ip -batch "$run/ip" >/dev/null 2>&1 && return
+    for words; do
+        # shellcheck disable=SC2086  # words
+        ip $words
+    done
+}
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+# The clock is set from here on, by the time that has passed; and what the agent is told of it.
+mark() {
+    at=$(date +%s%N)
+    read -r up _ </proc/uptime
+    echo "${up%.*}${up#*.}" >"$run/mark"
+    echo "mark=$at"
+}
+
+# The name is the kernel's, and the files are what everybody else reads.
+tell() {
+    for file in /proc/sys/kernel/hostname /etc/machine-id /proc/sys/kernel/random/boot_id; do
+        read -r line <"$file"
+        echo "${file##*/}=$line"
+    done
+    file=/sys/class/dmi/id/product_uuid
+    [ -e "$file" ] || file=$run/product_uuid
+    read -r line <"$file"
+    echo "product_uuid=$line"
+}
+
+check_place
+case $task in
+quiesce)
+    find_nic
+    stop_services
+    forget
+    ip link set dev "$nic" down
+    ip addr flush dev "$nic"
+    sync
+    ;;
+identify)
+    find_nic
+    reseed
+    set_clock
+    # A guest that was frozen has stopped them; any other one has them running.
+    { read -r services <"$run/services"; } 2>/dev/null || services=running
+    if [ "$services" = running ]; then
+        services=
+        stop_services
+        forget
+    fi
+    set_name
+    set_ids
+    set_host_keys
+    configure_network
+    set_address
+    start_services
+    echo running >"$run/services"
+    tell
+    ;;
+claim)
+    reseed
+    set_clock
+    set_name
+    tell
+    ;;
+esac
+mark
