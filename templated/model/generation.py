@@ -7,6 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from templated.model.network import Addresses
 from templated.model.spec import TemplateSpec
 
 GenerationId = Annotated[str, Meta(pattern=r"^[0-9]{8}t[0-9]{6}-[0-9a-f]{6}$(?!\n)")]
@@ -102,6 +103,8 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     phases_s: dict[str, float]
     freeze_lag_s: float
     """Guest seconds between the agent's clock mark and the stop of its vCPU."""
+    addresses: Addresses | None = None
+    """Those of its VMs, of a template that names a network of libvirt."""
     clone_bytes: int = 0
     """Memory of the host that the canary held for itself once it was identified; 0: unknown."""
 

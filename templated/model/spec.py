@@ -139,11 +139,19 @@ class IdentitySpec(_Spec, frozen=True, kw_only=True):
 
 
 class NetworkSpec(_Spec, frozen=True, kw_only=True):
-    """The guest's network settings besides its own address."""
+    """Which network a guest is on, and its settings besides its own address."""
 
+    mode: Literal["daemon", "libvirt"] = "daemon"
+    """The one of the daemon's configuration, or one of libvirt's."""
+    name: Annotated[str, Meta(pattern=r"^[!-~]([ -~]{0,98}[!-~])?$(?!\n)")] | None = None
+    """Of libvirt's network."""
     dns: Annotated[
         tuple[Annotated[str, Meta(pattern=r"^[0-9.]{7,15}$(?!\n)")], ...], Meta(max_length=8)
     ] = ()
+
+    def __post_init__(self) -> None:
+        if (self.mode == "libvirt") != (self.name is not None):
+            raise ValueError("mode: libvirt and the name of a network go together")
 
 
 class PoolSpec(_Spec, frozen=True, kw_only=True):
@@ -212,6 +220,8 @@ class TemplateSpec(_Spec, frozen=True, kw_only=True):
                 "identity.agent: qemu-ga and machine.firmware: uefi go with an image that boots "
                 "itself (image.boot: disk, or image.path)"
             )
+        if self.network.mode == "libvirt" and self.hypervisor != "libvirt":
+            raise ValueError("network.mode: libvirt needs hypervisor: libvirt")
         if self.limits.disk is not None and size_bytes(self.limits.disk) < _LEAST_DISK:
             raise ValueError("limits.disk must be at least 16MiB")
 

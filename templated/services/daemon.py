@@ -364,7 +364,6 @@ def _context(installation: Installation, journal: Journal) -> Context:
     starter = Starter(
         installation.hypervisor,
         installation.network,
-        installation.plan,
         config.restore.transport,
         config.confine,
         installation.uids,

@@ -21,8 +21,9 @@ from templated.drivers.hypervisor.libvirt.domain import (
 )
 from templated.drivers.hypervisor.libvirt.driver import user_of
 from templated.drivers.hypervisor.libvirt.lending import Lent, User, fill, hold
+from templated.drivers.hypervisor.libvirt.network import addresses_of
 from templated.errors import HostError
-from templated.model.network import Tap
+from templated.model.network import AddressPlan, OfLibvirt, Tap
 from tests.unit.test_command import BOOT, GOLDEN, LAUNCH
 
 LENT = Lent(Path("/state/libvirt/u"), Path("/dev/shm/t/.libvirt/u"))
@@ -47,6 +48,7 @@ CASES = {
         boot=OwnLoader(),
         memory_shared=True,
     ),
+    "libvirt-network": replace(CLONE, network=OfLibvirt("default"), boot=BOOT, memory_shared=True),
     "libvirt-q35-kvm": replace(CLONE, hardware=KVM, network=Tap(9)),
 }
 
@@ -82,6 +84,15 @@ def test_metadata() -> None:
     assert replace(label, name="fn-1").element(NAMESPACE).get("name") == "fn-1"
 
 
+def _range(start: int, end: int) -> str:
+    return f"<range start='192.168.122.{start}' end='192.168.122.{end}'/>"
+
+
+def _network(inner: str) -> str:
+    ip = f"<ip address='192.168.122.1' netmask='255.255.255.0'><dhcp>{inner}</dhcp></ip>"
+    return f"<network><name>default</name>{ip}</network>"
+
+
 _DAC = "<secmodel><model>dac</model><baselabel type='kvm'>+64055:+109</baselabel></secmodel>"
 
 
@@ -96,6 +107,46 @@ _DAC = "<secmodel><model>dac</model><baselabel type='kvm'>+64055:+109</baselabel
 def test_who_qemu_runs_as(models: str, user: User | None) -> None:
     """libvirt's capabilities tell; without the model `dac` it is libvirt's own user."""
     assert user_of(f"<capabilities><host>{models}</host></capabilities>") == user
+
+
+@pytest.mark.parametrize(
+    ("inner", "first", "last"),
+    [
+        ("", 2, 254),
+        (_range(2, 127), 128, 254),
+        (_range(100, 254), 2, 99),
+        (f"{_range(2, 127)}<host ip='192.168.122.200'/>", 128, 199),
+    ],
+    ids=["no DHCP", "behind the range", "before the range", "reserved ones"],
+)
+def test_addresses_of_a_network(inner: str, first: int, last: int) -> None:
+    """VMs get what DHCP does not hand out: two never have one address."""
+    ends = f"192.168.122.{first}", f"192.168.122.{last}"
+    given = addresses_of("default", _network(inner))
+    assert (given.first, given.last) == ends
+    assert (given.subnet, given.gateway) == ("192.168.122.0/24", "192.168.122.1")
+    base = AddressPlan("10.77.0.0/16", b"host")
+    plan = base.elsewhere(given)
+    assert (plan.ip(0), plan.ip(plan.capacity - 1)) == ends
+    assert plan.mac(3) == base.mac(3) and (plan.prefix, plan.gateway) == (24, "192.168.122.1")
+    assert base.ip(0) == "10.77.0.3" and plan.index(ends[1]) == plan.capacity - 1
+    with pytest.raises(ValueError, match="no address"):
+        plan.ip(plan.capacity)
+
+
+@pytest.mark.parametrize(
+    ("xml", "said"),
+    [
+        (_network(_range(2, 254)), "leaves no address"),
+        ("<network><ip family='ipv6' address='fd00::1' prefix='64'/></network>", "no IPv4 subnet"),
+        ("<network><ip address='192.168.1.1' prefix='31'/></network>", "cannot be used"),
+        ("<network><ip address='nonsense'/></network>", "cannot be used"),
+    ],
+    ids=["all handed out", "IPv6", "too small", "nonsense"],
+)
+def test_networks_that_cannot_be_used(xml: str, said: str) -> None:
+    with pytest.raises(HostError, match=said):
+        addresses_of("default", xml)
 
 
 def test_lending(tmp_path: Path) -> None:

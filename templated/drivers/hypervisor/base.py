@@ -17,7 +17,7 @@ import msgspec
 from templated.drivers.hypervisor.states import MachineState
 from templated.errors import HostError
 from templated.model.generation import QemuVersion
-from templated.model.network import Attachment
+from templated.model.network import Addresses, Attachment
 from templated.model.spec import AgentKind
 
 
@@ -366,6 +366,12 @@ class Hypervisor(Protocol):
 
     def kernel_arguments(self, accelerator: str) -> str:
         """Arguments for a Linux guest's kernel that this hypervisor needs."""
+
+    async def addresses(self, network: str) -> Addresses:
+        """What VMs may have of a network of libvirt: what its DHCP does not hand out.
+
+        Raises HostError when there is none of that name, or it has no address to give.
+        """
 
     def describe(self, launch: Launch) -> tuple[str, ...]:
         """The command line of a launch, for people to read."""

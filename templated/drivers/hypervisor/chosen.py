@@ -8,6 +8,7 @@ from pathlib import Path
 from templated.drivers.hypervisor.base import Launch, Machine, Places
 from templated.drivers.hypervisor.libvirt.driver import Libvirt
 from templated.drivers.hypervisor.qemu.driver import Qemu
+from templated.model.network import Addresses
 
 
 class QemuOrLibvirt(Qemu):
@@ -21,6 +22,9 @@ class QemuOrLibvirt(Qemu):
     def prepare(self) -> None:
         super().prepare()
         self._libvirt.sweep()
+
+    async def addresses(self, network: str) -> Addresses:
+        return await self._libvirt.addresses(network)
 
     def describe(self, launch: Launch) -> tuple[str, ...]:
         if launch.hardware.hypervisor == "libvirt":

@@ -27,6 +27,7 @@ from templated.drivers.hypervisor.states import (
 )
 from templated.errors import HostError, HypervisorError, Timeout
 from templated.model.generation import QemuVersion
+from templated.model.network import Addresses
 
 REPLY_TIMEOUT = 10.0
 """Seconds that a machine may be held at a step."""
@@ -95,6 +96,9 @@ class FakeHypervisor:
 
     def uefi_variables(self) -> Path:
         raise HostError("the fake has no UEFI", hint="this is a test")
+
+    async def addresses(self, network: str) -> Addresses:
+        raise HostError("the fake knows no networks", hint="this is a test")
 
     def cpu(self, accelerator: str) -> str:
         return "fake"

@@ -36,7 +36,7 @@ from templated.model.limits import Limits
 from templated.model.spec import TemplateSpec
 from templated.model.units import seconds, size_bytes
 from templated.services.machines.admission import Promise
-from templated.services.machines.slots import GuestParts, Layer
+from templated.services.machines.slots import GuestParts, Layer, OwnNetwork
 from templated.services.machines.vm import require_space
 from templated.services.places import Layout
 
@@ -190,6 +190,12 @@ class Generation:
         """Seconds that the guest ran after it set its clock's mark, before it was frozen."""
         return self.manifest.freeze_lag_s
 
+    @property
+    def own_network(self) -> OwnNetwork | None:
+        """The network of libvirt that its VMs are on; None: the daemon's."""
+        name, addresses = self.manifest.spec.network.name, self.manifest.addresses
+        return OwnNetwork(name, addresses) if name is not None and addresses is not None else None
+
     @functools.cached_property
     def layer(self) -> Layer:
         """What slots are made from."""
@@ -200,6 +206,7 @@ class Generation:
             self.limits,
             Promise.of(self.manifest.spec),
             guest_parts(self.manifest.spec, self.image, self.directory / VARIABLES),
+            self.own_network,
         )
 
     @functools.cached_property

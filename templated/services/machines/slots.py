@@ -29,7 +29,7 @@ from templated.errors import HostError, TemplatedError
 from templated.journal import Journal
 from templated.model.clone import Slot
 from templated.model.limits import UNLIMITED, Limits
-from templated.model.network import AddressPlan
+from templated.model.network import Addresses, AddressPlan
 from templated.services.machines.admission import Admission, Promise
 from templated.services.machines.vm import Vm
 from templated.services.places import Layout
@@ -40,6 +40,14 @@ _RETRY_AFTER = 5.0
 _APPENDED = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 _LATE = 2.0
 """Seconds that one who gave up waits for a slot that is being made, to leave nothing of it."""
+
+
+@dataclass(frozen=True)
+class OwnNetwork:
+    """A network of libvirt that a template names, and what its VMs may have of it."""
+
+    name: str
+    addresses: Addresses
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,8 @@ class Layer:
     promise: Promise | None = None
     """What the slot's VM counts for; None: for nothing, as one of a build."""
     guest: GuestParts = GuestParts()
+    own_network: OwnNetwork | None = None
+    """None: the daemon's."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,10 @@ class PreparedSlot:
     backing: tuple[Path, ...]
     group: Group | None
     limits: Limits
+    plan: AddressPlan
+    """Of the network that it is on."""
+    network_name: str | None = None
+    """Of libvirt's network; None: it is on the daemon's, by its port."""
     guest: GuestParts = GuestParts()
     """With the VM's own store of variables."""
     host_keys: tuple[HostKey, ...] = ()
@@ -195,7 +209,10 @@ class Slots:
             places, overlay = self._layout.vm(slot.id), self._layout.overlay(slot.id)
             try:
                 keys = await make_host_keys(places.sockets) if layer.guest.host_keys else ()
-                port = await self._network.make_port(slot.id, slot.index)
+                if layer.own_network is None:
+                    port = await self._network.make_port(slot.id, slot.index)
+                else:
+                    port = Port(slot.id)
             except BaseException:
                 await self.give_up(slot.id)
                 raise
@@ -212,6 +229,8 @@ class Slots:
             backing=layer.backing,
             group=self._groups.group(slot.id),
             limits=layer.limits,
+            plan=self._plan_of(layer),
+            network_name=layer.own_network.name if layer.own_network else None,
             guest=guest,
             host_keys=keys,
         )
@@ -306,22 +325,28 @@ class Slots:
         if self._late:
             await asyncio.wait(set(self._late), timeout=_LATE)
 
-    def _numbers(self, index: int, layer: Layer) -> Slot:
+    def _plan_of(self, layer: Layer) -> AddressPlan:
+        own = layer.own_network
+        return self._plan if own is None else self._plan.elsewhere(own.addresses)
+
+    def _numbers(self, index: int, layer: Layer, plan: AddressPlan) -> Slot:
         return Slot(
             id=secrets.token_hex(5),
             index=index,
             generation=layer.generation,
             uuid=str(uuid.uuid4()),
-            mac=self._plan.mac(index),
-            ip=self._plan.ip(index),
+            mac=plan.mac(index),
+            ip=plan.ip(index),
             machine_id=uuid.uuid4().hex,
             boot_id=str(uuid.uuid4()),
         )
 
     def _numbered(self, layer: Layer) -> tuple[Slot, Inheritance]:
         """A slot's row, and its files; on failure `refill` removes what cannot be removed here."""
+        plan = self._plan_of(layer)
+        capacity = min(self._capacity, plan.capacity)
         slot = self._journal.new_slot(
-            layer.generation, lambda index: self._numbers(index, layer), self._capacity
+            layer.generation, lambda index: self._numbers(index, layer, plan), capacity
         )
         try:
             places, overlay = self._layout.vm(slot.id), self._layout.overlay(slot.id)

@@ -20,7 +20,7 @@ from templated.drivers.hypervisor.base import Hardware, Hypervisor, Kernel, Laun
 from templated.drivers.network import Network
 from templated.errors import HostError
 from templated.model.clone import Phase, Slot
-from templated.model.network import AddressPlan, Forward
+from templated.model.network import Forward, OfLibvirt
 from templated.model.uids import UidRange
 from templated.services.machines.clock import PhaseClock
 from templated.services.machines.generation import Generation, Terms
@@ -47,7 +47,6 @@ class Starter:
 
     hypervisor: Hypervisor
     network: Network
-    plan: AddressPlan
     transport: str
     confine: bool
     uids: UidRange | None
@@ -73,7 +72,9 @@ class Starter:
             memory=None,
             memory_shared=False,
             disk=prepared.overlay,
-            network=self.network.attach(prepared.port, slot.index, forwards),
+            network=OfLibvirt(prepared.network_name)
+            if prepared.network_name
+            else self.network.attach(prepared.port, slot.index, forwards),
             control_fd=prepared.files.control.fileno(),
             agent_fd=prepared.files.agent.fileno(),
             code=code,
@@ -189,7 +190,7 @@ class Starter:
             await vm.agent.rehearse_code(terms.start_s)
         for name in REHEARSED * REHEARSALS:
             at_mark = time.time() - (time.monotonic() - vm.agent.marked)
-            await identify(vm, self.plan, terms, name, at_mark, Step.REHEARSAL)
+            await identify(vm, terms, name, at_mark, Step.REHEARSAL)
         await asyncio.sleep(REST)
         await vm.machine.pause()
         return time.monotonic() - vm.agent.marked
@@ -230,7 +231,7 @@ class Starter:
         with clock(Phase.BOOT):
             await vm.boot(terms.boot_s)
         with clock(Phase.IDENTIFY):
-            await identify(vm, self.plan, terms, hostname, time.time())
+            await identify(vm, terms, hostname, time.time())
         with clock(Phase.LINK):
             await vm.machine.set_link(True)
         vm.machine.announce(hostname)
@@ -244,6 +245,7 @@ class Starter:
             machine,
             agent=launch.hardware.agent,
             host_keys=prepared.host_keys,
+            plan=prepared.plan,
         )
         if prepared.limits.disk is not None:
             machine.limit_files(prepared.limits.disk)
@@ -288,7 +290,7 @@ class Starter:
         """
         async with _one_failure(), asyncio.TaskGroup() as group:
             stopped = time.time()
-            work = identify(vm, self.plan, terms, hostname, stopped - lag, step)
+            work = identify(vm, terms, hostname, stopped - lag, step)
             asking = group.create_task(work)
             with clock(Phase.RESUME):
                 await vm.machine.resume()

@@ -14,6 +14,7 @@ from templated.drivers.guest import HostKey
 from templated.drivers.hypervisor.base import Machine, Places, SavedState
 from templated.errors import GuestError, HostError, TemplatedError, Timeout, UnfitAgent
 from templated.model.clone import Slot
+from templated.model.network import AddressPlan
 from templated.model.spec import AgentKind
 
 
@@ -28,8 +29,11 @@ class Vm:
         *,
         agent: AgentKind = "templated",
         host_keys: tuple[HostKey, ...] = (),
+        plan: AddressPlan | None = None,
     ) -> None:
+        """`plan` is of the network that it is on; one that has its identity needs none."""
         self.slot = slot
+        self.plan = plan
         self.host_keys = host_keys
         self.places = places
         self.machine = machine

@@ -44,7 +44,7 @@ from templated.services.machines.generation import (
     digest_file,
     freeze_file,
 )
-from templated.services.machines.slots import Layer, PreparedSlot
+from templated.services.machines.slots import Layer, OwnNetwork, PreparedSlot
 from templated.services.machines.vm import Vm, require_space, tail
 from templated.services.reports.operations import Progress
 from templated.services.templates.probes import Target, forwarded_ports, run_probes
@@ -77,6 +77,7 @@ class Build:
         self.frozen = context.layout.frozen(spec.name, self.id)
         self.phases_s: dict[str, float] = {}
         self.clone_bytes = 0
+        self._own: OwnNetwork | None = None
 
     async def run(self) -> Generation:
         """Build and prove, once.
@@ -163,7 +164,8 @@ class Build:
         empty = await image_overlay(self.context.layout, image)
         memory = self.frozen / generations.MEMORY
         guest = image_parts(self.context.hypervisor, image, self.spec)
-        layer = Layer(self.id, empty, (image.disk,), guest=guest)
+        self._own = await self._own_network()
+        layer = Layer(self.id, empty, (image.disk,), guest=guest, own_network=self._own)
         async with self._slot(layer) as prepared, _memory_file(memory) as descriptor:
             forwards, ports = self._forwards()
             code = self.context.layout.placeholder if self.spec.code else None
@@ -198,7 +200,7 @@ class Build:
     async def _probe(
         self, vm: Vm, ports: dict[int, tuple[str, int]], *, canary: bool = False
     ) -> tuple[ProbeResult, ...]:
-        if isinstance(self.context.config.network, BridgeNetwork):
+        if self._reaches_guests:
             ports = {port: (vm.slot.ip, port) for port in ports}
         # A console does not show its boot messages again after a restore.
         probes = [p for p in self.spec.probes if not (canary and isinstance(p, SerialProbe))]
@@ -290,10 +292,22 @@ class Build:
             cause = clock.failure(error)
             raise BuildError(f"the canary: {cause.message}", hint=cause.hint or _HINT) from error
 
+    async def _own_network(self) -> OwnNetwork | None:
+        name = self.spec.network.name
+        if name is None:
+            return None
+        return OwnNetwork(name, await self.context.hypervisor.addresses(name))
+
+    @property
+    def _reaches_guests(self) -> bool:
+        """Whether the host reaches a guest at its own address."""
+        own = self.spec.network.mode == "libvirt"
+        return own or isinstance(self.context.config.network, BridgeNetwork)
+
     def _forwards(self) -> tuple[tuple[Forward, ...], dict[int, tuple[str, int]]]:
         """Forwards for the probes that come from the host, and where they are."""
         ports = {p: ("127.0.0.1", _free_port()) for p in forwarded_ports(self.spec.probes)}
-        if isinstance(self.context.config.network, BridgeNetwork):
+        if self._reaches_guests:
             return (), ports
         return tuple(Forward(guest, host) for guest, (_, host) in ports.items()), ports
 
@@ -361,6 +375,7 @@ class Build:
             canary_probes=(),
             phases_s={},
             freeze_lag_s=round(lag, 6),
+            addresses=None if self._own is None else self._own.addresses,
         )
 
 

@@ -34,12 +34,13 @@ from templated.drivers.hypervisor.qemu.command import (
     UPLINK,
     netdev,
 )
-from templated.model.network import Slirp
+from templated.model.network import OfLibvirt, Slirp
 
 NAMESPACE = "https://templated.dev/libvirt/1"
 """Of our element in a domain's metadata: `virsh metadata DOMAIN --uri` this."""
-AGENT_BACKEND = "charchannel0"
-"""The backend of the agent's port, as libvirt names it in QEMU."""
+AGENT_BACKEND, FIRST_NIC = "charchannel0", "net0"
+"""The backend of the agent's port, and a NIC on a network of libvirt, as it names them in QEMU."""
+OUR_NIC = "nic0"
 _QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 ET.register_namespace("qemu", _QEMU)
 ET.register_namespace("templated", NAMESPACE)
@@ -68,6 +69,11 @@ class Label:
     def text(self) -> str:
         """The element without its namespace."""
         return ET.tostring(self.element(), encoding="unicode")
+
+
+def nic_of(launch: Launch) -> str:
+    """How QEMU knows the NIC."""
+    return FIRST_NIC if isinstance(launch.network, OfLibvirt) else OUR_NIC
 
 
 def domain_xml(launch: Launch, emulator: str, lent: Lent, user: User | None, memory: str) -> str:
@@ -140,6 +146,8 @@ def _devices(devices: Element, launch: Launch, emulator: str, lent: Lent) -> Non
     _disk(devices, launch, lent, mmio=mmio)
     if launch.seed is not None:
         _seed(devices, lent.path(SEED))
+    if isinstance(launch.network, OfLibvirt):
+        _interface(devices, launch.mac, launch.network.name, mmio=mmio)
     SubElement(devices, "controller", {"type": "usb", "model": "none"})
     controller = {"type": "virtio-serial", "index": "0", "ports": "2"}
     _placed(SubElement(devices, "controller", controller), mmio)
@@ -186,6 +194,18 @@ def _seed(devices: Element, path: Path) -> None:
     SubElement(disk, "readonly")
 
 
+def _interface(devices: Element, mac: str, network: str, *, mmio: bool) -> None:
+    interface = SubElement(devices, "interface", {"type": "network"})
+    SubElement(interface, "mac", {"address": mac})
+    SubElement(interface, "source", {"network": network})
+    SubElement(interface, "model", {"type": "virtio"})
+    # Not vhost, whose features would be part of the saved state.
+    SubElement(interface, "driver", {"name": "qemu"})
+    if not mmio:
+        SubElement(interface, "rom", {"enabled": "no"})
+    _placed(interface, mmio)
+
+
 def _placed(device: Element, mmio: bool) -> None:
     """libvirt knows of microvm only that QEMU has it, and would put the device on a PCI bus."""
     if mmio:
@@ -203,9 +223,9 @@ def _arguments(launch: Launch, lent: Lent, memory: str) -> list[str]:
     bus, rom = ("device", "") if launch.hardware.type == "microvm" else ("pci", ",romfile=")
     if launch.code is not None:
         arguments += _code(lent.path(CODE), bus)
-    arguments += _network(launch)
-    nic = f"id=nic0,netdev=net0,mac={launch.mac},status=off"
-    arguments += ["-device", f"virtio-net-{bus},{nic}{rom}"]
+    if not isinstance(launch.network, OfLibvirt):
+        nic = f"id={OUR_NIC},netdev=net0,mac={launch.mac},status=off"
+        arguments += [*_network(launch), "-device", f"virtio-net-{bus},{nic}{rom}"]
     return arguments if launch.boot else [*arguments, "-incoming", "defer"]
 
 

@@ -20,17 +20,19 @@ from templated.drivers.hypervisor.libvirt.domain import (
     Label,
     domain_xml,
     memory_options,
+    nic_of,
 )
 from templated.drivers.hypervisor.libvirt.lending import MEMORY, Held, Lent, User, fill, hold
 from templated.drivers.hypervisor.libvirt.link import Command, Link, execute
 from templated.drivers.hypervisor.libvirt.machine import START_TIMEOUT, LibvirtMachine
+from templated.drivers.hypervisor.libvirt.network import addresses_of
 from templated.drivers.hypervisor.process import Process
 from templated.drivers.hypervisor.qemu.command import UPLINK
 from templated.drivers.hypervisor.qemu.features import features
 from templated.drivers.hypervisor.states import MachineState
 from templated.drivers.libvirt.connection import binding
-from templated.errors import HypervisorError, TemplatedError, host_errors
-from templated.model.network import Tap
+from templated.errors import HostError, HypervisorError, NotFound, TemplatedError, host_errors
+from templated.model.network import Addresses, Tap
 
 _MARK = "domain.xml"
 """In a VM's directory: that libvirt has started it, and what it was told."""
@@ -73,6 +75,24 @@ class Libvirt:
         """Whether the VM of a slot was started by libvirt."""
         return (places.directory / _MARK).exists()
 
+    async def addresses(self, network: str) -> Addresses:
+        """See `base.Hypervisor.addresses`."""
+
+        def work(connection: Any) -> tuple[str, bool]:
+            found = connection.networkLookupByName(network)
+            return found.XMLDesc(), bool(found.isActive())
+
+        try:
+            xml, active = await self._asks.ask("libvirt's network", work, bound=_BOUND)
+        except NotFound:
+            raise HostError(
+                f"libvirt has no network {network}", hint="see: virsh net-list --all"
+            ) from None
+        if not active:
+            hint = f"virsh net-start {network}; net-autostart {network} does it at each boot"
+            raise HostError(f"network {network} of libvirt is not active", hint=hint)
+        return addresses_of(network, xml)
+
     def describe(self, launch: Launch, emulator: str) -> tuple[str, ...]:
         """The domain's XML, line by line."""
         lent = self._places.of(launch.uuid)
@@ -88,6 +108,7 @@ class Libvirt:
         label = Label(launch.slot, launch.template, launch.generation)
         can = features(launch.hardware.version)
         machine = LibvirtMachine(self._asks, launch.uuid, label, can, lent, held)
+        machine.nic = nic_of(launch)
         first = MachineState.WAITING if launch.boot is None else MachineState.RUNNING
         machine.start(self._start(machine, launch, emulator, held, lent), first)
         return machine

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from templated.drivers.host import procfs
 from templated.drivers.hypervisor import process
 from templated.drivers.hypervisor.base import SavedState
-from templated.drivers.hypervisor.libvirt.domain import NAMESPACE, Label
+from templated.drivers.hypervisor.libvirt.domain import NAMESPACE, OUR_NIC, Label
 from templated.drivers.hypervisor.libvirt.lending import GIVEN, Held, Lent
 from templated.drivers.hypervisor.libvirt.link import Command, Link, await_migration, execute
 from templated.drivers.hypervisor.process import Process
@@ -82,6 +82,8 @@ class LibvirtMachine(Life):
         """Whether libvirt was asked to start it, so that it may come up whatever we heard."""
         self._killed = self._behind = False
         self._file_size: int | None = None
+        self.nic = OUR_NIC
+        """How QEMU knows the NIC."""
         self.pid = 0
         self.exited: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -194,7 +196,7 @@ class LibvirtMachine(Life):
 
     async def set_link(self, up: bool) -> None:
         self._require(*LIVE)
-        await self._execute(Command("set_link", {"name": "nic0", "up": up}))
+        await self._execute(Command("set_link", {"name": self.nic, "up": up}))
 
     async def exchange_code(self, file: Path) -> None:
         self._require(*STANDS)
@@ -217,7 +219,9 @@ class LibvirtMachine(Life):
 
     async def detach_network(self) -> None:
         self._require(MachineState.PAUSED)
-        await self._execute(Command("netdev_del", {"id": UPLINK}))
+        # A tap of libvirt's own leaves nothing in a saved state, as any tap.
+        if self.nic == OUR_NIC:
+            await self._execute(Command("netdev_del", {"id": UPLINK}))
 
     async def save(self, target: Path, timeout: float) -> None:
         self._require(MachineState.PAUSED)

@@ -12,7 +12,8 @@ from typing import Any
 
 from templated.drivers.hypervisor.base import Hardware, Kernel, Launch
 from templated.drivers.hypervisor.qemu.features import features
-from templated.model.network import Attachment, Forward, Tap
+from templated.errors import Defect
+from templated.model.network import Attachment, Forward, OfLibvirt, Tap
 
 AGENT_PORT = "templated.agent.0"
 AGENT_PORTS = {"templated": AGENT_PORT, "qemu-ga": "org.qemu.guest_agent.0"}
@@ -239,7 +240,9 @@ def _network(launch: Launch) -> list[str]:
 
 
 def netdev(network: Attachment, name: str) -> str:
-    """The value of `-netdev`."""
+    """The value of `-netdev`; a network of libvirt has none."""
+    if isinstance(network, OfLibvirt):
+        raise Defect("QEMU cannot make a NIC on a network of libvirt")
     if isinstance(network, Tap):
         return f"tap,id={name},fd={network.fd}"
     options = [

@@ -40,6 +40,7 @@ from templated.drivers.hypervisor.qemu.tsc import tsc_khz
 from templated.drivers.hypervisor.states import MachineState
 from templated.errors import HostError
 from templated.model.generation import QemuVersion
+from templated.model.network import Addresses
 
 
 class Qemu:
@@ -121,6 +122,9 @@ class Qemu:
         # leave the periodic tick (250 Hz), which is most of what an idle guest costs.
         frequency = tsc_khz() if accelerator == "tcg" else None
         return f"tsc=reliable tsc_early_khz={frequency}" if frequency else "tsc=reliable"
+
+    async def addresses(self, network: str) -> Addresses:
+        raise HostError("QEMU has no networks of its own", hint="hypervisor: libvirt")
 
     def describe(self, launch: Launch) -> tuple[str, ...]:
         # By their paths: the numbers of descriptors say nothing to people.
