@@ -262,7 +262,9 @@ def _nftables(config: Config) -> Iterator[Check]:
 
 
 def _libvirt(config: Config) -> Iterator[Check]:
-    yield from libvirt_checks(needed=_needs_libvirt(config), kvm=config.accel == "kvm")
+    yield from libvirt_checks(
+        needed=_needs_libvirt(config), kvm=config.accel == "kvm", uri=config.libvirt.uri
+    )
 
 
 def _needs_libvirt(config: Config) -> bool:
@@ -270,7 +272,7 @@ def _needs_libvirt(config: Config) -> bool:
     for name in template_files(config.template_dirs):
         with contextlib.suppress(TemplatedError):
             spec = load_template(config.template_dirs, name)
-            if getattr(spec, "hypervisor", "qemu") == "libvirt":
+            if spec.hypervisor == "libvirt":
                 return True
     return False
 

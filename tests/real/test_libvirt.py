@@ -31,6 +31,16 @@ from tests.real.libvirtd import USER, Restartable, restartable_libvirtd
 
 pytestmark = pytest.mark.real
 QEMU = "qemu-system-x86_64"
+_NETWORK = """
+<network>
+  <name>lent</name>
+  <bridge name='virbr-lent'/>
+  <dns enable='no'/>
+  <ip address='192.168.222.1' netmask='255.255.255.0'>
+    <dhcp><range start='192.168.222.2' end='192.168.222.127'/></dhcp>
+  </ip>
+</network>
+"""
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +230,33 @@ def test_the_daemon_is_restarted(host: Daemon, libvirtd: Restartable, *, away: b
             libvirtd.start()
     _eventually(lambda: host.run("exec", "fn-1", "--", "true").returncode == 0)
     host.cli("rm", "fn-1")
+
+
+def test_a_network_of_libvirt(host: Daemon, libvirtd: Restartable, tmp_path: Path) -> None:
+    """A clone is on it, with an address that its DHCP does not hand out."""
+    network = tmp_path / "network.xml"
+    network.write_text(_NETWORK)
+    libvirtd.virsh("net-create", str(network))
+    try:
+        host.variant("on-net", "hypervisor: libvirt", "network: {mode: libvirt, name: lent}")
+        host.build("on-net")
+        shown = host.json("clone", "net-1", "--template", "on-net")
+        assert shown["ip"].startswith("192.168.222.") and int(shown["ip"].split(".")[3]) >= 128
+        (domain,) = libvirtd.domains()
+        assert "lent" in libvirtd.virsh("domiflist", domain)
+        # Nothing listens there: the host's end answers with a reset.
+        code = (
+            "import errno, socket\n"
+            "s = socket.socket(); s.settimeout(20)\n"
+            "print(s.connect_ex(('192.168.222.1', 9)) == errno.ECONNREFUSED)"
+        )
+        assert host.guest("net-1", code).strip() == "True"
+        host.cli("rm", "net-1")
+        libvirtd.virsh("net-destroy", "lent")
+        said = host.run("template", "build", "on-net").stderr
+        assert "no network lent" in said
+    finally:
+        host.run("template", "rm", "on-net", "--yes")
 
 
 def test_a_function(host: Daemon, tmp_path: Path) -> None:
