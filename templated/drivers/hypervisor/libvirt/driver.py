@@ -168,9 +168,8 @@ class Libvirt:
             if isinstance(error, BaseException):
                 raise error
         await asyncio.to_thread(lent.forget_memory)
-        setup = partial(_set_up, uuid=launch.uuid, held=held, boots=launch.boot is not None)
-        await self._asks.ask("the domain's sockets", setup, bound=_BOUND)
-        held.given()
+        setup = partial(_set_up, held=held, boots=launch.boot is not None)
+        await self._asks.ask_domain(launch.uuid, "the domain's sockets", setup, bound=_BOUND)
 
     async def _run_as(self) -> User | None:
         """Whom libvirt runs QEMU as; None: this process's own user."""
@@ -225,6 +224,8 @@ def _lend(launch: Launch, held: Held, lent: Lent, user: User | None, xml: str) -
 def _create(connection: Any, *, xml: str, machine: LibvirtMachine) -> None:
     # A closed connection shows here, before anything was asked for.
     connection.getLibVersion()
+    if machine.asked:
+        raise HypervisorError("libvirtd ended while it started the VM")
     machine.asked = True
     connection.createXML(xml, binding().VIR_DOMAIN_START_PAUSED)
 
@@ -236,9 +237,8 @@ def _found(uuid: str) -> tuple[int, int] | None:
     return None if pid is None or started is None else (pid, started)
 
 
-def _set_up(connection: Any, *, uuid: str, held: Held, boots: bool) -> None:
+def _set_up(domain: Any, *, held: Held, boots: bool) -> None:
     """Give a domain that stands what libvirt could not: our sockets, by their descriptors."""
-    domain = connection.lookupByUUIDString(uuid)
     address = {"type": "fd", "data": {"str": "agent"}}
     backend = {"type": "socket", "data": {"addr": address, "server": True, "wait": False}}
     execute(

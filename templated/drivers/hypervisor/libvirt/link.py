@@ -53,6 +53,22 @@ class Link:
                     raise
             return await (await self._opened(bound)).ask(what, work, bound=bound)
 
+    async def ask_domain(
+        self, uuid: str, what: str, work: Callable[[Any], T], *, bound: float
+    ) -> T:
+        """As `ask`, with a virDomain; `work` runs once at most. NotFound when there is none."""
+        begun = False
+
+        def run(connection: Any) -> T:
+            nonlocal begun
+            if begun:
+                raise HypervisorError(f"{what}: libvirtd ended meanwhile")
+            domain = connection.lookupByUUIDString(uuid)
+            begun = True
+            return work(domain)
+
+        return await self.ask(what, run, bound=bound)
+
     async def _opened(self, bound: float) -> Connection:
         if self._connection is None or not self._connection.alive:
             self._connection = await connect_async(self._uri, bound=bound)

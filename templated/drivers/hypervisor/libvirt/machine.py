@@ -113,13 +113,19 @@ class LibvirtMachine(Life):
             elif self._process is None:
                 with contextlib.suppress(TemplatedError):
                     await self._make_sure(error.message)
+        finally:
+            assert self._held is not None
+            self._held.given()
+            if self.exited.done():
+                self._held.close()
 
     def _ended(self, how: str) -> None:
         if not self.exited.done():
             self.exited.set_result(how)
             loop = asyncio.get_running_loop()
             self._taken_back = loop.run_in_executor(None, self._lent.take_back)
-            if self._held is not None:
+            # While it comes up, a thread may be handing over what is held.
+            if self._held is not None and self._creation is not None and self._creation.done():
                 self._held.close()
 
     @property
@@ -131,7 +137,11 @@ class LibvirtMachine(Life):
         if self._creation is None:
             self._move(await self._found_state(timeout))
             return
-        await self._within(asyncio.shield(self._creation), timeout, "domain of libvirt")
+        try:
+            await self._within(asyncio.shield(self._creation), timeout, "domain of libvirt")
+        except HypervisorError:  # it has ended, which is less than why
+            if self._failed is None:
+                raise
         if self._failed is not None:
             raise self._failed
         assert self._first is not None
@@ -267,11 +277,13 @@ class LibvirtMachine(Life):
     async def _make_sure(self, why: str) -> None:
         """A start failed, and libvirt may have the domain all the same: see that it has not."""
 
-        def work(connection: Any) -> None:
-            connection.lookupByUUIDString(self._uuid).destroy()
-
         with contextlib.suppress(NotFound):
-            await self._link.ask("the domain's end", work, bound=_REPLY_TIMEOUT)
+            await self._link.ask_domain(
+                self._uuid,
+                "the domain's end",
+                lambda domain: domain.destroy(),
+                bound=_REPLY_TIMEOUT,
+            )
         self._ended(f"was not started: {why}")
 
     async def release(self) -> None:
@@ -344,13 +356,8 @@ class LibvirtMachine(Life):
     async def _ask(self, what: str, work: Callable[[Any], T], timeout: float | None = None) -> T:
         """Run `work` with the virDomain in a thread."""
         bound = _REPLY_TIMEOUT if timeout is None else timeout
-
-        def found(connection: Any) -> T:
-            return work(connection.lookupByUUIDString(self._uuid))
-
-        return await self._within(
-            self._link.ask(f"libvirt's {what}", found, bound=bound), None, what
-        )
+        asked = self._link.ask_domain(self._uuid, f"libvirt's {what}", work, bound=bound)
+        return await self._within(asked, None, what)
 
     async def _within(
         self, work: Coroutine[Any, Any, T] | asyncio.Future[T], timeout: float | None, what: str
