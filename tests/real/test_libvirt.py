@@ -194,20 +194,20 @@ def test_a_domain_that_is_destroyed_behind_our_back(host: Daemon, libvirtd: Rest
 
 
 def test_libvirtd_is_restarted(host: Daemon, libvirtd: Restartable) -> None:
-    """Clones go on meanwhile; a start without libvirtd says so, and one after works."""
-    host.cli("clone", "before", "--template", "shown")
+    """Clones and members of pools go on; a start without libvirtd says so, and those after work."""
+    host.cli("pool", "set", "shown", "--warm", "1", "--standby", "1", "--wait")
+    host.cli("clone", "before", "--template", "shown", "--path", "direct")
     pid = host.json("show", "before")["pid"]
     libvirtd.stop()
     try:
-        said = host.fails("clone", "during", "--template", "shown")
+        said = host.fails("clone", "during", "--template", "shown", "--path", "direct")
         assert "libvirt" in said
         assert host.guest("before", "print(1)").strip() == "1"
     finally:
         libvirtd.start()
-    host.cli("clone", "after", "--template", "shown")
-    assert len(libvirtd.domains()) == 2
+    for path in ("warm", "standby", "direct"):
+        host.cli("clone", path, "--template", "shown", "--path", path)
     assert host.json("show", "before")["pid"] == pid
-    host.cli("rm", "before", "after")
 
 
 @pytest.mark.parametrize("away", [False, True], ids=["libvirtd is up", "no libvirtd at start"])

@@ -271,5 +271,7 @@ class Refill:
         try:
             async with asyncio.timeout(_HEALTH_TIMEOUT):
                 return await member.vm.machine.status() == _WELL[member.tier]
+        except HostError:  # there is nobody to ask, as while libvirtd is away: it may be well
+            return True
         except (TemplatedError, TimeoutError):
             return False
