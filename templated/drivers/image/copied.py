@@ -10,6 +10,7 @@ from templated.drivers.image.namespaces import Progress, start
 from templated.drivers.image.qcow2 import check_qcow2, refused
 from templated.errors import BuildError
 from templated.model.spec import ImageSpec, SeedSpec
+from templated.model.units import size_bytes
 
 _LEAKS = 3
 """The exit code of `qemu-img check` for clusters that nobody uses: no harm."""
@@ -22,7 +23,7 @@ class ImageCopy:
 
     def __init__(self, spec: ImageSpec, work: Path, progress: Progress) -> None:
         assert spec.path is not None
-        self._path, self._seed, self._work = Path(spec.path), spec.seed, work
+        self._spec, self._path, self._work = spec, Path(spec.path), work
         self._progress = progress
         self.out = work / "out"
 
@@ -34,7 +35,7 @@ class ImageCopy:
         """
         self.out.mkdir(mode=0o755)
         self._progress("check")
-        await asyncio.to_thread(check_qcow2, self._path)
+        self._require_size(await asyncio.to_thread(check_qcow2, self._path))
         await self._check()
         self._progress("copy")
         target = self.out / "disk.qcow2"
@@ -43,9 +44,15 @@ class ImageCopy:
         if code != 0:
             raise BuildError(f"the image cannot be copied: {said}", hint="free some space")
         # What is used is what was checked, also when the file was exchanged meanwhile.
-        await asyncio.to_thread(check_qcow2, target)
-        if self._seed is not None:
-            await make_seed(self.out / "seed.img", self._seed, self._work / "seed")
+        self._require_size(await asyncio.to_thread(check_qcow2, target))
+        if self._spec.seed is not None:
+            await make_seed(self.out / "seed.img", self._spec.seed, self._work / "seed")
+
+    def _require_size(self, size: int) -> None:
+        """What VMs may write is counted by `image.size`."""
+        if size > size_bytes(self._spec.size):
+            problem = f"its disk has {size >> 20} MiB, more than image.size, {self._spec.size}"
+            raise refused(self._path, problem, f"set image.size: {-(-size >> 20)}MiB")
 
     async def _check(self) -> None:
         code, said = await self._do(["qemu-img", "check", "-q", "-f", "qcow2", str(self._path)])

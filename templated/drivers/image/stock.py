@@ -60,7 +60,7 @@ class StockBuild(ImageBuild):
         etc = self._root / "etc"
         install(etc / "hostname", b"debian\n", 0o644)
         install(etc / "hosts", b"127.0.0.1 localhost\n::1 localhost ip6-localhost\n", 0o644)
-        install(etc / "fstab", f"UUID={self._root_id} / ext4 defaults 0 1\n".encode(), 0o644)
+        install(etc / "fstab", f"UUID={self._root_id} / ext4 defaults 0 0\n".encode(), 0o644)
         install(etc / "systemd/network/80-dhcp.network", _NETWORK.encode(), 0o644)
         for name in ("machine-id", "resolv.conf"):
             install(etc / name, b"", 0o644)

@@ -38,6 +38,8 @@ NEEDED = (
     *("guest-get-time", "guest-set-time"),
 )
 """The commands without which there is no identity."""
+_TASKS = {Step.IDENTIFY: "identify", Step.CLAIM: "claim", Step.REHEARSAL: "rehearsal"}
+"""What the script calls them."""
 CHUNK = 256 << 10
 """Bytes of a file at once."""
 # Seconds between two looks at a command: the first, and the longest.
@@ -152,7 +154,7 @@ class GaAgent:
                 hostname=told.get("hostname", ""),
                 machine_id=told.get("machine-id", ""),
                 boot_id=told.get("boot_id", ""),
-                uuid=told.get("product_uuid", ""),
+                uuid=told.get("uuid", ""),
                 mac=mac,
                 ip=ip,
                 prefix=prefix,
@@ -371,7 +373,7 @@ def _not_started(error: GuestError) -> ExecResult | None:
 def assignments(identity: IdentityOrder) -> str:
     """The values of an identity as the script takes them: assignments of the shell."""
     values = {
-        "task": "identify" if identity.step is Step.IDENTIFY else "claim",
+        "task": _TASKS[identity.step],
         "time": str(int(identity.time * 1e6) * 1000),
         "entropy": identity.entropy.hex(),
         "hostname": identity.hostname,
