@@ -212,7 +212,8 @@ class Starter:
     ) -> Vm:
         """The path `cold`, also of the base VM.
 
-        `linked`: its link is up while it boots, and not only once it is confirmed. Raises HostError, HypervisorError, GuestError, IdentityError or Timeout.
+        `linked`: its link is up while it boots, and not only once it is confirmed. Raises
+        HostError, HypervisorError, GuestError, IdentityError or Timeout.
         """
         with clock(Phase.SPAWN):
             with contextlib.ExitStack() as files:
