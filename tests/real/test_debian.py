@@ -1,10 +1,9 @@
-"""A stock Debian with systemd and qemu-ga: nothing of ours in it, and nothing shared by its clones."""
+"""A stock Debian with systemd and qemu-ga: nothing of ours in it, and its clones share nothing."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +56,7 @@ def read(host: Daemon, name: str) -> dict[str, str]:
 def eventually(host: Daemon, name: str, command: str, wanted: str, seconds: float = 120) -> None:
     """Wait until a command in a guest prints `wanted`: services start in the background."""
     end = time.monotonic() + seconds
-    while (seen := host.json_exec(name, "sh", "-c", f"{command} || true")).strip() != wanted:
+    while (seen := host.output(name, "sh", "-c", f"{command} || true")).strip() != wanted:
         assert time.monotonic() < end, f"{command}: {seen!r}"
         time.sleep(0.5)
 
@@ -72,10 +71,6 @@ class DebianDaemon(Daemon):
         (self.templates / "python-fn.yaml").unlink()
         text = (TEMPLATES / f"{template}.yaml").read_text()
         (self.templates / f"{template}.yaml").write_text(text)
-
-    def json_exec(self, name: str, *argv: str) -> str:
-        """Stdout of a command in a clone."""
-        return self.output(name, *argv)
 
     def within(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a command of the host beside the clones."""
@@ -149,9 +144,7 @@ def test_twenty_clones_share_nothing(host: DebianDaemon) -> None:
         assert all(guest[item] for guest in guests), item
     name, machine_id = clones[0]["name"], clones[0]["identity"]["machine_id"]
     eventually(host, name, "systemctl is-active systemd-journald", "active")
-    eventually(
-        host, name, "ls /var/log/journal /run/log/journal 2>/dev/null | grep -v :", machine_id
-    )
+    eventually(host, name, "ls /var/log/journal", machine_id)
     eventually(host, name, "systemctl is-active systemd-networkd", "active")
     eventually(host, name, "systemctl is-system-running", "running")
     # What manages the network agrees with what was set, also when it starts again.
@@ -171,9 +164,8 @@ def test_ssh_meets_its_own_host_key(host: DebianDaemon, tmp_path: Path) -> None:
     for clone in clones:
         name = clone["name"]
         host.output(name, "mkdir", "-p", "-m", "700", "/root/.ssh")
-        host.client.put_file(
-            name, "/root/.ssh/authorized_keys", key.with_suffix(".pub").read_bytes()
-        )
+        public = key.with_suffix(".pub").read_bytes()
+        host.client.put_file(name, "/root/.ssh/authorized_keys", public)
         host_keys[name] = " ".join(read(host, name)["ed25519"].split()[:2])
         eventually(host, name, "systemctl is-active ssh", "active")
     assert len(set(host_keys.values())) == 2
@@ -285,14 +277,10 @@ def test_a_file_and_an_agent_that_forbids(image_store: Path, debian: DebianDaemo
     debian.cli("rm", "m")
     debian.template(name, text.replace(str(image), str(image.with_name("image.json"))))
     assert "it is no qcow2 file" in debian.fails("template", "build", name)
-    debian.cli("template", "rm", name, "--yes")
+    debian.cli("template", "rm", name)
 
 
 def is_trixie(disk: Path) -> bool:
     """Whether this is the image of debian-13."""
     record = disk.with_name("image.json").read_text()
     return '"boot":"disk"' in record and "trixie" in record
-
-
-if __name__ == "__main__":
-    sys.exit(pytest.main([__file__]))
