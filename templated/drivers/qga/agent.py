@@ -194,6 +194,8 @@ class GaAgent:
         """Run the script; what it tells, by name. Raises GuestError with its last line."""
         argv = ["/bin/sh", "-c", identity_script(), "templated"]
         ended = await self._run(argv, timeout, values.encode())
+        if ended is None:
+            raise Timeout(f"the guest did not take its identity within {timeout:g} s")
         if ended.exitcode != 0:
             lines = ended.err_data.decode(errors="replace").strip().splitlines()
             why = lines[-1] if lines else f"exit code {ended.exitcode}, signal {ended.signal}"
@@ -229,14 +231,14 @@ class GaAgent:
         pairs = [f"{name}={value}" for name, value in (env or {}).items()]
         try:
             ended = await self._run(["env", *pairs, *argv] if pairs else argv, timeout, stdin)
-        except Timeout:
-            yield ExecResult(timed_out=True, signal=9)
-            return
         except GuestError as error:
             result = _not_started(error)
             if result is None:
                 raise
             yield result
+            return
+        if ended is None:
+            yield ExecResult(timed_out=True, signal=9)
             return
         if ended.out_truncated or ended.err_truncated:
             raise GuestError("the command printed more than the guest's agent keeps")
@@ -246,18 +248,23 @@ class GaAgent:
             yield Output("stderr", ended.err_data)
         yield ExecResult(exit_code=ended.exitcode, signal=ended.signal)
 
-    async def _run(self, argv: list[str], timeout: float, stdin: bytes | None = None) -> _Status:
-        """Run a command to its end. Raises Timeout after `timeout` seconds; it is killed then."""
+    async def _run(
+        self, argv: list[str], timeout: float, stdin: bytes | None = None
+    ) -> _Status | None:
+        """Run a command to its end; None: it was killed after `timeout` seconds.
+
+        Raises as `GaPort.command` does.
+        """
         given: dict[str, object] = {"path": argv[0], "arg": argv[1:], "capture_output": True}
         if stdin:
             given["input_data"] = base64.b64encode(stdin).decode()
         started = await self._port.command("guest-exec", _Started, _SHORT, **given)
         try:
-            async with within(timeout, f"{argv[0]} in the guest"):
+            async with asyncio.timeout(timeout):
                 return await self._ended(started.pid)
-        except Timeout:
+        except TimeoutError:
             await self._kill(started.pid)
-            raise
+            return None
 
     async def _ended(self, pid: int) -> _Status:
         for pause in _looks():
@@ -288,6 +295,8 @@ class GaAgent:
         name = 'chmod "$1" "$2" && mv -f "$2" "$3"'
         argv = ["/bin/sh", "-c", name, "sh", f"{mode & 0o7777:o}", part, path]
         ended = await self._run(argv, timeout)
+        if ended is None:
+            raise Timeout(f"the guest did not name {path} within {timeout:g} s")
         if ended.exitcode != 0:
             said = ended.err_data.decode(errors="replace").strip()
             raise GuestError(f"the guest cannot write {path}: {said or 'no reason given'}")
