@@ -133,7 +133,8 @@ def test_clocks(tmp_path: Path, way: str) -> None:
         first = await agent.adjust_clock(0.0, 5.0)
         assert first == pytest.approx(time.time() - 1000, abs=5)
         assert await agent.adjust_clock(1000.0, 5.0) == pytest.approx(time.time(), abs=5)
-        assert clock.dates == (way == "before")
+        assert await agent.adjust_clock(0.1, 5.0) == pytest.approx(time.time() + 0.1, abs=0.09)
+        assert clock.dates == (2 if way == "before" else 0)
         await agent.close()
 
     scenario(tmp_path, clock.answer, body)

@@ -47,6 +47,8 @@ _FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.25
 _SHORT = 10.0
 """Seconds for what the agent does itself."""
 _WHOLE_FILE = 600.0
+_CLOSE = 0.01
+"""Seconds: a clock that is so far off was not set."""
 _Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 
 
@@ -164,25 +166,19 @@ class GaAgent:
 
     async def adjust_clock(self, seconds: float, timeout: float) -> float:
         async with within(timeout, "the guest's clock"):
-            now, asked = await self._time(), time.monotonic()
+            now, heard = await self._time() / 1e9, time.monotonic()
             if not seconds:
-                return now / 1e9
-            wanted = now / 1e9 + seconds
+                return now
+            ahead = now + seconds - heard  # of our monotonic clock
             try:
-                await self._port.command(
-                    "guest-set-time",
-                    msgspec.Raw,
-                    timeout,
-                    time=int((wanted + time.monotonic() - asked) * 1e9),
-                )
+                wanted = int((ahead + time.monotonic()) * 1e9)
+                await self._port.command("guest-set-time", msgspec.Raw, timeout, time=wanted)
             except GuestError:
-                # It sets the RTC as well, and some fail without hwclock: before or after the rest.
-                await self._set_by_date(wanted + time.monotonic() - asked, timeout)
+                # It sets the RTC as well, and fails without hwclock: before the rest or after it.
+                if abs(await self._time() / 1e9 - ahead - time.monotonic()) > _CLOSE:
+                    at = f"@{ahead + time.monotonic():.6f}"
+                    await self._run(["date", "-u", "-s", at], timeout)
             return await self._time() / 1e9
-
-    async def _set_by_date(self, wanted: float, timeout: float) -> None:
-        if abs(await self._time() / 1e9 - wanted) > 1.0:
-            await self._run(["date", "-u", "-s", f"@{wanted:.6f}"], timeout)
 
     async def quiesce(self, timeout: float) -> None:
         async with within(timeout, "making the guest ready to be frozen"):
