@@ -34,7 +34,7 @@ def test_identity(tmp_path: Path) -> None:
         assert begin <= seen.asked <= seen.time <= time.time()
         assert time.monotonic() - 10 < agent.marked <= time.monotonic()
         assert await text(agent, "/etc/hostname") == "clone-7\n"
-        hosts = "127.0.0.1 localhost\n10.0.0.9 other\n10.77.0.7 clone-7\n"
+        hosts = "127.0.0.1 localhost\n10.0.0.9 other\n10.77.0.7 clone-7 # templated\n"
         assert await text(agent, "/etc/hosts") == hosts
         assert await text(agent, "/etc/machine-id") == wanted.machine_id + "\n"
         servers = "nameserver 10.77.255.2\nnameserver 10.77.255.3\n"
@@ -87,7 +87,7 @@ def test_frozen_and_woken(tmp_path: Path) -> None:
         ):
             assert least <= float(line.partition("@")[2]) < least + 30
         hosts = await text(agent, "/etc/hosts")
-        assert hosts.endswith("10.77.0.9 named\n") and hosts.count("10.77.0.") == 1
+        assert hosts.endswith("10.77.0.9 named # templated\n") and hosts.count("10.77.0.") == 1
 
     play(tmp_path, body)
 

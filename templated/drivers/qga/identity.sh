@@ -135,19 +135,17 @@ set_clock() {
 set_name() {
     echo "$hostname" >/proc/sys/kernel/hostname
     echo "$hostname" >/etc/hostname
-    # The others' names, without the line that Debian has for the host's own.
-    [ -e "$run/hosts" ] || copy /etc/hosts 127.0.1.1 >"$run/hosts"
-    { copy "$run/hosts" && echo "$ip $hostname"; } >/etc/hosts
-}
-
-# copy FILE [START]: its lines, but for those that start so.
-copy() {
+    # The names of others stay, but for the line that Debian has for the host's own.
+    hosts=
+    [ -e /etc/hosts ] || : >/etc/hosts
     while read -r line || [ -n "$line" ]; do
         case $line in
-        ${2:-templated}*) ;;
-        *) printf '%s\n' "$line" ;;
+        127.0.1.1* | *"# templated") ;;
+        *) hosts="$hosts$line
+" ;;
         esac
-    done <"$1"
+    done </etc/hosts
+    printf '%s%s\n' "$hosts" "$ip $hostname # templated" >/etc/hosts
 }
 
 set_ids() {
