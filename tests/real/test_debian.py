@@ -228,6 +228,22 @@ def test_every_path(host: DebianDaemon) -> None:
         assert len({guest[item] for guest in guests}) == 3, item
 
 
+def test_a_guest_without_the_agent(fresh: Daemon, tmp_path: Path) -> None:
+    """The line says what to install: here there is not even a boot loader."""
+    disk = tmp_path / "empty.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "16M"], check=True)
+    fresh.template(
+        "empty",
+        f"name: empty\nimage: {{path: {disk}}}\nmachine: {{type: q35}}\n"
+        "identity: {agent: qemu-ga}\nboot_timeout: 5s\n",
+    )
+    fresh.start()
+    error = fresh.fails("template", "build", "empty")
+    assert "did not boot within 5 s" in error
+    assert "install the package qemu-guest-agent in the image" in error
+    assert fresh.qemus() == []
+
+
 def test_no_functions(host: DebianDaemon, tmp_path: Path) -> None:
     """They need our own agent, and the refusal says what to take."""
     (tmp_path / "app.py").write_text("def handler(event, context):\n    return 1\n")
