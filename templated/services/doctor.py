@@ -166,6 +166,9 @@ def _tools(config: Config) -> Iterator[Check]:
         "mmdebstrap": "mmdebstrap",
         "mkfs.ext4": "e2fsprogs",
         "mkfs.erofs": "erofs-utils",
+        "mkfs.vfat": "dosfstools",
+        "mcopy": "mtools",
+        "ssh-keygen": "openssh-client",
     }
     for tool, package in packages.items():
         found = shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")

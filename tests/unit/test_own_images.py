@@ -144,6 +144,15 @@ def test_a_broken_file(tmp_path: Path) -> None:
     assert "broken" in refusal(tmp_path, path).message
 
 
+def test_a_disk_that_is_larger_than_the_spec_says(tmp_path: Path) -> None:
+    """What a clone may write goes by image.size."""
+    path = tmp_path / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, "3000M")
+    error = refusal(tmp_path, path)
+    assert "3000 MiB, more than image.size, 1GiB" in error.message
+    assert "image.size: 3000MiB" in error.hint
+
+
 def test_a_file_in_use(tmp_path: Path) -> None:
     """A VM that writes it holds its lock."""
     path = created(tmp_path / "disk.qcow2")

@@ -34,7 +34,7 @@ def test_identity(tmp_path: Path) -> None:
         assert begin <= seen.asked <= seen.time <= time.time()
         assert time.monotonic() - 10 < agent.marked <= time.monotonic()
         assert await text(agent, "/etc/hostname") == "clone-7\n"
-        hosts = "127.0.0.1 localhost\n10.0.0.9 other\n10.77.0.7 clone-7\n"
+        hosts = "127.0.0.1 localhost\n10.0.0.9 other\n10.77.0.7 clone-7 # templated\n"
         assert await text(agent, "/etc/hosts") == hosts
         assert await text(agent, "/etc/machine-id") == wanted.machine_id + "\n"
         servers = "nameserver 10.77.255.2\nnameserver 10.77.255.3\n"
@@ -50,7 +50,7 @@ def test_identity(tmp_path: Path) -> None:
             "ls /var/lib/dhcp": "",
             "ls /run/log/journal": wanted.machine_id + "\n",
             "stat -c %s /var/lib/systemd/random-seed": "512\n",
-            "stat -c %a /run/templated/product_uuid": "600\n",
+            "stat -c %a /run/templated/uuid": "600\n",
             "hostname": "clone-7\n",
         }.items():
             assert (await run(agent, "sh", "-c", command))[0] == expected, command
@@ -87,7 +87,7 @@ def test_frozen_and_woken(tmp_path: Path) -> None:
         ):
             assert least <= float(line.partition("@")[2]) < least + 30
         hosts = await text(agent, "/etc/hosts")
-        assert hosts.endswith("10.77.0.9 named\n") and hosts.count("10.77.0.") == 1
+        assert hosts.endswith("10.77.0.9 named # templated\n") and hosts.count("10.77.0.") == 1
 
     play(tmp_path, body)
 
@@ -101,6 +101,26 @@ def test_refused_identity(tmp_path: Path) -> None:
         await run(agent, "rm", "-r", "/sys/class/net/eth0/device")
         with pytest.raises(GuestError, match="it has no network interface"):
             await agent.identify(30.0, order(7))
+
+    play(tmp_path, body)
+
+
+def test_hooks(tmp_path: Path) -> None:
+    """They run as those of our own agent: what they leave behind keeps nobody waiting."""
+    hook = b"#!/bin/sh\nsleep 1000 &\necho $TEMPLATED_STEP $TEMPLATED_IP >>/run/hooked\n"
+
+    async def body(agent: GaAgent) -> None:
+        await run(agent, "mkdir", "-p", "/etc/templated/identity.d")
+        await agent.put("/etc/templated/identity.d/10-a", hook, 0o755, 5.0)
+        await agent.put("/etc/templated/identity.d/note", b"exit 1", 0o644, 5.0)
+        await agent.identify(30.0, order(7))
+        await agent.identify(30.0, order(7, Step.REHEARSAL))
+        await agent.identify(30.0, order(7, Step.CLAIM))
+        assert await text(agent, "/run/hooked") == "identify 10.77.0.7\nclaim 10.77.0.7\n"
+        bad = b"#!/bin/sh\necho this is wrong\nexit 1\n"
+        await agent.put("/etc/templated/identity.d/20-b", bad, 0o755, 5.0)
+        with pytest.raises(GuestError, match="identity: hook 20-b: this is wrong"):
+            await agent.identify(30.0, order(8))
 
     play(tmp_path, body)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from templated.drivers.image.fat import make_fat
-from templated.drivers.image.namespaces import Progress, start
+from templated.drivers.image import fat
+from templated.drivers.image.namespaces import Progress, check_programs, ended
 from templated.drivers.image.qcow2 import check_qcow2, refused
 from templated.errors import BuildError
 from templated.model.spec import ImageSpec, SeedSpec
+from templated.model.units import size_bytes
 
 _LEAKS = 3
 """The exit code of `qemu-img check` for clusters that nobody uses: no harm."""
@@ -22,7 +23,7 @@ class ImageCopy:
 
     def __init__(self, spec: ImageSpec, work: Path, progress: Progress) -> None:
         assert spec.path is not None
-        self._path, self._seed, self._work = Path(spec.path), spec.seed, work
+        self._spec, self._path, self._work = spec, Path(spec.path), work
         self._progress = progress
         self.out = work / "out"
 
@@ -32,41 +33,42 @@ class ImageCopy:
         Raises BuildError for a file that cannot be used, HostError when a program is missing. The
         file itself is only read.
         """
+        check_programs("qemu-img", *(fat.PROGRAMS if self._spec.seed else ()))
         self.out.mkdir(mode=0o755)
         self._progress("check")
-        await asyncio.to_thread(check_qcow2, self._path)
+        self._require_size(await asyncio.to_thread(check_qcow2, self._path))
         await self._check()
         self._progress("copy")
         target = self.out / "disk.qcow2"
         command = ["cp", "--reflink=auto", "--sparse=always", "--", str(self._path), str(target)]
-        code, said = await self._do(command)
+        code, said = await ended(command, self._work)
         if code != 0:
             raise BuildError(f"the image cannot be copied: {said}", hint="free some space")
         # What is used is what was checked, also when the file was exchanged meanwhile.
-        await asyncio.to_thread(check_qcow2, target)
-        if self._seed is not None:
-            await make_seed(self.out / "seed.img", self._seed, self._work / "seed")
+        self._require_size(await asyncio.to_thread(check_qcow2, target))
+        if self._spec.seed is not None:
+            await make_seed(self.out / "seed.img", self._spec.seed, self._work / "seed")
+
+    def _require_size(self, size: int) -> None:
+        """What VMs may write is counted by `image.size`."""
+        if size > size_bytes(self._spec.size):
+            problem = f"its disk has {size >> 20} MiB, more than image.size, {self._spec.size}"
+            raise refused(self._path, problem, f"set image.size: {-(-size >> 20)}MiB")
 
     async def _check(self) -> None:
-        code, said = await self._do(["qemu-img", "check", "-q", "-f", "qcow2", str(self._path)])
+        command = ["qemu-img", "check", "-q", "-f", "qcow2", str(self._path)]
+        code, said = await ended(command, self._work)
         if "another process" in said:
             raise refused(self._path, "a VM uses it", "shut that VM down, or give a copy")
         if code not in (0, _LEAKS):
             hint = "repair a copy: qemu-img check -r all COPY"
             raise refused(self._path, f"it is broken: {said or f'exit code {code}'}", hint)
 
-    async def _do(self, command: list[str]) -> tuple[int | None, str]:
-        """Run a program; its exit code and its last line."""
-        async with start(command, namespace=False, folder=self._work) as process:
-            out, _ = await process.communicate()
-        lines = out.decode(errors="replace").strip().splitlines()
-        return process.returncode, lines[-1] if lines else ""
-
 
 async def make_seed(target: Path, seed: SeedSpec, folder: Path) -> None:
     """Make cloud-init's NoCloud file system: FAT, with the label that it looks for.
 
-    Source: cloud-init's reference of the datasource NoCloud. Raises HostError.
+    Source: cloud-init's reference of the datasource NoCloud. Raises BuildError.
     """
     files = {
         "user-data": seed.user_data,
@@ -79,4 +81,4 @@ async def make_seed(target: Path, seed: SeedSpec, folder: Path) -> None:
         if text:
             await asyncio.to_thread((folder / name).write_text, text)
             size += len(text.encode()) // 1024 + 1
-    await make_fat(target, "CIDATA", size, folder)
+    await fat.make_fat(target, "CIDATA", size, folder)

@@ -22,10 +22,11 @@ _KNOWN = 0b11111
 """dirty, corrupt, external data file, compression type, extended L2 entries."""
 
 
-def check_qcow2(path: Path) -> None:
-    """Read a file's header; raise BuildError, in one line, unless it is a qcow2 that stands alone.
+def check_qcow2(path: Path) -> int:
+    """Read a file's header; the bytes of the disk in it.
 
-    Blocks. Whether what follows is sound, and whether a VM uses it, `qemu-img check` says.
+    Raises BuildError, in one line, unless it is a qcow2 that stands alone. Blocks. Whether what
+    follows is sound, and whether a VM uses it, `qemu-img check` says.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -37,6 +38,7 @@ def check_qcow2(path: Path) -> None:
         raise refused(path, error.strerror or str(error)) from error
     if (problem := header_problem(head)) is not None:
         raise refused(path, *problem)
+    return int(_HEAD.unpack_from(head)[5])
 
 
 def header_problem(head: bytes) -> tuple[str, str] | None:

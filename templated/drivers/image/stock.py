@@ -10,8 +10,8 @@ import asyncio
 import shlex
 from typing import IO
 
+from templated.drivers.image import fat
 from templated.drivers.image.build import ImageBuild, install
-from templated.drivers.image.fat import make_fat
 from templated.drivers.image.loader import (
     EFI_NAME,
     ESP_KIB,
@@ -24,7 +24,7 @@ from templated.drivers.image.loader import (
     first_sectors,
     newest,
 )
-from templated.drivers.image.namespaces import check_tools
+from templated.drivers.image.namespaces import check_programs, check_tools
 from templated.model.units import size_bytes
 
 PACKAGES = (
@@ -45,6 +45,7 @@ class StockBuild(ImageBuild):
     async def run(self) -> None:
         """Make disk.qcow2. Raises as `ImageBuild.run` does."""
         check_tools()
+        check_programs(*fat.PROGRAMS)
         self.out.mkdir(mode=0o755)
         with self._log.open("wb") as log:
             self._progress("packages")
@@ -60,7 +61,7 @@ class StockBuild(ImageBuild):
         etc = self._root / "etc"
         install(etc / "hostname", b"debian\n", 0o644)
         install(etc / "hosts", b"127.0.0.1 localhost\n::1 localhost ip6-localhost\n", 0o644)
-        install(etc / "fstab", f"UUID={self._root_id} / ext4 defaults 0 1\n".encode(), 0o644)
+        install(etc / "fstab", f"UUID={self._root_id} / ext4 defaults 0 0\n".encode(), 0o644)
         install(etc / "systemd/network/80-dhcp.network", _NETWORK.encode(), 0o644)
         for name in ("machine-id", "resolv.conf"):
             install(etc / name, b"", 0o644)
@@ -99,7 +100,7 @@ class StockBuild(ImageBuild):
         efi = tree / EFI_NAME
         await asyncio.to_thread(efi.parent.mkdir, parents=True)
         await asyncio.to_thread(efi.write_bytes, (grub / "x86_64-efi.img").read_bytes())
-        await make_fat(esp, "ESP", ESP_KIB, tree)
+        await fat.make_fat(esp, "ESP", ESP_KIB, tree)
         boot = (self._root / "usr/lib/grub/i386-pc/boot.img").read_bytes()
         core = (grub / "i386-pc.img").read_bytes()
         head = first_sectors(boot, core, size, ESP_KIB * 1024 // SECTOR)

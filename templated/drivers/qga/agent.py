@@ -38,6 +38,8 @@ NEEDED = (
     *("guest-get-time", "guest-set-time"),
 )
 """The commands without which there is no identity."""
+_TASKS = {Step.IDENTIFY: "identify", Step.CLAIM: "claim", Step.REHEARSAL: "rehearsal"}
+"""What the script calls them."""
 CHUNK = 256 << 10
 """Bytes of a file at once."""
 # Seconds between two looks at a command: the first, and the longest.
@@ -45,6 +47,8 @@ _FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.25
 _SHORT = 10.0
 """Seconds for what the agent does itself."""
 _WHOLE_FILE = 600.0
+_CLOSE = 0.01
+"""Seconds: a clock that is so far off was not set."""
 _Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 
 
@@ -152,7 +156,7 @@ class GaAgent:
                 hostname=told.get("hostname", ""),
                 machine_id=told.get("machine-id", ""),
                 boot_id=told.get("boot_id", ""),
-                uuid=told.get("product_uuid", ""),
+                uuid=told.get("uuid", ""),
                 mac=mac,
                 ip=ip,
                 prefix=prefix,
@@ -162,25 +166,19 @@ class GaAgent:
 
     async def adjust_clock(self, seconds: float, timeout: float) -> float:
         async with within(timeout, "the guest's clock"):
-            now, asked = await self._time(), time.monotonic()
+            now, heard = await self._time() / 1e9, time.monotonic()
             if not seconds:
-                return now / 1e9
-            wanted = now / 1e9 + seconds
+                return now
+            ahead = now + seconds - heard  # of our monotonic clock
             try:
-                await self._port.command(
-                    "guest-set-time",
-                    msgspec.Raw,
-                    timeout,
-                    time=int((wanted + time.monotonic() - asked) * 1e9),
-                )
+                wanted = int((ahead + time.monotonic()) * 1e9)
+                await self._port.command("guest-set-time", msgspec.Raw, timeout, time=wanted)
             except GuestError:
-                # It sets the RTC as well, and some fail without hwclock: before or after the rest.
-                await self._set_by_date(wanted + time.monotonic() - asked, timeout)
+                # It sets the RTC as well, and fails without hwclock: before the rest or after it.
+                if abs(await self._time() / 1e9 - ahead - time.monotonic()) > _CLOSE:
+                    at = f"@{ahead + time.monotonic():.6f}"
+                    await self._run(["date", "-u", "-s", at], timeout)
             return await self._time() / 1e9
-
-    async def _set_by_date(self, wanted: float, timeout: float) -> None:
-        if abs(await self._time() / 1e9 - wanted) > 1.0:
-            await self._run(["date", "-u", "-s", f"@{wanted:.6f}"], timeout)
 
     async def quiesce(self, timeout: float) -> None:
         async with within(timeout, "making the guest ready to be frozen"):
@@ -192,6 +190,8 @@ class GaAgent:
         """Run the script; what it tells, by name. Raises GuestError with its last line."""
         argv = ["/bin/sh", "-c", identity_script(), "templated"]
         ended = await self._run(argv, timeout, values.encode())
+        if ended is None:
+            raise Timeout(f"the guest did not take its identity within {timeout:g} s")
         if ended.exitcode != 0:
             lines = ended.err_data.decode(errors="replace").strip().splitlines()
             why = lines[-1] if lines else f"exit code {ended.exitcode}, signal {ended.signal}"
@@ -227,14 +227,14 @@ class GaAgent:
         pairs = [f"{name}={value}" for name, value in (env or {}).items()]
         try:
             ended = await self._run(["env", *pairs, *argv] if pairs else argv, timeout, stdin)
-        except Timeout:
-            yield ExecResult(timed_out=True, signal=9)
-            return
         except GuestError as error:
             result = _not_started(error)
             if result is None:
                 raise
             yield result
+            return
+        if ended is None:
+            yield ExecResult(timed_out=True, signal=9)
             return
         if ended.out_truncated or ended.err_truncated:
             raise GuestError("the command printed more than the guest's agent keeps")
@@ -244,18 +244,23 @@ class GaAgent:
             yield Output("stderr", ended.err_data)
         yield ExecResult(exit_code=ended.exitcode, signal=ended.signal)
 
-    async def _run(self, argv: list[str], timeout: float, stdin: bytes | None = None) -> _Status:
-        """Run a command to its end. Raises Timeout after `timeout` seconds; it is killed then."""
+    async def _run(
+        self, argv: list[str], timeout: float, stdin: bytes | None = None
+    ) -> _Status | None:
+        """Run a command to its end; None: it was killed after `timeout` seconds.
+
+        Raises as `GaPort.command` does.
+        """
         given: dict[str, object] = {"path": argv[0], "arg": argv[1:], "capture_output": True}
         if stdin:
             given["input_data"] = base64.b64encode(stdin).decode()
         started = await self._port.command("guest-exec", _Started, _SHORT, **given)
         try:
-            async with within(timeout, f"{argv[0]} in the guest"):
+            async with asyncio.timeout(timeout):
                 return await self._ended(started.pid)
-        except Timeout:
+        except TimeoutError:
             await self._kill(started.pid)
-            raise
+            return None
 
     async def _ended(self, pid: int) -> _Status:
         for pause in _looks():
@@ -286,6 +291,8 @@ class GaAgent:
         name = 'chmod "$1" "$2" && mv -f "$2" "$3"'
         argv = ["/bin/sh", "-c", name, "sh", f"{mode & 0o7777:o}", part, path]
         ended = await self._run(argv, timeout)
+        if ended is None:
+            raise Timeout(f"the guest did not name {path} within {timeout:g} s")
         if ended.exitcode != 0:
             said = ended.err_data.decode(errors="replace").strip()
             raise GuestError(f"the guest cannot write {path}: {said or 'no reason given'}")
@@ -371,7 +378,7 @@ def _not_started(error: GuestError) -> ExecResult | None:
 def assignments(identity: IdentityOrder) -> str:
     """The values of an identity as the script takes them: assignments of the shell."""
     values = {
-        "task": "identify" if identity.step is Step.IDENTIFY else "claim",
+        "task": _TASKS[identity.step],
         "time": str(int(identity.time * 1e6) * 1000),
         "entropy": identity.entropy.hex(),
         "hostname": identity.hostname,

@@ -5,6 +5,7 @@
 #   quiesce    leave nothing unique, before the guest is frozen
 #   identify   take a whole identity
 #   claim      take a name, a time and entropy, in a guest that has the rest
+#   rehearsal  as claim, without the hooks, so that a claim runs only what has run before
 #
 # Values come by stdin, as assignments: everybody in the guest can read a process's arguments.
 # A fork takes some 10 ms in an emulated CPU, so the shell itself does what it can.
@@ -82,7 +83,7 @@ start_services() {
         # shellcheck disable=SC2086  # words
         systemctl --no-block restart systemd-journald.service $services
     elif [ "$services" = sshd ]; then
-        /usr/sbin/sshd
+        /usr/sbin/sshd </dev/null >/dev/null 2>&1
     fi
 }
 
@@ -134,19 +135,17 @@ set_clock() {
 set_name() {
     echo "$hostname" >/proc/sys/kernel/hostname
     echo "$hostname" >/etc/hostname
-    # The others' names, without the line that Debian has for the host's own.
-    [ -e "$run/hosts" ] || copy /etc/hosts 127.0.1.1 >"$run/hosts"
-    { copy "$run/hosts" && echo "$ip $hostname"; } >/etc/hosts
-}
-
-# copy FILE [START]: its lines, but for those that start so.
-copy() {
+    # The names of others stay, but for the line that Debian has for the host's own.
+    hosts=
+    [ -e /etc/hosts ] || : >/etc/hosts
     while read -r line || [ -n "$line" ]; do
         case $line in
-        ${2:-templated}*) ;;
-        *) printf '%s\n' "$line" ;;
+        127.0.1.1* | *"# templated") ;;
+        *) hosts="$hosts$line
+" ;;
         esac
-    done <"$1"
+    done </etc/hosts
+    printf '%s%s\n' "$hosts" "$ip $hostname # templated" >/etc/hosts
 }
 
 set_ids() {
@@ -163,9 +162,9 @@ set_ids() {
     show boot_id "$boot_id" /proc/sys/kernel/random/boot_id
     umask 077
     if [ -e /sys/class/dmi/id/product_uuid ]; then
-        show product_uuid "$uuid" /sys/class/dmi/id/product_uuid
+        show uuid "$uuid" /sys/class/dmi/id/product_uuid
     else
-        echo "$uuid" >"$run/product_uuid"
+        echo "$uuid" >"$run/uuid"
     fi
     if [ -d /var/lib/systemd ]; then
         head -c 512 /dev/urandom >/var/lib/systemd/random-seed
@@ -237,6 +236,20 @@ set_address() {
     done
 }
 
+# What else the image's maker wants to be unique: executables, as our own agent runs them.
+run_hooks() {
+    [ "$task" != rehearsal ] || return 0
+    for hook in /etc/templated/identity.d/*; do
+        if ! [ -f "$hook" ] || ! [ -x "$hook" ]; then
+            continue
+        fi
+        TEMPLATED_STEP=$task TEMPLATED_HOSTNAME=$hostname TEMPLATED_IP=$ip TEMPLATED_MAC=$mac \
+            TEMPLATED_UUID=$uuid TEMPLATED_MACHINE_ID=$machine_id \
+            "$hook" </dev/null >"$run/hook" 2>&1 ||
+            fail "hook ${hook##*/}: $(tail -n 1 "$run/hook")"
+    done
+}
+
 # --- tasks ----------------------------------------------------------------------------------------
 
 # The clock is set from here on, by the time that has passed; and what the agent is told of it.
@@ -254,9 +267,9 @@ tell() {
         echo "${file##*/}=$line"
     done
     file=/sys/class/dmi/id/product_uuid
-    [ -e "$file" ] || file=$run/product_uuid
+    [ -e "$file" ] || file=$run/uuid
     read -r line <"$file"
-    echo "product_uuid=$line"
+    echo "uuid=$line"
 }
 
 check_place
@@ -285,14 +298,16 @@ identify)
     set_host_keys
     configure_network
     set_address
+    run_hooks
     start_services
     echo running >"$run/services"
     tell
     ;;
-claim)
+claim | rehearsal)
     reseed
     set_clock
     set_name
+    run_hooks
     tell
     ;;
 esac

@@ -215,10 +215,13 @@ class Starter:
         terms: Terms,
         hostname: str,
         clock: PhaseClock,
+        *,
+        linked: bool = False,
     ) -> Vm:
         """The path `cold`, also of the base VM.
 
-        Raises HostError, HypervisorError, GuestError, IdentityError or Timeout.
+        `linked`: its link is up while it boots, and not only once it is confirmed. Raises
+        HostError, HypervisorError, GuestError, IdentityError or Timeout.
         """
         with clock(Phase.SPAWN):
             with contextlib.ExitStack() as files:
@@ -227,7 +230,8 @@ class Starter:
                 launch = replace(launch, boot=boot, opened={**launch.opened, **parts})
                 vm = self._spawn(prepared, launch)
             await self._connect(vm, prepared, terms.start_s)
-        await vm.machine.set_link(False)
+        if not linked:
+            await vm.machine.set_link(False)
         with clock(Phase.BOOT):
             await vm.boot(terms.boot_s)
         with clock(Phase.IDENTIFY):

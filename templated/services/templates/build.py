@@ -192,9 +192,11 @@ class Build:
 
     async def _boot(self, prepared: PreparedSlot, launch: Launch, boot: Kernel | OwnLoader) -> Vm:
         terms = Terms.of(self.spec)
+        # What cloud-init installs comes by the network. This is no clone: its MAC is its own.
+        linked = self.spec.image.seed is not None
         async with within(terms.booted_s, "its start", hint=_HINT):
             return await self.context.starter.boot(
-                prepared, launch, boot, terms, self.spec.name, PhaseClock()
+                prepared, launch, boot, terms, self.spec.name, PhaseClock(), linked=linked
             )
 
     async def _probe(
