@@ -41,6 +41,12 @@ mount --bind "$base/run" /run/libvirt
 for place; do
     mount --bind "$base/${place%%:*}" "${place#*:}"
 done
+# A KVM that root may open and QEMU's user not makes libvirt look at QEMU again before each VM.
+if [ -e /dev/kvm ]; then
+    mknod "$base/kvm" c 10 232
+    chmod 666 "$base/kvm"
+    mount --bind "$base/kvm" /dev/kvm
+fi
 exec libvirtd --config "$base/libvirtd.conf" --pid-file "$base/pid"
 """
 _QEMU_CONF = """
