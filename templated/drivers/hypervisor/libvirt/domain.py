@@ -27,7 +27,6 @@ from templated.drivers.hypervisor.libvirt.lending import (
     layer,
 )
 from templated.drivers.hypervisor.qemu.command import (
-    AGENT_PORTS,
     CODE_SERIAL,
     MACHINES,
     UEFI_CODE,
@@ -38,8 +37,8 @@ from templated.model.network import OfLibvirt, Slirp
 
 NAMESPACE = "https://templated.dev/libvirt/1"
 """Of our element in a domain's metadata: `virsh metadata DOMAIN --uri` this."""
-AGENT_BACKEND, FIRST_NIC = "charchannel0", "net0"
-"""The backend of the agent's port, and a NIC on a network of libvirt, as it names them in QEMU."""
+SERIAL_BUS, FIRST_NIC = "virtio-serial0.0", "net0"
+"""As libvirt names them in QEMU: what the agent's port is on, and a NIC on a network of its own."""
 OUR_NIC = "nic0"
 _QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 ET.register_namespace("qemu", _QEMU)
@@ -155,9 +154,6 @@ def _devices(devices: Element, launch: Launch, emulator: str, lent: Lent) -> Non
     serial = SubElement(devices, "serial", {"type": "pty"})
     SubElement(serial, "log", {"file": str(launch.places.serial_log), "append": "on"})
     SubElement(serial, "target", {"port": "0"})
-    # The agent's socket takes the place of nothing once QEMU runs: it goes there by its descriptor.
-    channel = SubElement(devices, "channel", {"type": "null"})
-    SubElement(channel, "target", {"type": "virtio", "name": AGENT_PORTS[launch.hardware.agent]})
     SubElement(devices, "memballoon", {"model": "none"})
     rng = SubElement(devices, "rng", {"model": "virtio"})
     SubElement(rng, "backend", {"model": "builtin"})

@@ -16,7 +16,7 @@ from typing import Any
 from templated.drivers.host import procfs
 from templated.drivers.hypervisor.base import Launch, Places
 from templated.drivers.hypervisor.libvirt.domain import (
-    AGENT_BACKEND,
+    SERIAL_BUS,
     Label,
     domain_xml,
     memory_options,
@@ -27,7 +27,7 @@ from templated.drivers.hypervisor.libvirt.link import Command, Link, execute
 from templated.drivers.hypervisor.libvirt.machine import START_TIMEOUT, LibvirtMachine
 from templated.drivers.hypervisor.libvirt.network import addresses_of
 from templated.drivers.hypervisor.process import Process
-from templated.drivers.hypervisor.qemu.command import UPLINK
+from templated.drivers.hypervisor.qemu.command import AGENT_PORTS, UPLINK
 from templated.drivers.hypervisor.qemu.features import features
 from templated.drivers.hypervisor.states import MachineState
 from templated.drivers.libvirt.connection import binding
@@ -168,7 +168,7 @@ class Libvirt:
             if isinstance(error, BaseException):
                 raise error
         await asyncio.to_thread(lent.forget_memory)
-        setup = partial(_set_up, held=held, boots=launch.boot is not None)
+        setup = partial(_set_up, launch=launch, held=held)
         await self._asks.ask_domain(launch.uuid, "the domain's sockets", setup, bound=_BOUND)
 
     async def _run_as(self) -> User | None:
@@ -237,14 +237,19 @@ def _found(uuid: str) -> tuple[int, int] | None:
     return None if pid is None or started is None else (pid, started)
 
 
-def _set_up(domain: Any, *, held: Held, boots: bool) -> None:
-    """Give a domain that stands what libvirt could not: our sockets, by their descriptors."""
+def _set_up(domain: Any, *, launch: Launch, held: Held) -> None:
+    """Give a domain that stands what libvirt could not: the agent's port, whose socket is ours, and
+    a tap of ours, by their descriptors. No guest has looked yet, so they are as if always there.
+    """
     address = {"type": "fd", "data": {"str": "agent"}}
     backend = {"type": "socket", "data": {"addr": address, "server": True, "wait": False}}
+    port = {"driver": "virtserialport", "id": "agent0", "bus": SERIAL_BUS, "nr": 1}
+    name = AGENT_PORTS[launch.hardware.agent]
     execute(
         domain,
         Command("getfd", {"fdname": "agent"}, held.agent),
-        Command("chardev-change", {"id": AGENT_BACKEND, "backend": backend}),
+        Command("chardev-add", {"id": "agent", "backend": backend}),
+        Command("device_add", {**port, "chardev": "agent", "name": name}),
     )
     if held.tap is not None:
         hub = {"type": "hubport", "id": "hub0", "hubid": 0, "netdev": UPLINK}
@@ -254,7 +259,7 @@ def _set_up(domain: Any, *, held: Held, boots: bool) -> None:
             Command("netdev_add", {"type": "tap", "id": UPLINK, "fd": "tap"}),
             Command("netdev_add", hub),
         )
-    if boots:
+    if launch.boot is not None:
         domain.resume()
 
 
