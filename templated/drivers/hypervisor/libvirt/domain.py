@@ -9,9 +9,11 @@ for one that was started paused.
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ET
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree.ElementTree import Element, SubElement
 
 from templated.drivers.hypervisor.base import Kernel, Launch
@@ -216,12 +218,13 @@ def _arguments(launch: Launch, lent: Lent, memory: str) -> list[str]:
         arguments += ["-object", f"memory-backend-file,id=ram,{memory}"]
     # A restored NIC still has the template's MAC: never announce it.
     arguments += ["-global", "migration.announce-rounds=0"]
-    bus, rom = ("device", "") if launch.hardware.type == "microvm" else ("pci", ",romfile=")
+    bus = "device" if launch.hardware.type == "microvm" else "pci"
     if launch.code is not None:
         arguments += _code(lent.path(CODE), bus)
     if not isinstance(launch.network, OfLibvirt):
-        nic = f"id={OUR_NIC},netdev=net0,mac={launch.mac},status=off"
-        arguments += [*_network(launch), "-device", f"virtio-net-{bus},{nic}{rom}"]
+        nic = {"driver": f"virtio-net-{bus}", "id": OUR_NIC, "netdev": "net0", "mac": launch.mac}
+        rom = {} if bus == "device" else {"romfile": ""}
+        arguments += [*_network(launch), *_device({**nic, "status": False, **rom})]
     return arguments if launch.boot else [*arguments, "-incoming", "defer"]
 
 
@@ -232,8 +235,15 @@ def _code(path: Path, bus: str) -> list[str]:
     return [
         *("-blockdev", file),
         *("-blockdev", "driver=raw,node-name=code,read-only=on,file=code-file"),
-        *("-device", f"virtio-blk-{bus},id=code0,drive=code,serial={CODE_SERIAL}"),
+        *_device(
+            {"driver": f"virtio-blk-{bus}", "id": "code0", "drive": "code", "serial": CODE_SERIAL}
+        ),
     ]
+
+
+def _device(properties: dict[str, Any]) -> list[str]:
+    """As libvirt gives devices: QEMU makes those that are not JSON before all that are."""
+    return ["-device", json.dumps(properties)]
 
 
 def _network(launch: Launch) -> list[str]:
