@@ -126,7 +126,8 @@ def check_host() -> None:
 
 
 def _furnish(base: Path, user: str) -> None:
-    for name in (*_PLACES, "run"):
+    # Its package has the last one, and networks need it.
+    for name in (*_PLACES, "run", "lib/dnsmasq"):
         (base / name).mkdir()
     (base / "etc/qemu.conf").write_text(
         _QEMU_CONF.format(user=user, changes_owners=int(user != "root"))
