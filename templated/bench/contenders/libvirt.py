@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import shutil
 import socket
 import time
@@ -146,7 +147,8 @@ class _Template:
         agent.listen(1)
         network = make_network(UserNetwork(), PLAN, "bench")
         return Launch(
-            slot="bench",
+            # libvirt forgets a domain a moment after its end: the next one has another name.
+            slot=secrets.token_hex(5),
             uuid=str(uuid.uuid4()),
             mac=PLAN.mac(0),
             hardware=replace(self.generation.hardware, hypervisor="libvirt"),
