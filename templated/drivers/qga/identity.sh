@@ -52,11 +52,22 @@ find_nic() {
 
 stop_services() {
     if [ -d /run/systemd/system ]; then
-        for unit in $units; do
-            if systemctl -q is-active "$unit" || systemctl -q is-enabled "$unit" 2>/dev/null; then
-                services="$services $unit"
-            fi
-        done
+        # Those that run, failed, or are about to be started by the boot that goes on.
+        # shellcheck disable=SC2086  # words
+        systemctl show --property=Id,ActiveState,UnitFileState $units >"$run/units"
+        unit='' wanted=''
+        while read -r line; do
+            case $line in
+            Id=*) unit=${line#Id=} ;;
+            ActiveState=inactive) ;;
+            ActiveState=* | UnitFileState=enabled) wanted=yes ;;
+            '')
+                [ -z "$wanted" ] || services="$services $unit"
+                wanted=
+                ;;
+            esac
+        done <"$run/units"
+        [ -z "$wanted" ] || services="$services $unit"
         # shellcheck disable=SC2086  # words
         [ -z "$services" ] || systemctl stop $services
     elif [ -s /run/sshd.pid ]; then
