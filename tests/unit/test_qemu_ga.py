@@ -39,8 +39,7 @@ def test_identity(tmp_path: Path) -> None:
         assert await text(agent, "/etc/machine-id") == wanted.machine_id + "\n"
         servers = "nameserver 10.77.255.2\nnameserver 10.77.255.3\n"
         assert await text(agent, "/etc/resolv.conf") == servers
-        assert await text(agent, "/run/entropy") == "07" * 64 + "\n"
-        assert await text(agent, "/run/dates") == "-u -s @1700000000.250000000\n"
+        assert await text(agent, "/run/kernel") == "07" * 64 + " 1700000000250000000 \n"
         key = wanted.host_keys[0]
         assert await text(agent, "/etc/ssh/ssh_host_ed25519_key") == key.private
         assert await text(agent, "/etc/ssh/ssh_host_ed25519_key.pub") == key.public
@@ -79,13 +78,11 @@ def test_frozen_and_woken(tmp_path: Path) -> None:
         seen = await agent.identify(30.0, given)
         assert (seen.hostname, seen.machine_id) == ("named", order(9).machine_id)
         assert (seen.ip, seen.mac) == ("10.77.0.9", "02:00:00:00:00:09")
-        dates = (await text(agent, "/run/dates")).splitlines()
-        # From the second on, by the time since the mark.
-        assert dates[0] == "-u -s @1700000000.250000000"
-        for line, least in zip(
-            dates[1:], (1_700_000_000.25,) * 2 + (1_700_000_100.0,), strict=True
-        ):
-            assert least <= float(line.partition("@")[2]) < least + 30
+        assert await agent.adjust_clock(-0.5, 5.0) == pytest.approx(time.time(), abs=5)
+        given = (await text(agent, "/run/kernel")).splitlines()
+        times = ["1700000000250000000 "] * 3 + ["1700000100000000000 ", " -500000000"]
+        assert [line.partition(" ")[2] for line in given] == times
+        assert [line[:2] for line in given] == ["07", "08", "09", "09", "  "]
         hosts = await text(agent, "/etc/hosts")
         assert hosts.endswith("10.77.0.9 named # templated\n") and hosts.count("10.77.0.") == 1
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -95,49 +94,6 @@ def test_bad_answers(tmp_path: Path, line: bytes, kind: type[GuestError], what: 
         assert await port.command("d", int, 5.0) == 5
 
     scenario(tmp_path, answer, body)
-
-
-class Clock:
-    """A guest's clock, and an agent that sets it in one of the ways that there are."""
-
-    def __init__(self, way: str) -> None:
-        self.way, self.ahead, self.dates = way, -1000.0, 0
-
-    def answer(self, request: dict[str, Any]) -> bytes:
-        """What the agent answers."""
-        name, arguments = request["execute"], request.get("arguments", {})
-        refusal = b'{"error": {"class": "GenericError", "desc": "no hwclock"}}\n'
-        if name == "guest-get-time":
-            return answered(int((time.time() + self.ahead) * 1e9))
-        if name == "guest-set-time":
-            if self.way != "before":
-                self.ahead = arguments["time"] / 1e9 - time.time()
-            return answered({}) if self.way == "works" else refusal
-        if name == "guest-exec":
-            self.dates += 1
-            assert arguments["path"] == "date"
-            self.ahead = float(arguments["arg"][-1].lstrip("@")) - time.time()
-            return answered({"pid": 1})
-        assert name == "guest-exec-status"
-        return answered({"exited": True, "exitcode": 0})
-
-
-@pytest.mark.parametrize("way", ["works", "before", "after"])
-def test_clocks(tmp_path: Path, way: str) -> None:
-    """guest-set-time may fail for want of hwclock, before it has set the time or after that."""
-    clock = Clock(way)
-
-    async def body(port: GaPort) -> None:
-        agent = GaAgent(tmp_path / "agent")
-        await agent.connect()
-        first = await agent.adjust_clock(0.0, 5.0)
-        assert first == pytest.approx(time.time() - 1000, abs=5)
-        assert await agent.adjust_clock(1000.0, 5.0) == pytest.approx(time.time(), abs=5)
-        assert await agent.adjust_clock(0.1, 5.0) == pytest.approx(time.time() + 0.1, abs=0.09)
-        assert clock.dates == (2 if way == "before" else 0)
-        await agent.close()
-
-    scenario(tmp_path, clock.answer, body)
 
 
 def test_an_agent_that_never_answers(tmp_path: Path) -> None:

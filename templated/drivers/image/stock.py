@@ -32,6 +32,8 @@ PACKAGES = (
     *("openssh-server", "qemu-guest-agent", "grub-common", "grub-pc-bin", "grub-efi-amd64-bin"),
 )
 _NETWORK = "[Match]\nName=en* eth*\n[Network]\nDHCP=yes\n"
+_KEYS = "[Unit]\nConditionPathExistsGlob=/etc/ssh/ssh_host_*_key\n"
+"""sshd waits for an identity: it would be started, and fail, again and again."""
 _ENABLED = ("systemd-networkd.service",)
 _TIMERS = (
     *("apt-daily", "apt-daily-upgrade", "dpkg-db-backup", "e2scrub_all", "fstrim", "logrotate"),
@@ -63,6 +65,10 @@ class StockBuild(ImageBuild):
         install(etc / "hosts", b"127.0.0.1 localhost\n::1 localhost ip6-localhost\n", 0o644)
         install(etc / "fstab", f"UUID={self._root_id} / ext4 defaults 0 0\n".encode(), 0o644)
         install(etc / "systemd/network/80-dhcp.network", _NETWORK.encode(), 0o644)
+        drop_in = etc / "systemd/system/ssh.service.d"
+        drop_in.mkdir(mode=0o755, parents=True)
+        drop_in.chmod(0o755)
+        install(drop_in / "host-keys.conf", _KEYS.encode(), 0o644)
         for name in ("machine-id", "resolv.conf"):
             install(etc / name, b"", 0o644)
         self._remove_unique()

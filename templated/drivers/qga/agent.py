@@ -33,10 +33,7 @@ from templated.drivers.qga.port import GaPort, forbidden
 from templated.errors import Conflict, GuestError, TemplatedError, Timeout
 from templated.timing import within
 
-NEEDED = (
-    *("guest-exec", "guest-exec-status", "guest-network-get-interfaces"),
-    *("guest-get-time", "guest-set-time"),
-)
+NEEDED = (*("guest-exec", "guest-exec-status", "guest-network-get-interfaces", "guest-get-time"),)
 """The commands without which there is no identity."""
 _TASKS = {Step.IDENTIFY: "identify", Step.CLAIM: "claim", Step.REHEARSAL: "rehearsal"}
 """What the script calls them."""
@@ -47,8 +44,6 @@ _FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.25
 _SHORT = 10.0
 """Seconds for what the agent does itself."""
 _WHOLE_FILE = 600.0
-_CLOSE = 0.01
-"""Seconds: a clock that is so far off was not set."""
 _Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 
 
@@ -166,18 +161,8 @@ class GaAgent:
 
     async def adjust_clock(self, seconds: float, timeout: float) -> float:
         async with within(timeout, "the guest's clock"):
-            now, heard = await self._time() / 1e9, time.monotonic()
-            if not seconds:
-                return now
-            ahead = now + seconds - heard  # of our monotonic clock
-            try:
-                wanted = int((ahead + time.monotonic()) * 1e9)
-                await self._port.command("guest-set-time", msgspec.Raw, timeout, time=wanted)
-            except GuestError:
-                # It sets the RTC as well, and fails without hwclock: before the rest or after it.
-                if abs(await self._time() / 1e9 - ahead - time.monotonic()) > _CLOSE:
-                    at = f"@{ahead + time.monotonic():.6f}"
-                    await self._run(["date", "-u", "-s", at], timeout)
+            if seconds:
+                await self._script(f"task=shift\nshift={int(seconds * 1e9)}\n", timeout)
             return await self._time() / 1e9
 
     async def quiesce(self, timeout: float) -> None:

@@ -5,6 +5,7 @@
 #   quiesce    leave nothing unique, before the guest is frozen
 #   identify   take a whole identity
 #   claim      take a name, a time and entropy, in a guest that has the rest
+#   shift      set the clock by so much
 #   rehearsal  as claim, without the hooks, so that a claim runs only what has run before
 #
 # Values come by stdin, as assignments: everybody in the guest can read a process's arguments.
@@ -22,7 +23,7 @@ run=/run/templated
 # started when it has its own.
 units="ssh.service sshd.service systemd-networkd.socket systemd-networkd.service
  NetworkManager.service dhcpcd.service"
-services=
+services='' entropy=${entropy:-} time=${time:-} shift=${shift:-}
 
 fail() {
     echo "$1" >&2
@@ -52,11 +53,22 @@ find_nic() {
 
 stop_services() {
     if [ -d /run/systemd/system ]; then
-        for unit in $units; do
-            if systemctl -q is-active "$unit" || systemctl -q is-enabled "$unit" 2>/dev/null; then
-                services="$services $unit"
-            fi
-        done
+        # Those that run, failed, or are about to be started by the boot that goes on.
+        # shellcheck disable=SC2086  # words
+        systemctl show --property=Id,ActiveState,UnitFileState $units >"$run/units"
+        unit='' wanted=''
+        while read -r line; do
+            case $line in
+            Id=*) unit=${line#Id=} ;;
+            ActiveState=inactive) ;;
+            ActiveState=* | UnitFileState=enabled) wanted=yes ;;
+            '')
+                [ -z "$wanted" ] || services="$services $unit"
+                wanted=
+                ;;
+            esac
+        done <"$run/units"
+        [ -z "$wanted" ] || services="$services $unit"
         # shellcheck disable=SC2086  # words
         [ -z "$services" ] || systemctl stop $services
     elif [ -s /run/sshd.pid ]; then
@@ -98,38 +110,55 @@ forget() {
         /var/lib/NetworkManager/*.lease /var/lib/NetworkManager/secret_key
 }
 
-# Entropy counts only by ioctl (random(4)): what is written to the device waits for up to a minute.
-reseed() {
+# Entropy and clock, by one program that can call the kernel. Entropy counts by ioctl alone (random(4)):
+# what is written to the device waits for up to a minute. The clock is read and set at once: a guest
+# may stand still between any two programs. TIME is what it was at the mark, or else SHIFT is how
+# much is added; both in ns.
+kernel() {
+    ENTROPY=$entropy TIME=$time SHIFT=$shift MARK=$run/mark
+    export ENTROPY TIME SHIFT MARK
     if command -v perl >/dev/null; then
-        ENTROPY=$entropy perl -e '
-            open(my $random, "+<", "/dev/random") or die "$!\n";
-            my $bytes = pack("H*", $ENV{ENTROPY});
-            my $pool = pack("ii", 8 * length($bytes), length($bytes)) . $bytes;
-            ioctl($random, 0x40085203, $pool) or die "RNDADDENTROPY: $!\n";
-            ioctl($random, 0x5207, 0) or die "RNDRESEEDCRNG: $!\n";'
+        perl -e '
+            use strict;
+            use integer;
+            if ($ENV{ENTROPY}) {
+                open(my $random, "+<", "/dev/random") or die "/dev/random: $!\n";
+                my $bytes = pack("H*", $ENV{ENTROPY});
+                my $pool = pack("ii", 8 * length($bytes), length($bytes)) . $bytes;
+                ioctl($random, 0x40085203, $pool) or die "RNDADDENTROPY: $!\n";
+                ioctl($random, 0x5207, 0) or die "RNDRESEEDCRNG: $!\n";
+            }
+            my ($now, $spec) = ($ENV{TIME}, pack("qq", 0, 0));
+            if (!$now) {
+                syscall(228, 0, $spec) == 0 or die "clock_gettime: $!\n";
+                my ($s, $ns) = unpack("qq", $spec);
+                $now = $s * 1000000000 + $ns + $ENV{SHIFT};
+            } elsif (open(my $mark, "<", $ENV{MARK})) {
+                open(my $uptime, "<", "/proc/uptime") or die "/proc/uptime: $!\n";
+                my ($s, $hundredths) = split(/[. ]/, <$uptime>);
+                $now += ($s * 100 + $hundredths - <$mark>) * 10000000;
+            }
+            $spec = pack("qq", $now / 1000000000, $now % 1000000000);
+            syscall(227, 0, $spec) == 0 or die "clock_settime: $!\n";'
     elif command -v python3 >/dev/null; then
-        ENTROPY=$entropy python3 -ISc '
-import fcntl, os, struct
-data = bytes.fromhex(os.environ["ENTROPY"])
-random = os.open("/dev/random", os.O_RDWR)
-fcntl.ioctl(random, 0x40085203, struct.pack("ii", 8 * len(data), len(data)) + data)
-fcntl.ioctl(random, 0x5207)'
+        python3 -ISc '
+import fcntl, os, struct, time
+given = os.environ
+if given["ENTROPY"]:
+    data = bytes.fromhex(given["ENTROPY"])
+    random = os.open("/dev/random", os.O_RDWR)
+    fcntl.ioctl(random, 0x40085203, struct.pack("ii", 8 * len(data), len(data)) + data)
+    fcntl.ioctl(random, 0x5207)
+now = int(given["TIME"] or 0)
+if not now:
+    now = time.time_ns() + int(given["SHIFT"])
+elif os.path.exists(given["MARK"]):
+    up = open("/proc/uptime").read().split()[0].replace(".", "")
+    now += (int(up) - int(open(given["MARK"]).read())) * 10000000
+time.clock_settime_ns(time.CLOCK_REALTIME, now)'
     else
         fail "nothing in it can reseed its random numbers: install perl-base or python3"
     fi
-}
-
-# The guest's clocks stood still while it was frozen. `time` was the wall clock, in ns, at the mark.
-set_clock() {
-    now=$time
-    if [ -s "$run/mark" ]; then
-        read -r mark <"$run/mark"
-        read -r up _ </proc/uptime
-        now=$((time + (${up%.*}${up#*.} - mark) * 10000000))
-    fi
-    at=$((now / 1000000000)).$(printf %09d $((now % 1000000000)))
-    # Not all of them know fractions.
-    date -u -s "@$at" >/dev/null 2>&1 || date -u -s "@${at%.*}" >/dev/null
 }
 
 set_name() {
@@ -284,8 +313,7 @@ quiesce)
     ;;
 identify)
     find_nic
-    reseed
-    set_clock
+    kernel
     # A guest that was frozen has stopped them; any other one has them running.
     { read -r services <"$run/services"; } 2>/dev/null || services=running
     if [ "$services" = running ]; then
@@ -303,12 +331,14 @@ identify)
     echo running >"$run/services"
     tell
     ;;
+shift)
+    kernel
+    ;;
 claim | rehearsal)
-    reseed
-    set_clock
+    kernel
     set_name
     run_hooks
     tell
     ;;
 esac
-mark
+[ "$task" = shift ] || mark

@@ -114,10 +114,10 @@ def _memory(launch: Launch) -> str:
 
 
 def _accelerator(hardware: Hardware) -> str:
-    # One thread for all virtual CPUs: with a single one, it is spared the atomic operations that
-    # TCG makes when it translates for several threads.
-    single = hardware.accel == "tcg" and hardware.vcpus == 1
-    return "tcg,thread=single" if single else hardware.accel
+    # One thread for all virtual CPUs: it is spared the atomic operations that TCG makes when it
+    # translates for several threads. And with several, QEMU 7.2 may go on with code that another
+    # CPU has just changed: Linux changes its own while it boots, and panics at an int3.
+    return "tcg,thread=single" if hardware.accel == "tcg" else hardware.accel
 
 
 def _migration() -> list[str]:
