@@ -156,7 +156,10 @@ def test_a_name_with_odd_characters(host: Host, capsys: Capture) -> None:
     host.define(name)
     assert host.run("--domain", name) == exit_codes.for_error("invalid")
     assert "--name web-lt-s-home" in capsys.readouterr().err
-    assert host.run("--domain", name, "--name", "web") == 0
+    # Its disk is named as it is.
+    assert host.run("--domain", name, "--name", "web") == exit_codes.for_error("invalid")
+    assert "--copy" in capsys.readouterr().err
+    assert host.run("--domain", name, "--name", "web", "--copy") == 0
     assert host.run("--domain", "x' or '1", "--name", "x") == exit_codes.for_error("not_found")
 
 
