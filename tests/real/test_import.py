@@ -131,7 +131,7 @@ def test_a_domain(host: Host, capsys: Capture) -> None:
     spec = yaml.safe_load((host.place / "t/web.yaml").read_text())
     assert spec == found["spec"]
     assert (spec["name"], spec["description"]) == ("web", "For the tests")
-    assert spec["image"] == {"path": str(disk)}
+    assert spec["image"] == {"path": str(disk), "size": "8MiB"}
     machine = {"type": "q35", "memory": "64MiB", "vcpus": 2, "firmware": "bios"}
     assert spec["machine"] == machine and spec["network"]["name"] == "lan"
     left = {one["what"] for one in found["not_carried_over"]}
@@ -214,7 +214,7 @@ def test_a_volume(host: Host, capsys: Capture) -> None:
         (host.place / "volume.xml").write_text(xml)
         host.virsh("define", str(host.place / "volume.xml"))
         assert host.run("--domain", "web", "-f", "-") == 0
-        assert yaml.safe_load(capsys.readouterr().out)["image"] == {"path": str(disk)}
+        assert yaml.safe_load(capsys.readouterr().out)["image"]["path"] == str(disk)
     finally:
         host.virsh("pool-destroy", "images")
 
