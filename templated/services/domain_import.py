@@ -80,7 +80,8 @@ def import_domain(order: Order, config: Config, say: Callable[[str], None]) -> I
             f"the disk {path} {obstacle}", hint="--copy makes a qcow2 of it, for the template"
         )
     leftovers = (*translation.leftovers, *more)
-    spec = make_spec(name, translation, copy or path, order.hypervisor)
+    spec = make_spec(name, translation, order.hypervisor)
+    spec["image"] = {"path": str(copy or path), "size": _size(image.virtual_size)}
     text = _commented(domain, order.uri, leftovers, copied=copy is not None) + _yaml(spec)
     if copy is not None:
         say(f"copying {path} ({image.size >> 20} MiB)")
@@ -108,12 +109,12 @@ def _odd(path: Path) -> str:
     return "" if str(path).isascii() else "has a path with characters that are not ASCII"
 
 
-def make_spec(name: str, found: Translation, disk: Path, hypervisor: str) -> dict[str, Any]:
-    """The template's values, in the order of its file."""
+def make_spec(name: str, found: Translation, hypervisor: str) -> dict[str, Any]:
+    """The template's values, in the order of its file; `image` is for the caller to fill."""
     spec: dict[str, Any] = {"name": name}
     spec["description"] = found.description or f"libvirt domain {found.domain}"
     spec["hypervisor"] = hypervisor
-    spec["image"] = {"path": str(disk)}
+    spec["image"] = {}
     spec["machine"] = {
         "type": "q35",
         "memory": _size(found.memory),
@@ -133,7 +134,9 @@ def make_spec(name: str, found: Translation, disk: Path, hypervisor: str) -> dic
 
 
 def _size(count: int) -> str:
-    return f"{count >> 30}GiB" if count % (1 << 30) == 0 else f"{count >> 20}MiB"
+    """Bytes as a template says them, rounded up to MiB."""
+    mebibytes = -(-count >> 20)
+    return f"{mebibytes >> 10}GiB" if mebibytes % 1024 == 0 else f"{mebibytes}MiB"
 
 
 def _template_name(order: Order) -> str:

@@ -10,7 +10,6 @@ from templated.drivers.libvirt.connection import Connection, connect
 from templated.errors import TemplatedError
 from templated.services.findings import Check, Status
 
-_BOUND = 5.0
 # The monitor takes descriptors from there on (virDomainQemuMonitorCommandWithFiles).
 _LEAST = (8, 2)
 # Of virt-host-validate: what only guests with devices of the host, or with encrypted memory, need.
@@ -36,7 +35,7 @@ def libvirt_checks(*, needed: bool, kvm: bool, uri: str = SYSTEM) -> Iterator[Ch
 
 def _connected(uri: str, daemon: str, bad: Status) -> Iterator[Check]:
     try:
-        connection = connect(uri, read_only=True, bound=_BOUND)
+        connection = connect(uri, read_only=True)
     except TemplatedError as error:
         yield Check("libvirt", bad, f"{daemon}: {error.message}", error.hint)
         return

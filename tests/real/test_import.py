@@ -131,7 +131,7 @@ def test_a_domain(host: Host, capsys: Capture) -> None:
     spec = yaml.safe_load((host.place / "t/web.yaml").read_text())
     assert spec == found["spec"]
     assert (spec["name"], spec["description"]) == ("web", "For the tests")
-    assert spec["image"] == {"path": str(disk)}
+    assert spec["image"] == {"path": str(disk), "size": "8MiB"}
     machine = {"type": "q35", "memory": "64MiB", "vcpus": 2, "firmware": "bios"}
     assert spec["machine"] == machine and spec["network"]["name"] == "lan"
     left = {one["what"] for one in found["not_carried_over"]}
@@ -156,7 +156,10 @@ def test_a_name_with_odd_characters(host: Host, capsys: Capture) -> None:
     host.define(name)
     assert host.run("--domain", name) == exit_codes.for_error("invalid")
     assert "--name web-lt-s-home" in capsys.readouterr().err
-    assert host.run("--domain", name, "--name", "web") == 0
+    # Its disk is named as it is.
+    assert host.run("--domain", name, "--name", "web") == exit_codes.for_error("invalid")
+    assert "--copy" in capsys.readouterr().err
+    assert host.run("--domain", name, "--name", "web", "--copy") == 0
     assert host.run("--domain", "x' or '1", "--name", "x") == exit_codes.for_error("not_found")
 
 
@@ -211,7 +214,7 @@ def test_a_volume(host: Host, capsys: Capture) -> None:
         (host.place / "volume.xml").write_text(xml)
         host.virsh("define", str(host.place / "volume.xml"))
         assert host.run("--domain", "web", "-f", "-") == 0
-        assert yaml.safe_load(capsys.readouterr().out)["image"] == {"path": str(disk)}
+        assert yaml.safe_load(capsys.readouterr().out)["image"]["path"] == str(disk)
     finally:
         host.virsh("pool-destroy", "images")
 

@@ -92,7 +92,7 @@ def test_a_domain(desk: Desk) -> None:
             "name": "web",
             "description": "libvirt domain web",
             "hypervisor": "libvirt",
-            "image": {"path": str(desk.disk)},
+            "image": {"path": str(desk.disk), "size": "1MiB"},
             "machine": {"type": "q35", "memory": "2GiB", "vcpus": 2, "firmware": "bios"},
             "identity": {"agent": "qemu-ga", "timeout": "60s"},
             "network": {"mode": "libvirt", "name": "default"},
@@ -126,7 +126,7 @@ def test_a_copy(desk: Desk) -> None:
     """Of its own: the domain may run afterwards."""
     done = desk.run(copy=True)
     copied = desk.state / "imported" / "web.qcow2"
-    assert done.copied and done.spec["image"] == {"path": str(copied)}
+    assert done.copied and done.spec["image"]["path"] == str(copied)
     qemu_img("compare", str(copied), str(desk.disk))
     assert copied.stat().st_mode & 0o777 == 0o600
     assert "shut off" not in done.text

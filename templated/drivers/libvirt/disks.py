@@ -25,6 +25,8 @@ class SourceImage:
     format: str
     size: int
     """Bytes that it takes on the host."""
+    virtual_size: int
+    """Bytes that a guest sees."""
     obstacle: str
     """Why clones cannot read it as it is, as `has a backing file`; empty when they can."""
 
@@ -52,6 +54,7 @@ async def examine(path: Path, image_format: str) -> SourceImage:
         path=path,
         format=image_format,
         size=int(found.get("actual-size", 0)),
+        virtual_size=int(found.get("virtual-size", 0)),
         obstacle=_obstacle(image_format, found, details),
     )
 
