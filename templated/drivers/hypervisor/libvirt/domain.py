@@ -42,6 +42,8 @@ NAMESPACE = "https://templated.dev/libvirt/1"
 SERIAL_BUS, FIRST_NIC = "virtio-serial0.0", "net0"
 """As libvirt names them in QEMU: what the agent's port is on, and a NIC on a network of its own."""
 OUR_NIC = "nic0"
+# Of a PCI bus. libvirt fills it from below and has the last one.
+_DISK_SLOT, _CODE_SLOT, _NIC_SLOT = "0x02", "0x10", "0x11"
 _QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 ET.register_namespace("qemu", _QEMU)
 ET.register_namespace("templated", NAMESPACE)
@@ -182,6 +184,10 @@ def _disk(devices: Element, launch: Launch, lent: Lent, *, mmio: bool) -> None:
         # Firmware that is told nothing looks at all that there is.
         SubElement(disk, "boot", {"order": "1"})
     _placed(disk, mmio)
+    if not mmio:
+        # On the bus where what is passed through is, in front: the guest finds it first.
+        where = {"domain": "0x0000", "bus": "0x00", "slot": _DISK_SLOT, "function": "0x0"}
+        SubElement(disk, "address", {"type": "pci", **where})
 
 
 def _seed(devices: Element, path: Path) -> None:
@@ -223,7 +229,7 @@ def _arguments(launch: Launch, lent: Lent, memory: str) -> list[str]:
         arguments += _code(lent.path(CODE), bus)
     if not isinstance(launch.network, OfLibvirt):
         nic = {"driver": f"virtio-net-{bus}", "id": OUR_NIC, "netdev": "net0", "mac": launch.mac}
-        rom = {} if bus == "device" else {"romfile": ""}
+        rom = {} if bus == "device" else {"romfile": "", "addr": _NIC_SLOT}
         arguments += [*_network(launch), *_device({**nic, "status": False, **rom})]
     return arguments if launch.boot else [*arguments, "-incoming", "defer"]
 
@@ -231,13 +237,12 @@ def _arguments(launch: Launch, lent: Lent, memory: str) -> list[str]:
 def _code(path: Path, bus: str) -> list[str]:
     """The second disk, by two nodes: what is below the upper one can be exchanged later."""
     name = str(path).replace(",", ",,")
+    drive = {"driver": f"virtio-blk-{bus}"} | ({"addr": _CODE_SLOT} if bus == "pci" else {})
     file = f"driver=file,node-name=code-file,filename={name},locking=off,read-only=on"
     return [
         *("-blockdev", file),
         *("-blockdev", "driver=raw,node-name=code,read-only=on,file=code-file"),
-        *_device(
-            {"driver": f"virtio-blk-{bus}", "id": "code0", "drive": "code", "serial": CODE_SERIAL}
-        ),
+        *_device({**drive, "id": "code0", "drive": "code", "serial": CODE_SERIAL}),
     ]
 
 
