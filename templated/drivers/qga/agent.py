@@ -90,7 +90,7 @@ class _Part(msgspec.Struct, frozen=True, rename="kebab"):
 
 @functools.cache
 def identity_script() -> str:
-    """The script that gives a guest its identity, as it is handed to `sh -c`."""
+    """The script that gives a guest its identity, as a shell there reads it behind its values."""
     return Path(__file__).with_name("identity.sh").read_text()
 
 
@@ -173,8 +173,8 @@ class GaAgent:
 
     async def _script(self, values: str, timeout: float) -> dict[str, str]:
         """Run the script; what it tells, by name. Raises GuestError with its last line."""
-        argv = ["/bin/sh", "-c", identity_script(), "templated"]
-        ended = await self._run(argv, timeout, values.encode())
+        given = f"{values}\n{identity_script()}"
+        ended = await self._run(["/bin/sh", "-s"], timeout, given.encode())
         if ended is None:
             raise Timeout(f"the guest did not take its identity within {timeout:g} s")
         if ended.exitcode != 0:

@@ -1,6 +1,6 @@
-# The identity of a Linux guest, by the tools that it has: sh, cat, rm, mkdir, mv, date, ip, mount, head,
-# perl or python3, and systemctl where systemd runs. qemu-ga runs this (guest-exec); nothing of it
-# is in the image. `task` is one of:
+# The identity of a Linux guest, by the tools that it has: sh, rm, mkdir, date, ip, mount, perl or
+# python3, and systemctl where systemd runs. qemu-ga runs this (guest-exec); nothing of it is in the
+# image. `task` is one of:
 #
 #   quiesce    leave nothing unique, before the guest is frozen
 #   identify   take a whole identity
@@ -8,15 +8,15 @@
 #   shift      set the clock by so much
 #   rehearsal  as claim, without the hooks, so that a claim runs only what has run before
 #
-# Values come by stdin, as assignments: everybody in the guest can read a process's arguments.
-# A fork takes some 10 ms in an emulated CPU, so the shell itself does what it can.
+# It comes by stdin, behind its values as assignments: everybody in the guest can read a process's
+# arguments. A program takes 20 ms and more in an emulated CPU. So the shell itself does what it
+# can, and an identity waits for three of them: sh, perl, ip.
 #
 # shellcheck shell=sh disable=SC2154,SC3013  # values come from outside; -ef is POSIX of 2024
 set -eu
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 export PATH
 umask 022
-eval "$(cat)"
 
 run=/run/templated
 # They have in their memory what no two guests may share: stopped before the guest is frozen, and
@@ -93,7 +93,8 @@ start_services() {
     if [ -d /run/systemd/system ]; then
         # journald takes the machine's id from its start.
         # shellcheck disable=SC2086  # words
-        systemctl --no-block restart systemd-journald.service $services
+        systemctl --no-block restart systemd-journald.service $services \
+            </dev/null >/dev/null 2>&1 &
     elif [ "$services" = sshd ]; then
         /usr/sbin/sshd </dev/null >/dev/null 2>&1
     fi
@@ -113,10 +114,15 @@ forget() {
 # Entropy and clock, by one program that can call the kernel. Entropy counts by ioctl alone (random(4)):
 # what is written to the device waits for up to a minute. The clock is read and set at once: a guest
 # may stand still between any two programs. TIME is what it was at the mark, or else SHIFT is how
-# much is added; both in ns.
+# much is added; both in ns. CLOCK gets what it was set to, and the uptime then. With ID it also does
+# what else would take a program each: journald's folder, systemd's random seed.
 kernel() {
-    ENTROPY=$entropy TIME=$time SHIFT=$shift MARK=$run/mark
-    export ENTROPY TIME SHIFT MARK
+    ENTROPY=$entropy TIME=$time SHIFT=$shift MARK=$run/mark CLOCK=$run/clock OLD='' ID=''
+    if [ "$task" = identify ]; then
+        ID=$machine_id
+        { read -r OLD </etc/machine-id; } 2>/dev/null || OLD=none
+    fi
+    export ENTROPY TIME SHIFT MARK CLOCK OLD ID
     if command -v perl >/dev/null; then
         perl -e '
             use strict;
@@ -128,18 +134,36 @@ kernel() {
                 ioctl($random, 0x40085203, $pool) or die "RNDADDENTROPY: $!\n";
                 ioctl($random, 0x5207, 0) or die "RNDRESEEDCRNG: $!\n";
             }
+            sub uptime {
+                open(my $file, "<", "/proc/uptime") or die "/proc/uptime: $!\n";
+                my ($s, $hundredths) = split(/[. ]/, <$file>);
+                return $s * 100 + $hundredths;
+            }
             my ($now, $spec) = ($ENV{TIME}, pack("qq", 0, 0));
             if (!$now) {
                 syscall(228, 0, $spec) == 0 or die "clock_gettime: $!\n";
                 my ($s, $ns) = unpack("qq", $spec);
                 $now = $s * 1000000000 + $ns + $ENV{SHIFT};
             } elsif (open(my $mark, "<", $ENV{MARK})) {
-                open(my $uptime, "<", "/proc/uptime") or die "/proc/uptime: $!\n";
-                my ($s, $hundredths) = split(/[. ]/, <$uptime>);
-                $now += ($s * 100 + $hundredths - <$mark>) * 10000000;
+                $now += (uptime() - <$mark>) * 10000000;
             }
             $spec = pack("qq", $now / 1000000000, $now % 1000000000);
-            syscall(227, 0, $spec) == 0 or die "clock_settime: $!\n";'
+            syscall(227, 0, $spec) == 0 or die "clock_settime: $!\n";
+            open(my $clock, ">", $ENV{CLOCK}) or die "$ENV{CLOCK}: $!\n";
+            print $clock "$now ", uptime(), "\n";
+            if (my $id = $ENV{ID}) {
+                for my $folder ("/run/log/journal", "/var/log/journal") {
+                    -d "$folder/$ENV{OLD}" or next;
+                    rename("$folder/$ENV{OLD}", "$folder/$id") or die "$folder: $!\n";
+                }
+                if (-d "/var/lib/systemd") {
+                    umask 077;
+                    open(my $random, "<", "/dev/urandom") or die "/dev/urandom: $!\n";
+                    sysread($random, my $bytes, 512) == 512 or die "/dev/urandom: $!\n";
+                    open(my $seed, ">", "/var/lib/systemd/random-seed") or die "random-seed: $!\n";
+                    print $seed $bytes;
+                }
+            }'
     elif command -v python3 >/dev/null; then
         python3 -ISc '
 import fcntl, os, struct, time
@@ -149,13 +173,23 @@ if given["ENTROPY"]:
     random = os.open("/dev/random", os.O_RDWR)
     fcntl.ioctl(random, 0x40085203, struct.pack("ii", 8 * len(data), len(data)) + data)
     fcntl.ioctl(random, 0x5207)
+def uptime():
+    return int(open("/proc/uptime").read().split()[0].replace(".", ""))
 now = int(given["TIME"] or 0)
 if not now:
     now = time.time_ns() + int(given["SHIFT"])
 elif os.path.exists(given["MARK"]):
-    up = open("/proc/uptime").read().split()[0].replace(".", "")
-    now += (int(up) - int(open(given["MARK"]).read())) * 10000000
-time.clock_settime_ns(time.CLOCK_REALTIME, now)'
+    now += (uptime() - int(open(given["MARK"]).read())) * 10000000
+time.clock_settime_ns(time.CLOCK_REALTIME, now)
+open(given["CLOCK"], "w").write(f"{now} {uptime()}\n")
+old, given_id = given["OLD"], given["ID"]
+if given_id:
+    for folder in "/run/log/journal", "/var/log/journal":
+        if os.path.isdir(f"{folder}/{old}"):
+            os.rename(f"{folder}/{old}", f"{folder}/{given_id}")
+    if os.path.isdir("/var/lib/systemd"):
+        os.umask(0o77)
+        open("/var/lib/systemd/random-seed", "wb").write(os.urandom(512))'
     else
         fail "nothing in it can reseed its random numbers: install perl-base or python3"
     fi
@@ -178,25 +212,16 @@ set_name() {
 }
 
 set_ids() {
-    read -r old </etc/machine-id || old=
     echo "$machine_id" >/etc/machine-id
     if [ -f /var/lib/dbus/machine-id ] && ! [ -L /var/lib/dbus/machine-id ]; then
         echo "$machine_id" >/var/lib/dbus/machine-id
     fi
-    for journal in /run/log/journal /var/log/journal; do
-        if [ -n "$old" ] && [ "$old" != "$machine_id" ] && [ -d "$journal/$old" ]; then
-            mv "$journal/$old" "$journal/$machine_id"
-        fi
-    done
     show boot_id "$boot_id" /proc/sys/kernel/random/boot_id
     umask 077
     if [ -e /sys/class/dmi/id/product_uuid ]; then
         show uuid "$uuid" /sys/class/dmi/id/product_uuid
     else
         echo "$uuid" >"$run/uuid"
-    fi
-    if [ -d /var/lib/systemd ]; then
-        head -c 512 /dev/urandom >/var/lib/systemd/random-seed
     fi
     umask 022
 }
@@ -281,12 +306,17 @@ run_hooks() {
 
 # --- tasks ----------------------------------------------------------------------------------------
 
-# The clock is set from here on, by the time that has passed; and what the agent is told of it.
+# The clock is set from here on, by the time that has passed. Tells what time it is then.
 mark() {
-    at=$(date +%s%N)
     read -r up _ </proc/uptime
-    echo "${up%.*}${up#*.}" >"$run/mark"
-    echo "mark=$at"
+    up=${up%.*}${up#*.}
+    echo "$up" >"$run/mark"
+    if [ "$task" = quiesce ]; then
+        echo "mark=$(date +%s%N)"
+    else
+        read -r at since <"$run/clock"
+        echo "mark=$((at + (up - since) * 10000000))"
+    fi
 }
 
 # The name is the kernel's, and the files are what everybody else reads.
@@ -313,7 +343,6 @@ quiesce)
     ;;
 identify)
     find_nic
-    kernel
     # A guest that was frozen has stopped them; any other one has them running.
     { read -r services <"$run/services"; } 2>/dev/null || services=running
     if [ "$services" = running ]; then
@@ -321,6 +350,7 @@ identify)
         stop_services
         forget
     fi
+    kernel
     set_name
     set_ids
     set_host_keys
