@@ -31,6 +31,15 @@ from tests.real.libvirtd import USER, Restartable, restartable_libvirtd
 
 pytestmark = pytest.mark.real
 QEMU = "qemu-system-x86_64"
+_STOCK = """
+name: stock
+hypervisor: libvirt
+image: {boot: disk, suite: trixie, size: 2GiB}
+machine: {type: q35, memory: 512MiB, firmware: uefi}
+identity: {agent: qemu-ga, timeout: 120s}
+boot_timeout: 900s
+probes: [{type: agent, name: agent, timeout: 200s}]
+"""
 _NETWORK = """
 <network>
   <name>lent</name>
@@ -240,6 +249,18 @@ def test_q35(host: Daemon, libvirtd: Restartable) -> None:
     assert host.guest("pc-1", serial).strip() == "templated-code"
     host.cli("rm", "pc-1")
     host.cli("template", "rm", "pc")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_stock_debian(host: Daemon) -> None:
+    """UEFI, its own boot loader and qemu-ga: nothing of ours is in the guest."""
+    host.template("stock", _STOCK)
+    host.cli("-q", "template", "build", "stock", timeout=1500)
+    host.cli("clone", "stock-1", "--template", "stock")
+    assert host.output("stock-1", "hostname").strip() == "stock-1"
+    host.cli("rm", "stock-1")
+    host.cli("template", "rm", "stock")
 
 
 def test_a_network_of_libvirt(host: Daemon, libvirtd: Restartable, tmp_path: Path) -> None:
