@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pwd
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -261,6 +264,29 @@ def test_a_stock_debian(host: Daemon) -> None:
     assert host.output("stock-1", "hostname").strip() == "stock-1"
     host.cli("rm", "stock-1")
     host.cli("template", "rm", "stock")
+
+
+def test_a_tap_of_ours(fresh: Daemon, libvirtd: Restartable) -> None:
+    """In bridge mode a domain gets the slot's tap by its descriptor."""
+    name = f"templated-test-{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True, timeout=30)
+    try:
+        fresh.config["network"] = {"mode": "bridge", "subnet": "10.99.0.0/24", "netns": name}
+        fresh.config["libvirt"] = {"uri": libvirtd.uri}
+        fresh.places.chmod(0o711)
+        fresh.variant("bridged", "hypervisor: libvirt", without_probes=True)
+        fresh.start()
+        fresh.build("bridged")
+        address = fresh.json("clone", "b-1", "--template", "bridged")["identity"]["ip"]
+        # Nothing listens there: the guest answers with a reset.
+        probe = f"import socket; print(socket.socket().connect_ex(('{address}', 9)))"
+        command = ["ip", "netns", "exec", name, "python3", "-c", probe]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        assert int(done.stdout) == errno.ECONNREFUSED
+        fresh.cli("rm", "b-1")
+    finally:
+        fresh.close()
+        subprocess.run(["ip", "netns", "del", name], check=True, timeout=30)
 
 
 def test_a_network_of_libvirt(host: Daemon, libvirtd: Restartable, tmp_path: Path) -> None:
