@@ -39,7 +39,7 @@ show keys "$(ls /etc/ssh/ssh_host_* | wc -l)"
 show seed "$(cksum </var/lib/systemd/random-seed)"
 show random "$(head -c 32 /dev/urandom | cksum)"
 show kernel_uuid "$(cat /proc/sys/kernel/random/uuid)"
-show leases "$(ls /var/lib/dhcp /run/systemd/netif/leases 2>/dev/null | grep -c lease)"
+show leases "$(find /var/lib/dhcp /run/systemd/netif/leases -type f 2>/dev/null | wc -l)"
 """
 DISTINCT = (
     *("hostname", "machine_id", "boot_id", "uuid", "ip", "mac", "link_local"),
