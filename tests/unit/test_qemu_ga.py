@@ -79,10 +79,10 @@ def test_frozen_and_woken(tmp_path: Path) -> None:
         assert (seen.hostname, seen.machine_id) == ("named", order(9).machine_id)
         assert (seen.ip, seen.mac) == ("10.77.0.9", "02:00:00:00:00:09")
         assert await agent.adjust_clock(-0.5, 5.0) == pytest.approx(time.time(), abs=5)
-        given = (await text(agent, "/run/kernel")).splitlines()
+        told = (await text(agent, "/run/kernel")).splitlines()
         times = ["1700000000250000000 "] * 3 + ["1700000100000000000 ", " -500000000"]
-        assert [line.partition(" ")[2] for line in given] == times
-        assert [line[:2] for line in given] == ["07", "08", "09", "09", "  "]
+        assert [line.partition(" ")[2] for line in told] == times
+        assert [line[:2] for line in told] == ["07", "08", "09", "09", "  "]
         hosts = await text(agent, "/etc/hosts")
         assert hosts.endswith("10.77.0.9 named # templated\n") and hosts.count("10.77.0.") == 1
 
