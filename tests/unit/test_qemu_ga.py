@@ -32,7 +32,7 @@ def test_identity(tmp_path: Path) -> None:
         for name in _READ_BACK:
             assert getattr(seen, name) == getattr(wanted, name)
         assert begin <= seen.asked <= seen.time <= time.time()
-        assert time.monotonic() - 20 < agent.marked <= time.monotonic()
+        assert time.monotonic() - 90 < agent.marked <= time.monotonic()
         assert await text(agent, "/etc/hostname") == "clone-7\n"
         hosts = "127.0.0.1 localhost\n10.0.0.9 other\n10.77.0.7 clone-7 # templated\n"
         assert await text(agent, "/etc/hosts") == hosts
@@ -79,10 +79,10 @@ def test_frozen_and_woken(tmp_path: Path) -> None:
         assert (seen.hostname, seen.machine_id) == ("named", order(9).machine_id)
         assert (seen.ip, seen.mac) == ("10.77.0.9", "02:00:00:00:00:09")
         assert await agent.adjust_clock(-0.5, 5.0) == pytest.approx(time.time(), abs=5)
-        told = (await text(agent, "/run/kernel")).splitlines()
+        lines = (await text(agent, "/run/kernel")).splitlines()
         times = ["1700000000250000000 "] * 3 + ["1700000100000000000 ", " -500000000"]
-        assert [line.partition(" ")[2] for line in told] == times
-        assert [line[:2] for line in told] == ["07", "08", "09", "09", "  "]
+        assert [line.partition(" ")[2] for line in lines] == times
+        assert [line[:2] for line in lines] == ["07", "08", "09", "09", "  "]
         hosts = await text(agent, "/etc/hosts")
         assert hosts.endswith("10.77.0.9 named # templated\n") and hosts.count("10.77.0.") == 1
 

@@ -41,8 +41,8 @@ CHUNK = 256 << 10
 """Bytes of a file at once."""
 # Seconds between two looks at a command: the first, and the longest.
 _FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.25
-_SHORT = 10.0
-"""Seconds for what the agent does itself."""
+_SHORT = 60.0
+"""Seconds for what the agent does itself: a guest on a busy host may stand still for some."""
 _WHOLE_FILE = 600.0
 _Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 
