@@ -158,7 +158,7 @@ class AddressPlan:
         self._mac_prefix = b"\x02" + hashlib.sha256(host_tag).digest()[:2]
 
     def elsewhere(self, given: Addresses) -> AddressPlan:
-        """The plan of another network: the same MACs, as an index is one VM's at a time.
+        """The plan of another network, whose numbers are not a slot's indexes: MACs are still ours.
 
         Raises ValueError for a subnet that is not usable.
         """
@@ -197,3 +197,11 @@ class AddressPlan:
         if not 0 <= index < self.capacity:
             raise ValueError(f"no address {index} in {self.network}: it has {self.capacity}")
         return index
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A network that is not the daemon's: its name, and which addresses of it slots may have."""
+
+    name: str
+    plan: AddressPlan

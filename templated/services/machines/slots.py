@@ -29,7 +29,7 @@ from templated.errors import HostError, TemplatedError
 from templated.journal import Journal
 from templated.model.clone import Slot
 from templated.model.limits import UNLIMITED, Limits
-from templated.model.network import Addresses, AddressPlan
+from templated.model.network import Addresses, AddressPlan, Elsewhere
 from templated.services.machines.admission import Admission, Promise
 from templated.services.machines.vm import Vm
 from templated.services.places import Layout
@@ -329,24 +329,26 @@ class Slots:
         own = layer.own_network
         return self._plan if own is None else self._plan.elsewhere(own.addresses)
 
-    def _numbers(self, index: int, layer: Layer, plan: AddressPlan) -> Slot:
+    def _numbers(self, index: int, layer: Layer) -> Slot:
         return Slot(
             id=secrets.token_hex(5),
             index=index,
             generation=layer.generation,
             uuid=str(uuid.uuid4()),
-            mac=plan.mac(index),
-            ip=plan.ip(index),
+            mac=self._plan.mac(index),
+            ip=self._plan.ip(index),  # on another network the journal's, who knows what is free
             machine_id=uuid.uuid4().hex,
             boot_id=str(uuid.uuid4()),
         )
 
     def _numbered(self, layer: Layer) -> tuple[Slot, Inheritance]:
         """A slot's row, and its files; on failure `refill` removes what cannot be removed here."""
-        plan = self._plan_of(layer)
-        capacity = min(self._capacity, plan.capacity)
+        own = layer.own_network
         slot = self._journal.new_slot(
-            layer.generation, lambda index: self._numbers(index, layer, plan), capacity
+            layer.generation,
+            lambda index: self._numbers(index, layer),
+            self._capacity,
+            None if own is None else Elsewhere(own.name, self._plan_of(layer)),
         )
         try:
             places, overlay = self._layout.vm(slot.id), self._layout.overlay(slot.id)
