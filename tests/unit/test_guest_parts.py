@@ -15,13 +15,14 @@ from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.drivers.image.store import Image
 from templated.drivers.qga.agent import GaAgent
 from templated.errors import HostError
+from templated.model.network import Addresses
 from templated.model.spec import IdentitySpec, ImageSpec, MachineSpec, SeedSpec, TemplateSpec
 from templated.services.daemon import Services
 from templated.services.machines.boot import full_boot, image_parts
 from templated.services.machines.generation import guest_parts, hardware
-from templated.services.machines.slots import GuestParts, Layer
+from templated.services.machines.slots import GuestParts, Layer, OwnNetwork
 from templated.services.machines.vm import Vm
-from tests.unit.fake_daemon import GENERATION, play
+from tests.unit.fake_daemon import GENERATION, play, until
 
 STOCK = TemplateSpec(
     name="d",
@@ -51,6 +52,31 @@ def test_a_full_boot(tmp_path: Path) -> None:
         image_parts(fake, image, STOCK)
     bios = msgspec.structs.replace(STOCK, machine=MachineSpec(type="q35"))
     assert image_parts(fake, image, bios).variables is None
+
+
+def test_a_network_that_is_full_stops_no_others(tmp_path: Path) -> None:
+    """Slots of the other generations are made ready, at once and again when they are taken."""
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        slots, layer = running.context.slots, running.templates.active("t").layer
+        ends = Addresses(
+            subnet="10.9.0.0/24", gateway="10.9.0.1", first="10.9.0.2", last="10.9.0.2"
+        )
+        full = replace(layer, generation="full", own_network=OwnNetwork("one", ends))
+        taken = await slots.make(full)
+        assert (taken.slot.ip, taken.network_name) == ("10.9.0.2", "one")
+        slots.serve(full)
+        slots.serve(replace(layer, generation="after"))
+        await until(lambda: "full" in slots._resting)
+        for _ in range(2):
+            await until(lambda: len(slots._ready["after"]) == 2)
+            await slots.give_back(await slots.take(replace(layer, generation="after")))
+        assert not slots._ready["full"]
+        await slots.give_back(taken)
+        for generation in ("full", "after"):
+            await slots.retire(generation)
+
+    play(tmp_path, scenario)
 
 
 def test_a_slot_has_them(tmp_path: Path) -> None:

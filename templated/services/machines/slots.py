@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 import uuid
 from collections import defaultdict, deque
 from dataclasses import dataclass, replace
@@ -155,6 +156,8 @@ class Slots:
         self._left: dict[str, Vm | None] = {}
         self._ready: dict[str, deque[PreparedSlot]] = defaultdict(deque)
         self._layers: dict[str, Layer] = {}
+        self._resting: dict[str, float] = {}
+        """Generations whose slots could not be made, and when to try again."""
         self._wanted = asyncio.Event()
 
     async def take(self, layer: Layer) -> PreparedSlot:
@@ -285,6 +288,7 @@ class Slots:
         Raises nothing; leaves the rows of slots that cannot be given back now.
         """
         self._layers.pop(generation, None)
+        self._resting.pop(generation, None)
         for prepared in self._ready.pop(generation, ()):
             await self.give_back(prepared)
 
@@ -302,21 +306,29 @@ class Slots:
             try:
                 for slot_id, vm in list(self._left.items()):
                     await self.give_up(slot_id, vm)
-                await self._fill()
-            except Exception as error:  # whatever it is, requests still make their own slots
-                known = isinstance(error, TemplatedError)
-                log.warning("cannot make slots ready: %s", error, exc_info=not known)
+                for layer in list(self._layers.values()):
+                    if self._resting.get(layer.generation, 0.0) <= time.monotonic():
+                        await self._fill(layer)
+            except Exception:  # whatever it is, requests still make their own slots
+                log.exception("cannot look after the slots")
                 await asyncio.sleep(_RETRY_AFTER)
                 self._wanted.set()
 
-    async def _fill(self) -> None:
-        for generation, layer in list(self._layers.items()):
-            while len(self._ready[generation]) < self._target:
+    async def _fill(self, layer: Layer) -> None:
+        """Make a generation's slots ready; one whose slots fail rests, and keeps up no other."""
+        generation = layer.generation
+        self._resting.pop(generation, None)
+        try:
+            while generation in self._layers and len(self._ready[generation]) < self._target:
                 prepared = await self._prepare(layer)
                 if generation not in self._layers:  # retired meanwhile
                     await self.give_back(prepared)
-                    break
-                self._ready[generation].append(prepared)
+                else:
+                    self._ready[generation].append(prepared)
+        except Exception as error:  # whatever it is, requests still make their own slots
+            known = isinstance(error, TemplatedError)
+            log.warning("cannot make slots of %s ready: %s", generation, error, exc_info=not known)
+            self._resting[generation] = time.monotonic() + _RETRY_AFTER
 
     async def close(self) -> None:
         """Give back all ready slots, as `retire` does. Raises nothing."""
