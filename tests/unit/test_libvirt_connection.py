@@ -144,6 +144,26 @@ def test_not_too_many_hang(stuck: threading.Event) -> None:
     connect(FAKE).close()
 
 
+def test_not_too_many_are_left_to_hang(stuck: threading.Event) -> None:
+    """Whose callers gave up before the bound of the call: they count as well."""
+
+    async def scenario() -> None:
+        found = await connect_async(FAKE)
+        for _ in range(connection._MOST_STUCK):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.001):
+                    await found.ask("the work", lambda c: stuck.wait())
+        with pytest.raises(Timeout, match="calls have not come back"):
+            await found.ask("the work", lambda c: c.getLibVersion())
+        stuck.set()
+        while any(not future.done() for future in connection._stuck):
+            await asyncio.sleep(0)
+        assert await found.ask("the work", lambda c: c.getLibVersion()) > 0
+        found.close()
+
+    asyncio.run(scenario())
+
+
 def test_from_the_loop(stuck: threading.Event) -> None:
     async def scenario() -> None:
         found = await connect_async(FAKE)

@@ -79,7 +79,8 @@ class Connection:
             return future.result(limit)
 
     async def ask(self, what: str, work: Callable[[Any], T], *, bound: float | None = None) -> T:
-        """As `call`, without blocking the loop. When cancelled, `work` goes on unseen."""
+        """As `call`, without blocking the loop. When cancelled, `work` goes on unseen, and counts
+        as one that hangs until it comes back."""
         limit = self._bound if bound is None else bound
         future = self._begun(what, work)
         with self._errors(what, limit, future):
@@ -111,6 +112,9 @@ class Connection:
     def _errors(self, what: str, limit: float, future: Future[Any]) -> Iterator[None]:
         try:
             yield
+        except asyncio.CancelledError:
+            _stuck.add(future)  # whose bound was shorter than ours; it may come back yet
+            raise
         except TimeoutError:
             self._broken = True
             _stuck.add(future)
@@ -177,6 +181,9 @@ def _open_errors(uri: str, bound: float, future: Future[Any]) -> Iterator[None]:
     hint = f"{start}`virsh --connect {uri} list` tries the same"
     try:
         yield
+    except asyncio.CancelledError:
+        _stuck.add(future)
+        raise
     except TimeoutError:
         _stuck.add(future)
         raise Timeout(f"{uri} did not answer within {bound:g} s", hint=hint) from None
@@ -205,7 +212,7 @@ def _ours(error: Any, what: str) -> TemplatedError:
 
 def _thread(work: Callable[[], T]) -> Future[T]:
     """Run `work` in a thread that does not keep the process alive."""
-    _stuck.difference_update([future for future in _stuck if future.done()])
+    _stuck.difference_update([future for future in list(_stuck) if future.done()])
     if len(_stuck) >= _MOST_STUCK:
         raise Timeout(f"libvirt hangs: {len(_stuck)} calls have not come back", hint="restart it")
     future: Future[T] = Future()
