@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs, to_builtins
 
 from templated.model.units import Duration, Size, seconds, size_bytes
 
@@ -235,3 +235,31 @@ class TemplateSpec(_Spec, frozen=True, kw_only=True):
             raise ValueError(f"machine.cmdline has no use with {what}: its loader has its own")
         if self.code:
             raise ValueError(f"code: true needs our agent, which {what} has not")
+
+
+_LATER: dict[type[Struct], tuple[str, ...]] = {
+    TemplateSpec: ("hypervisor",),
+    ImageSpec: ("path", "seed", "boot"),
+    MachineSpec: ("firmware",),
+    IdentitySpec: ("agent",),
+    NetworkSpec: ("mode", "name"),
+}
+"""Keys that came later: a version without them takes no file that has them."""
+
+
+def stored(spec: TemplateSpec | ImageSpec) -> dict[str, Any]:
+    """A spec as it is written into files, and digested: as ever, where it has nothing of later.
+
+    What it was before goes on with it then, and an image keeps its digest.
+    """
+    return _stored(spec)
+
+
+def _stored(part: Struct) -> dict[str, Any]:
+    later, fields = _LATER.get(type(part), ()), {}
+    for field in structs.fields(part):
+        value = getattr(part, field.name)
+        if field.name not in later or value != field.default:
+            inner = type(value) in _LATER
+            fields[field.name] = _stored(value) if inner else to_builtins(value)
+    return fields

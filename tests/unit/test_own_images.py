@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import struct
 import subprocess
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 from templated.drivers.hostkeys import KINDS, make_host_keys
 from templated.drivers.image.loader import SECTOR, START, boot_script, first_sectors, newest
 from templated.drivers.image.qcow2 import header_problem
-from templated.drivers.image.store import ImageStore, image_digest, image_seed
+from templated.drivers.image.store import ImageStore, _Record, image_digest, image_seed
 from templated.errors import BuildError, HostError
-from templated.model.spec import ImageSpec, SeedSpec
+from templated.model.spec import AgentProbe, ImageSpec, SeedSpec, TemplateSpec, stored
+from tests.unit.fake_daemon import SPEC, configured, freeze
+from tests.unit.test_guest_parts import STOCK
 
 SIZE = "4M"
 
@@ -180,6 +183,30 @@ def test_headers() -> None:
     assert "not known" in str(header_problem(bytes(head)))
     assert "cut off" in str(header_problem(bytes(head[:100])))
     assert "no qcow2" in str(header_problem(b"QFI\xfb"))
+
+
+def as_json(fields: object) -> object:
+    return json.loads(msgspec.json.encode(fields))
+
+
+def test_files_of_before_have_no_later_keys(tmp_path: Path) -> None:
+    """The version before refuses keys that it does not know: it takes images and generations."""
+    plain = stored(TemplateSpec(name="t"))
+    assert "hypervisor" not in plain and plain["image"] == stored(ImageSpec())
+    assert set(plain["image"]) == {"suite", "packages", "kernel", "size", "mirror"}
+    assert "firmware" not in plain["machine"] and "agent" not in plain["identity"]
+    assert set(plain["network"]) == {"dns"}
+    probed = TemplateSpec(name="t", hypervisor="libvirt", probes=(AgentProbe(name="a"),))
+    for spec in (TemplateSpec(name="t"), STOCK, probed):
+        assert msgspec.convert(stored(spec), TemplateSpec) == spec
+    freeze(configured(tmp_path))
+    manifest = json.loads(next(tmp_path.rglob("manifest.json")).read_text())
+    assert manifest["spec"] == as_json(stored(SPEC)) and "addresses" not in manifest
+    out, folder = tmp_path / "out", tmp_path / "images"
+    out.mkdir()
+    folder.mkdir()
+    ImageStore(tmp_path)._publish(out, _Record("d", 0.0, ImageSpec()))
+    assert json.loads((folder / "d/image.json").read_text())["spec"] == as_json(stored(ImageSpec()))
 
 
 def test_specs_of_before_have_their_digests() -> None:

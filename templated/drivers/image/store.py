@@ -33,14 +33,12 @@ from templated.drivers.image.namespaces import Progress, remove_tree
 from templated.drivers.image.qcow2 import refused
 from templated.drivers.image.stock import StockBuild
 from templated.errors import BuildError, HostError
-from templated.model.spec import ImageSpec
+from templated.model.spec import ImageSpec, stored
 
 BUILDER_VERSION = 4
 _LOCK_INTERVAL = 0.2
 
 _IMAGES, _DISK, _KERNEL, _INITRD, _SEED = "images", "disk.qcow2", "vmlinuz", "initrd", "seed.img"
-_LATER = {"path": None, "seed": None, "boot": "kernel"}
-"""Keys that came later, as they are in specs of before: these keep their digests."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,7 @@ def image_digest(spec: ImageSpec) -> str:
     Of a copied one, over the file's size and time of change in place of our files. Raises
     BuildError when there is no such file.
     """
-    canonical = {**msgspec.to_builtins(spec), "packages": sorted(set(spec.packages))}
-    canonical = {k: v for k, v in canonical.items() if k not in _LATER or v != _LATER[k]}
+    canonical = {**stored(spec), "packages": sorted(set(spec.packages))}
     if spec.boots_itself:
         canonical["file"] = _state(Path(spec.path)) if spec.path else ()
         whole = msgspec.json.encode([canonical, BUILDER_VERSION], order="deterministic")
@@ -250,7 +247,8 @@ class ImageStore:
 
     def _publish(self, out: Path, record: _Record) -> None:
         """Make the files read-only and durable, then give the directory its name."""
-        (out / "image.json").write_bytes(msgspec.json.encode(record) + b"\n")
+        fields = {**msgspec.to_builtins(record), "spec": stored(record.spec)}
+        (out / "image.json").write_bytes(msgspec.json.encode(fields) + b"\n")
         for path in (*out.iterdir(), out):
             path.chmod(0o755 if path == out else 0o444)
             fsync(path)

@@ -33,7 +33,7 @@ from templated.drivers.image.store import image_seed
 from templated.errors import HostError
 from templated.model.generation import FileDigest, Manifest
 from templated.model.limits import Limits
-from templated.model.spec import TemplateSpec
+from templated.model.spec import TemplateSpec, stored
 from templated.model.units import seconds, size_bytes
 from templated.services.machines.admission import Promise
 from templated.services.machines.slots import GuestParts, Layer, OwnNetwork
@@ -502,7 +502,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         failpoints.hit("build.manifest")
     partial = directory / (MANIFEST + ".part")
     with open(partial, "wb") as out:
-        out.write(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+        out.write(msgspec.json.format(msgspec.json.encode(_stored(manifest))) + b"\n")
         out.flush()
         if failpoints.armed:
             failpoints.hit("build.manifest-fsync")
@@ -511,6 +511,14 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         failpoints.hit("build.manifest-rename")
     partial.rename(directory / MANIFEST)
     freeze_file(directory / MANIFEST)
+
+
+def _stored(manifest: Manifest) -> dict[str, object]:
+    """What is written: the version before reads it too, where it has nothing of this one."""
+    fields = {**msgspec.to_builtins(manifest), "spec": stored(manifest.spec)}
+    if manifest.addresses is None:
+        del fields["addresses"]
+    return fields
 
 
 async def load(
