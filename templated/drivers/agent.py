@@ -28,6 +28,8 @@ class GuestAgent(Protocol):
 
     marked: float
     """When the guest set its mark, from which its clock will be set, on the monotonic clock."""
+    asked: float
+    """The host's wall clock when `adjust_clock` last asked for the guest's."""
 
     @property
     def connected(self) -> bool:

@@ -231,6 +231,7 @@ class Agent:
         self._writer: asyncio.StreamWriter | None = None
         self._receiver: asyncio.Task[None] | None = None
         self.marked = time.monotonic()
+        self.asked = time.time()
         self._broken: str = "the agent's connection is closed"
 
     async def connect(self) -> None:
@@ -312,6 +313,7 @@ class Agent:
 
     async def adjust_clock(self, seconds: float, timeout: float) -> float:
         """Shift the guest's wall clock; returns its time after that."""
+        self.asked = time.time()
         raw = await self.request("clock", timeout, {"adjust": seconds})
         return converted(raw, _Clock).time
 

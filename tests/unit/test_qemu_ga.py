@@ -160,10 +160,38 @@ def test_files(tmp_path: Path) -> None:
         assert "Linux" in await text(agent, "/proc/version")
         with pytest.raises(GuestError, match="No such file"):
             await agent.get("/run/nothing", 10.0)
-        with pytest.raises(GuestError, match="directory"):
+        with pytest.raises(GuestError, match="cannot write /no/such/directory/file"):
             await agent.put("/no/such/directory/file", b"x", 0o600, 10.0)
 
     play(tmp_path, body)
+
+
+def test_a_file_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else reads it, nobody guesses its name, and nothing stays of one that failed."""
+    seen = []
+
+    async def body(agent: GaAgent) -> None:
+        write = agent._write
+
+        async def looked_at(handle: int, chunk: bytes, timeout: float) -> None:
+            seen.append((await run(agent, "sh", "-c", "stat -c '%a %n' /run/d/*"))[0])
+            await write(handle, chunk, timeout)
+
+        async def full(handle: int, chunk: bytes, timeout: float) -> None:
+            raise GuestError("the guest has no room for the whole file")
+
+        await run(agent, "mkdir", "/run/d")
+        monkeypatch.setattr(agent, "_write", looked_at)
+        for _ in range(2):
+            await agent.put("/run/d/key", b"secret", 0o644, 10.0)
+            await run(agent, "rm", "/run/d/key")
+        monkeypatch.setattr(agent, "_write", full)
+        with pytest.raises(GuestError, match="no room"):
+            await agent.put("/run/d/key", b"secret", 0o644, 10.0)
+        assert (await run(agent, "ls", "-A", "/run/d"))[0] == ""
+
+    play(tmp_path, body)
+    assert len(set(seen)) == 2 and all(line.startswith("600 /run/d/key.") for line in seen)
 
 
 @pytest.mark.parametrize("name", ["guest-exec", "guest-network-get-interfaces"])

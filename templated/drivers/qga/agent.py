@@ -10,6 +10,7 @@ import asyncio
 import base64
 import contextlib
 import functools
+import secrets
 import shlex
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -104,6 +105,7 @@ class GaAgent:
         self._port = GaPort(path)
         self._fit = False
         self.marked = time.monotonic()
+        self.asked = time.time()
 
     @property
     def connected(self) -> bool:
@@ -163,6 +165,8 @@ class GaAgent:
         async with within(timeout, "the guest's clock"):
             if seconds:
                 await self._script(f"task=shift\nshift={int(seconds * 1e9)}\n", timeout)
+            # What it takes to set a clock must not make its error look small.
+            self.asked = time.time()
             return await self._time() / 1e9
 
     async def quiesce(self, timeout: float) -> None:
@@ -265,22 +269,35 @@ class GaAgent:
     async def put(self, path: str, content: bytes, mode: int, timeout: float) -> None:
         if failpoints.armed:
             await failpoints.reach("agent.put")
-        part = f"{path}.templated-part"
-        handle = await self._open(part, "w", timeout)
+        # The agent makes files that everybody may write, and follows links: so it makes none.
+        part = f"{path}.{secrets.token_hex(8)}.part"
+        await self._file_command(path, timeout, 'umask 077; set -C; : >"$1"', part)
         try:
-            for offset in range(0, len(content), CHUNK):
-                chunk = content[offset : offset + CHUNK]
-                await self._write(handle, chunk, timeout)
-        finally:
-            await self._close(handle, timeout)
-        name = 'chmod "$1" "$2" && mv -f "$2" "$3"'
-        argv = ["/bin/sh", "-c", name, "sh", f"{mode & 0o7777:o}", part, path]
-        ended = await self._run(argv, timeout)
+            await self._fill(part, content, timeout)
+            name = 'chmod "$1" "$2" && mv -f "$2" "$3"'
+            await self._file_command(path, timeout, name, f"{mode & 0o7777:o}", part, path)
+        except BaseException:
+            with contextlib.suppress(TemplatedError):
+                await self._file_command(path, timeout, 'rm -f "$1"', part)
+            raise
+
+    async def _file_command(self, path: str, timeout: float, script: str, *words: str) -> None:
+        """A step of writing the file `path`, by the guest's shell."""
+        ended = await self._run(["/bin/sh", "-c", script, "sh", *words], timeout)
         if ended is None:
-            raise Timeout(f"the guest did not name {path} within {timeout:g} s")
+            raise Timeout(f"the guest did not write {path} within {timeout:g} s")
         if ended.exitcode != 0:
             said = ended.err_data.decode(errors="replace").strip()
             raise GuestError(f"the guest cannot write {path}: {said or 'no reason given'}")
+
+    async def _fill(self, path: str, content: bytes, timeout: float) -> None:
+        """Write what is in a file that is there and empty."""
+        handle = await self._open(path, "r+", timeout)
+        try:
+            for offset in range(0, len(content), CHUNK):
+                await self._write(handle, content[offset : offset + CHUNK], timeout)
+        finally:
+            await self._close(handle, timeout)
 
     async def get(self, path: str, timeout: float) -> bytes:
         if failpoints.armed:

@@ -98,12 +98,8 @@ async def _confirm_clock(
 
 async def _shift_clock(vm: Vm, terms: Terms, shift: float) -> tuple[float, float, float]:
     """Shift a guest's clock; returns the time of asking, the guest's, and that of its answer."""
-    if shift:
-        # What it takes to set a clock must not make its error look small.
-        await vm.agent.adjust_clock(shift, terms.identify_s)
-    sent = time.time()
-    guest_time = await vm.agent.adjust_clock(0.0, terms.identify_s)
-    return sent, guest_time, time.time()
+    guest_time = await vm.agent.adjust_clock(shift, terms.identify_s)
+    return vm.agent.asked, guest_time, time.time()
 
 
 def _clock_error(guest_time: float, sent: float, received: float) -> float:
