@@ -6,6 +6,7 @@ To refresh them after a deliberate change: TEMPLATED_UPDATE_GOLDEN=1 scripts/tes
 from __future__ import annotations
 
 import os
+import subprocess
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from templated.drivers.hypervisor.base import Launch, OwnLoader
+from templated.drivers.hypervisor.libvirt import driver
 from templated.drivers.hypervisor.libvirt.domain import (
     NAMESPACE,
     Label,
@@ -147,6 +149,32 @@ def test_addresses_of_a_network(inner: str, first: int, last: int) -> None:
 def test_networks_that_cannot_be_used(xml: str, said: str) -> None:
     with pytest.raises(HostError, match=said):
         addresses_of("default", xml)
+
+
+def test_whose_process_it_is(tmp_path: Path) -> None:
+    """A domain's QEMU has the option and the user; who else names its UUID is not taken for it."""
+    name, uuid = "4f0c9d21-0000-4000-8000-00000000000a", LAUNCH.uuid
+    places = replace(LAUNCH.places, directory=tmp_path)
+    wait = ["sh", "-c", "read line", "sh"]
+    with (
+        subprocess.Popen([*wait, "-uuid", name], stdin=subprocess.PIPE) as domain,
+        subprocess.Popen([*wait, "destroy", name], stdin=subprocess.PIPE) as other,
+    ):
+        (tmp_path / "domain.xml").write_text(_xml(replace(CLONE, uuid=name)))
+        assert not driver._runs(domain.pid, name, places), "it is not libvirt's user's"
+        assert driver._found(name, USER.uid) is None
+        text = domain_xml(CLONE, "qemu", LENT, User(os.getuid(), os.getgid()), "")
+        for mark in (text, domain_xml(CLONE, "qemu", LENT, None, "")):
+            (tmp_path / "domain.xml").write_text(mark)
+            assert driver._runs(domain.pid, name, places)
+            assert not driver._runs(domain.pid, uuid, places)
+            assert not driver._runs(other.pid, name, places)
+        found = driver._found(name, os.getuid())
+        assert found is not None and found[0] == domain.pid
+        (tmp_path / "domain.xml").unlink()
+        assert not driver._runs(domain.pid, name, places), "libvirt was not asked yet"
+        for process in (domain, other):
+            process.communicate(b"\n")
 
 
 def test_lending(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import time
 import xml.etree.ElementTree as ET
@@ -115,6 +116,8 @@ class Libvirt:
 
     def adopt(self, pid: int, start_time: int, places: Places, uuid: str) -> LibvirtMachine | None:
         """See `base.Hypervisor.adopt`."""
+        if not _runs(pid, uuid, places):
+            return None
         found = Process.adopt(pid, start_time, uuid)
         if found is None:
             return None
@@ -134,7 +137,7 @@ class Libvirt:
         with contextlib.suppress(TemplatedError):
             while asked and time.monotonic() < deadline:
                 running = await asyncio.to_thread(procfs.with_argument, asked)
-                asked -= {uuid for uuid, _ in running}
+                asked -= {uuid for uuid, pid in running if _runs(pid, uuid, places[uuid])}
                 work = partial(_known, asked=asked)
                 asked = await self._asks.ask("libvirt's domains", work, bound=_BOUND)
                 if asked:
@@ -159,7 +162,7 @@ class Libvirt:
         created, *copied = await asyncio.gather(*work, return_exceptions=True)
         if isinstance(created, BaseException):
             raise created
-        found = await asyncio.to_thread(_found, launch.uuid)
+        found = await asyncio.to_thread(_found, launch.uuid, user.uid if user else os.geteuid())
         running = Process.adopt(*found, launch.uuid) if found else None
         if running is None:
             raise HypervisorError("the VM ended as soon as libvirt had started it")
@@ -230,9 +233,19 @@ def _create(connection: Any, *, xml: str, machine: LibvirtMachine) -> None:
     connection.createXML(xml, binding().VIR_DOMAIN_START_PAUSED)
 
 
-def _found(uuid: str) -> tuple[int, int] | None:
-    """Pid and start time of a domain's process. Blocks."""
-    pid = procfs.newest_with_argument(uuid)
+def _runs(pid: int, uuid: str, places: Places) -> bool:
+    """Whether a process is a domain's, and not one of anybody who names it. Blocks for a moment."""
+    try:
+        started = ET.parse(places.directory / _MARK)  # noqa: S314 - we wrote it
+    except (OSError, ET.ParseError):
+        return False
+    label = re.fullmatch(r"\+(\d+):\+\d+", started.findtext("seclabel/label") or "")
+    return procfs.has_option(pid, "-uuid", uuid, int(label[1]) if label else os.geteuid())
+
+
+def _found(uuid: str, uid: int) -> tuple[int, int] | None:
+    """Pid and start time of a domain's process, by whom libvirt runs it as. Blocks."""
+    pid = procfs.newest_with_option("-uuid", uuid, uid)
     started = None if pid is None else procfs.start_time(pid)
     return None if pid is None or started is None else (pid, started)
 
