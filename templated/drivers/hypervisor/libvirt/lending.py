@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from templated.drivers.hypervisor.base import Kernel, Launch
@@ -50,6 +51,7 @@ class Held:
     agent: int | None
     state: int | None
     tap: int | None
+    _one: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def given(self) -> None:
         """Close what QEMU has by now: all but the saved state. Idempotent."""
@@ -65,9 +67,10 @@ class Held:
             os.close(fd)
 
     def take_state(self) -> int | None:
-        """The saved state's, which is the caller's from here on."""
-        fd, self.state = self.state, None
-        return fd
+        """The saved state's, which is the caller's from here on. From any thread."""
+        with self._one:
+            fd, self.state = self.state, None
+            return fd
 
 
 def named(launch: Launch) -> dict[str, Path]:

@@ -106,18 +106,24 @@ class LibvirtMachine(Life):
     async def _come_up(self, creation: Coroutine[Any, Any, None]) -> None:
         try:
             await creation
-        except TemplatedError as error:
-            self._failed = error
+        except Exception as error:  # noqa: BLE001 - who waits for it raises it
+            failed = self._failed = self._known(error)
             if self._process is None and not self.asked:
-                self._ended(f"was not started: {error.message}")
+                self._ended(f"was not started: {failed.message}")
             elif self._process is None:
                 with contextlib.suppress(TemplatedError):
-                    await self._make_sure(error.message)
+                    await self._make_sure(failed.message)
         finally:
             assert self._held is not None
             self._held.given()
             if self.exited.done():
                 self._held.close()
+
+    def _known(self, error: Exception) -> TemplatedError:
+        if isinstance(error, TemplatedError):
+            return error
+        log.error("cannot start the domain %s", self._uuid, exc_info=error)
+        return HypervisorError(f"its start failed: {error!r}", hint="see the log")
 
     def _ended(self, how: str) -> None:
         if not self.exited.done():
@@ -165,9 +171,10 @@ class LibvirtMachine(Life):
         state.check()
         agreed = self.state is MachineState.EXPECTING
         self._move(MachineState.LOADING)
-        held = self._held.take_state() if self._held and state.fd is not None else None
 
         def load(domain: Any) -> None:
+            # Taken here: it stays held, and is closed with the rest, when this never runs.
+            held = self._held.take_state() if self._held and state.fd is not None else None
             with contextlib.ExitStack() as files:
                 fd = _memory_copy(state.path, held, files)
                 commands = [] if agreed else [_IGNORE_SHARED]
