@@ -145,21 +145,31 @@ def test_not_too_many_hang(stuck: threading.Event) -> None:
 
 
 def test_not_too_many_are_left_to_hang(stuck: threading.Event) -> None:
-    """Whose callers gave up before the bound of the call: they count as well."""
+    """Whose callers gave up before the bound of the call: they count, and keep their turns."""
+
+    async def give_up(found: Connection) -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.001):
+                await found.ask("the work", lambda c: stuck.wait())
 
     async def scenario() -> None:
-        found = await connect_async(FAKE)
-        for _ in range(connection._MOST_STUCK):
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.001):
-                    await found.ask("the work", lambda c: stuck.wait())
+        most = connection._MOST_STUCK // connection._AT_ONCE
+        several = [await connect_async(FAKE) for _ in range(most + 1)]
+        for found in several[:most]:
+            for _ in range(connection._AT_ONCE):
+                await give_up(found)
+            with pytest.raises(Timeout, match="the wait for other calls"):
+                await found.ask("the work", lambda c: c.getLibVersion(), bound=0.001)
+            assert found.alive
         with pytest.raises(Timeout, match="calls have not come back"):
-            await found.ask("the work", lambda c: c.getLibVersion())
+            await several[most].ask("the work", lambda c: c.getLibVersion())
         stuck.set()
         while any(not future.done() for future in connection._stuck):
             await asyncio.sleep(0)
-        assert await found.ask("the work", lambda c: c.getLibVersion()) > 0
-        found.close()
+        for found in several * 2:
+            assert await found.ask("the work", lambda c: c.getLibVersion()) > 0
+        for found in several:
+            found.close()
 
     asyncio.run(scenario())
 

@@ -71,3 +71,21 @@ def test_a_start_that_fails_in_an_unknown_way(
 
     asyncio.run(scenario())
     assert "Traceback" in caplog.text
+
+
+def test_one_connection_for_all() -> None:
+    """Whoever comes first opens it, also again when it has broken, and on another loop."""
+    link = Link("test:///default")
+
+    async def connections() -> set[object]:
+        asked = (link.ask("it", lambda c: c, bound=5.0) for _ in range(12))
+        return set(await asyncio.gather(*asked))
+
+    async def scenario() -> None:
+        assert len(await connections()) == 1
+        assert link._connection is not None
+        link._connection.close()
+        assert len(await connections()) == 1
+
+    for _ in range(2):
+        asyncio.run(scenario())

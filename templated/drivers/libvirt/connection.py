@@ -17,10 +17,12 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from templated.drivers.libvirt.address import SYSTEM, check_local
 from templated.errors import Conflict, HostError, HypervisorError, NotFound, TemplatedError, Timeout
+from templated.timing import within
 
 T = TypeVar("T")
 
@@ -29,6 +31,9 @@ BOUND = 10.0
 # Calls that were given up and have not come back, each with a thread. With so many, none begins.
 _MOST_STUCK = 16
 _stuck: set[Future[Any]] = set()
+# libvirtd works on five requests of a connection at once, and then reads no more of it
+# (max_client_requests in libvirtd.conf).
+_AT_ONCE = 4
 
 # Names in the binding: it is not imported here.
 _MISSING = ("NO_DOMAIN", "NO_NETWORK", "NO_STORAGE_POOL", "NO_STORAGE_VOL", "NO_DOMAIN_METADATA")
@@ -56,6 +61,8 @@ class Connection:
         self._handle = handle
         self._bound = bound
         self._broken = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._turns = asyncio.Semaphore(_AT_ONCE)
 
     @property
     def alive(self) -> bool:
@@ -79,10 +86,19 @@ class Connection:
             return future.result(limit)
 
     async def ask(self, what: str, work: Callable[[Any], T], *, bound: float | None = None) -> T:
-        """As `call`, without blocking the loop. When cancelled, `work` goes on unseen, and counts
-        as one that hangs until it comes back."""
+        """As `call`, without blocking the loop, when fewer than four of its calls are under way.
+
+        The wait for that turn has the same bound, and breaks nothing. When cancelled, `work` goes
+        on unseen; it keeps its turn, and counts as one that hangs, until it comes back.
+        """
         limit = self._bound if bound is None else bound
-        future = self._begun(what, work)
+        turn_over = await self._turn(what, limit)
+        try:
+            future = self._begun(what, work)
+        except BaseException:
+            turn_over()
+            raise
+        future.add_done_callback(partial(_told, asyncio.get_running_loop(), turn_over))
         with self._errors(what, limit, future):
             async with asyncio.timeout(limit):
                 return await asyncio.wrap_future(future)
@@ -102,6 +118,16 @@ class Connection:
         # The daemon may have gone, or hang: there is nothing left to close then.
         with contextlib.suppress(Exception):
             _thread(self._handle.close).result(self._bound)
+
+    async def _turn(self, what: str, limit: float) -> Callable[[], None]:
+        """Wait for a turn; what gives it back. Raises Timeout."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop, self._turns = loop, asyncio.Semaphore(_AT_ONCE)
+        turns = self._turns
+        async with within(limit, f"{what}: the wait for other calls of {self.uri}"):
+            await turns.acquire()
+        return turns.release
 
     def _begun(self, what: str, work: Callable[[Any], T]) -> Future[T]:
         if self._broken:
@@ -163,6 +189,12 @@ def binding() -> Any:
         ) from None
     libvirt.registerErrorHandler(lambda context, error: None, None)
     return libvirt
+
+
+def _told(loop: asyncio.AbstractEventLoop, what: Callable[[], None], _: Future[Any]) -> None:
+    """From a thread whose call is over; the loop may have ended before it."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(what)
 
 
 def _opening(uri: str, read_only: bool) -> Future[Any]:

@@ -17,12 +17,10 @@ from typing import Any, TypeVar
 
 from templated.drivers.libvirt.connection import Connection, connect_async
 from templated.errors import HypervisorError, Timeout
+from templated.timing import within
 
 T = TypeVar("T")
 
-# libvirtd works on five requests of a connection at once, and then reads no more of it
-# (max_client_requests in libvirtd.conf).
-_AT_ONCE = 4
 _SHORTEST, _LONGEST = 0.001, 0.05
 
 
@@ -34,24 +32,23 @@ class Link:
         self._uri = uri
         self._connection: Connection | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._turns = asyncio.Semaphore(_AT_ONCE)
+        self._opening = asyncio.Lock()
 
     async def ask(self, what: str, work: Callable[[Any], T], *, bound: float) -> T:
         """Run `work` with a virConnect in a thread, and return what it returns.
 
         `work` may run twice, when libvirtd was restarted since the last call. `bound` in seconds is
-        for opening and for the call, each. Raises as `Connection.ask`, and HostError when nothing
-        answers.
+        for opening, for a turn and for the call, each. Raises as `Connection.ask`, and HostError
+        when nothing answers.
         """
-        async with self._turn():
-            connection = await self._opened(bound)
-            try:
-                return await connection.ask(what, work, bound=bound)
-            except HypervisorError:
-                # That libvirtd has closed a connection shows in the next call only.
-                if connection.alive:
-                    raise
-            return await (await self._opened(bound)).ask(what, work, bound=bound)
+        connection = await self._opened(bound)
+        try:
+            return await connection.ask(what, work, bound=bound)
+        except HypervisorError:
+            # That libvirtd has closed a connection shows in the next call only.
+            if connection.alive:
+                raise
+        return await (await self._opened(bound)).ask(what, work, bound=bound)
 
     async def ask_domain(
         self, uuid: str, what: str, work: Callable[[Any], T], *, bound: float
@@ -70,15 +67,14 @@ class Link:
         return await self.ask(what, run, bound=bound)
 
     async def _opened(self, bound: float) -> Connection:
-        if self._connection is None or not self._connection.alive:
-            self._connection = await connect_async(self._uri, bound=bound)
-        return self._connection
-
-    def _turn(self) -> asyncio.Semaphore:
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            self._loop, self._turns = loop, asyncio.Semaphore(_AT_ONCE)
-        return self._turns
+        if self._connection is not None and self._connection.alive:
+            return self._connection
+        if (loop := asyncio.get_running_loop()) is not self._loop:
+            self._loop, self._opening = loop, asyncio.Lock()
+        async with within(2 * bound, f"the wait for a connection to {self._uri}"), self._opening:
+            if self._connection is None or not self._connection.alive:
+                self._connection = await connect_async(self._uri, bound=bound)
+            return self._connection
 
 
 @dataclass(frozen=True)
