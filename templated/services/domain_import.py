@@ -24,7 +24,7 @@ from templated.drivers.libvirt.domainxml import DiskSource, Translation, transla
 from templated.drivers.libvirt.leftovers import Leftover
 from templated.errors import ConfigError, Conflict, InvalidRequest, host_errors
 from templated.model.config import Config
-from templated.model.spec import TemplateName
+from templated.model.spec import TemplateName, TemplateSpec
 from templated.services.places import Layout
 
 STDOUT = "-"
@@ -82,6 +82,7 @@ def import_domain(order: Order, config: Config, say: Callable[[str], None]) -> I
     leftovers = (*translation.leftovers, *more)
     spec = make_spec(name, translation, order.hypervisor)
     spec["image"] = {"path": str(copy or path), "size": _size(image.virtual_size)}
+    _check(spec, order.domain)
     text = _commented(domain, order.uri, leftovers, copied=copy is not None) + _yaml(spec)
     if copy is not None:
         say(f"copying {path} ({image.size >> 20} MiB)")
@@ -131,6 +132,17 @@ def make_spec(name: str, found: Translation, hypervisor: str) -> dict[str, Any]:
         {"type": "settle", "name": "settle", "timeout": "120s"},
     ]
     return spec
+
+
+def _check(spec: dict[str, Any], domain: str) -> None:
+    """Raise InvalidRequest for a template that no daemon would take."""
+    try:
+        msgspec.convert(spec, TemplateSpec)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(
+            f"the domain {domain} makes no template: {error}",
+            hint="change it: virsh edit; for what is of its network: --hypervisor qemu",
+        ) from None
 
 
 def _size(count: int) -> str:

@@ -290,6 +290,22 @@ def test_a_network_that_is_not_there(desk: Desk, network: Place | None, why: str
     assert done.spec["network"]["name"] == "default"
 
 
+def test_a_network_with_an_odd_name(desk: Desk) -> None:
+    """It becomes neither a line of the file, nor a template that no daemon takes."""
+    odd = "lan&#10;probes: []&#10;#"
+    text = desk.handle.domains["web"].xml
+    desk.handle.define("web", text.replace("network='default'", f"network='{odd}'"))
+    assert "probes: []" in desk.handle.domains["web"].xml
+    done = desk.run(hypervisor="qemu")
+    assert done.file is not None
+    written = Path(done.file).read_text()
+    assert "network lan probes: [] #: clones are on the daemon's" in written
+    assert yaml.safe_load(written) == done.spec and len(done.spec["probes"]) == 2
+    Path(done.file).unlink()
+    desk.handle.networks["lan\nprobes: []\n#"] = Place()
+    desk.refused(InvalidRequest, r"the domain web makes no template: .*network\.name")
+
+
 def test_a_network_of_the_hosts_nics(desk: Desk) -> None:
     desk.handle.networks["default"] = Place(xml="<network><forward mode='hostdev'/></network>")
     desk.refused(InvalidRequest, "network default hands out devices of the host")

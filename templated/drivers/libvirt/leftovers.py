@@ -98,6 +98,11 @@ class Leftover:
     what: str
     why: str
 
+    def __post_init__(self) -> None:
+        """Whatever a domain's names are, each becomes a part of one line."""
+        object.__setattr__(self, "what", printable(self.what))
+        object.__setattr__(self, "why", printable(self.why))
+
 
 def leftovers(domain: Element, carried: Collection[Element]) -> tuple[Leftover, ...]:
     """All of a `<domain>` that a template does not get; `carried` are its one disk and one NIC.
