@@ -26,6 +26,7 @@ from templated.drivers.hypervisor.libvirt.lending import Lent, User, fill, hold
 from templated.drivers.hypervisor.libvirt.network import addresses_of
 from templated.errors import HostError
 from templated.model.network import AddressPlan, OfLibvirt, Tap
+from templated.services.machines.generation import renew
 from tests.unit.test_command import BOOT, GOLDEN, LAUNCH
 
 LENT = Lent(Path("/state/libvirt/u"), Path("/dev/shm/t/.libvirt/u"))
@@ -200,6 +201,30 @@ def test_lending(tmp_path: Path) -> None:
             lent.take_back()
     assert not lent.directory.exists() and not lent.memory.exists()
     assert launch.disk.read_text() == "disk"
+
+
+def test_memory_that_a_vm_writes(tmp_path: Path) -> None:
+    """A base VM's is its user's alone, whatever it was; a template's stays as it is."""
+    launch = _files(tmp_path)
+    memory = tmp_path / "memory"
+    for mode, lent_as in ((0o666, 0o600), (0o444, 0o444)):
+        memory.chmod(mode)
+        held, lent = hold(launch, None), Lent(tmp_path / "lent/u", tmp_path / "memory-lent/u")
+        lent.lend(held.files, User(os.geteuid(), os.getegid()))
+        assert memory.stat().st_mode & 0o777 == lent_as
+        held.close()
+        lent.take_back()
+
+
+def test_what_was_lent_is_renewed(tmp_path: Path) -> None:
+    """Another VM of the same user may have it open: it writes what is no template's any more."""
+    file = tmp_path / "memory"
+    file.write_bytes(b"frozen")
+    with open(file, "r+b", buffering=0) as other:
+        renew(file)
+        other.write(b"hacked")
+    assert file.read_bytes() == b"frozen" and file.stat().st_mode & 0o777 == 0o444
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_copy_of_memory(tmp_path: Path) -> None:

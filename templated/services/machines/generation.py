@@ -30,7 +30,7 @@ from templated.drivers.host.files import Stamp, fsync, remove_directory, stamp
 from templated.drivers.host.procfs import read_memory
 from templated.drivers.hypervisor.base import Hardware, Hypervisor, SavedState
 from templated.drivers.image.store import image_seed
-from templated.errors import HostError
+from templated.errors import HostError, host_errors
 from templated.model.generation import FileDigest, Manifest
 from templated.model.limits import Limits
 from templated.model.spec import TemplateSpec, stored
@@ -431,6 +431,17 @@ def _copy_file(source: Path, target: Path, *, durable: bool) -> None:
         raise HostError(f"cannot copy {source} to {target}: {error.strerror}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def renew(path: Path) -> None:
+    """Put a read-only copy in a file's place, so that who has it open writes the old one.
+
+    For what a VM wrote as a user whom others share, as libvirt's. Blocks. Raises HostError; leaves
+    the old one then.
+    """
+    with host_errors(f"cannot take {path} back"):
+        os.chown(path, os.geteuid(), os.getegid())
+    _copy_file(path, path, durable=False)
 
 
 def _require_memory(source: Path, needed: int) -> None:

@@ -43,6 +43,7 @@ from templated.services.machines.generation import (
     Terms,
     digest_file,
     freeze_file,
+    renew,
 )
 from templated.services.machines.slots import Layer, OwnNetwork, PreparedSlot
 from templated.services.machines.vm import Vm, require_space, tail
@@ -232,7 +233,6 @@ class Build:
     async def _seal(self, manifest: Manifest) -> Manifest:
         """Make the layers read-only, digest them, and make the empty layer 3 that clones copy."""
         layer2 = self.directory / generations.DISK
-        await asyncio.to_thread(fsync, layer2)
         files = {}
         paths = {
             generations.MEMORY: self.frozen / generations.MEMORY,
@@ -241,6 +241,10 @@ class Build:
         }
         if self.spec.machine.firmware == "uefi":
             paths[generations.VARIABLES] = self.directory / generations.VARIABLES
+        if self.spec.hypervisor == "libvirt":
+            for name in paths.keys() - {generations.STATE}:
+                await asyncio.to_thread(renew, paths[name])
+        await asyncio.to_thread(fsync, layer2)
         for name, path in paths.items():
             freeze_file(path)
             files[name] = await digest_file(path)

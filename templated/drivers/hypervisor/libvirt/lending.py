@@ -24,9 +24,8 @@ DISK, MEMORY, KERNEL, INITRD, CODE, GIVEN, SEED, VARIABLES = (
     *("code.img", "given.img", "seed.img", "variables.fd"),
 )
 _WRITTEN = (DISK, VARIABLES)
-"""What belongs to libvirt's user while the VM runs."""
+"""What belongs to libvirt's user while the VM runs, as does memory that it writes."""
 _PASSABLE = 0o710
-_LENT = 0o666
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,7 @@ def _opened(path: Path, opened: Mapping[Path, int], *, new: bool) -> int:
     if fd is not None:
         return os.dup(fd)
     if new and not path.exists():
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        os.fchmod(fd, _LENT)
-        return fd
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
@@ -147,8 +144,12 @@ class Lent:
                 _link(fd, self.path(name))
             for name in files.keys() & {CODE, SEED}:
                 _readable(self.path(name))
+            written = files.keys() & set(_WRITTEN)
+            if MEMORY in files and os.fstat(files[MEMORY]).st_mode & 0o222:  # of a base VM
+                os.fchmod(files[MEMORY], 0o600)
+                written |= {MEMORY}
             if user is not None:
-                for name in files.keys() & set(_WRITTEN):
+                for name in written:
                     os.chown(self.path(name), user.uid, user.gid)
         except OSError as error:
             raise HostError(
