@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,14 +136,37 @@ def test_commands(tmp_path: Path) -> None:
         assert (await run(agent, "sh", "-c", "kill -9 $$"))[2].signal == 9
         assert (await run(agent, "no-such-program"))[2].error == "not_found"
         assert (await run(agent, "/etc/passwd"))[2].error == "not_executable"
-        ended = (await run(agent, "sleep", "1000", timeout=0.3))[2]
-        assert ended.timed_out
-        for _ in range(100):
-            if not (await run(agent, "pidof", "sleep"))[0]:
-                break
-            await asyncio.sleep(0.05)
-        else:
-            pytest.fail("the command goes on")
+        assert (await run(agent, "no-such-program", env={"A": "b"}))[2].error == "not_found"
+        assert (await run(agent, "sh", "-c", "exit 127"))[2].error is None
+
+    play(tmp_path, body)
+
+
+def test_a_command_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it ends, its children too; and the agent keeps nothing of it."""
+    pids = []
+
+    async def body(agent: GaAgent) -> None:
+        command = agent._port.command
+
+        async def watched(name: str, kind: Any, timeout: float, **arguments: Any) -> Any:
+            answer = await command(name, kind, timeout, **arguments)
+            if name == "guest-exec":
+                pids.append(answer.pid)
+            return answer
+
+        monkeypatch.setattr(agent._port, "command", watched)
+        script = "sleep 1000 & sleep 1000; exit 1"
+        ended = (await run(agent, "sh", "-c", script, timeout=0.5))[2]
+        assert ended.timed_out and ended.signal == 9
+        assert len(pids) == 2
+        for pid in pids:
+            with pytest.raises(GuestError, match="pid"):
+                await command("guest-exec-status", dict, 5.0, pid=pid)
+        assert (await run(agent, "pidof", "sleep"))[0] == ""
+        # What leads no group, as the steps of a file do.
+        assert await agent._run(["sleep", "1000"], 0.3) is None
+        assert (await run(agent, "pidof", "sleep"))[0] == ""
 
     play(tmp_path, body)
 
