@@ -47,6 +47,8 @@ _SHORT = 60.0
 _ENDING = 10.0
 """Seconds for the end of a command that was killed."""
 _WHOLE_FILE = 600.0
+_DIGITS = 20
+"""Of a time in nanoseconds."""
 _Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 
 
@@ -194,7 +196,8 @@ class GaAgent:
         """Find out when the guest set its mark; returns its time now, in nanoseconds."""
         now, heard = await self._time(), time.monotonic()
         at = told.get("mark", "")
-        passed = (now - int(at)) / 1e9 if at.isascii() and at.isdigit() else 0.0
+        known = at.isascii() and at.isdigit() and len(at) <= _DIGITS
+        passed = (now - int(at)) / 1e9 if known else 0.0
         # What a guest says of it must not lead further than to its own clock.
         self.marked = heard - min(max(passed, 0.0), _SHORT)
         return now
