@@ -79,6 +79,7 @@ async def _clock(agent: GaAgent) -> None:
 
 _CALLS: dict[str, Callable[[GaAgent], Awaitable[object]]] = {
     "ping": lambda agent: agent.ping(_TIMEOUT),
+    "settle": lambda agent: agent.settle(_TIMEOUT),
     "identify": lambda agent: agent.identify(_TIMEOUT, order(1)),
     "clock": _clock,
     "quiesce": lambda agent: agent.quiesce(_TIMEOUT),

@@ -14,7 +14,8 @@ from templated.drivers.hypervisor.base import OwnLoader
 from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.drivers.image.store import Image
 from templated.drivers.qga.agent import GaAgent
-from templated.errors import HostError
+from templated.errors import Conflict, HostError
+from templated.model.api import CloneRequest
 from templated.model.spec import IdentitySpec, ImageSpec, MachineSpec, SeedSpec, TemplateSpec
 from templated.services.daemon import Services
 from templated.services.machines.boot import full_boot, image_parts
@@ -84,6 +85,19 @@ def test_a_slot_has_them(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
+def test_no_cold_start_with_a_seed(tmp_path: Path) -> None:
+    """cloud-init would give the clone what it gave the base VM."""
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        generation = running.templates.active("t")
+        generation.manifest = msgspec.structs.replace(generation.manifest, spec=STOCK)
+        with pytest.raises(Conflict, match="cloud-init would run again in a cold start of t"):
+            await running.clones.create(CloneRequest(name="c", template="t", path="cold"))
+        assert not running.clones.states()
+
+    play(tmp_path, scenario)
+
+
 def test_without_ssh_keygen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package is named, and nothing of the slot is left."""
 
@@ -104,8 +118,6 @@ def test_adopted_clones_have_their_agent(tmp_path: Path, monkeypatch: pytest.Mon
     """Which one is known from the generation's manifest."""
 
     async def before(running: Services, fake: FakeHypervisor) -> None:
-        from templated.model.api import CloneRequest
-
         await running.clones.create(CloneRequest(name="c", template="t"))
         layout = running.context.layout
         path = layout.generation("t", GENERATION) / "manifest.json"

@@ -90,6 +90,26 @@ def test_frozen_and_woken(tmp_path: Path) -> None:
     play(tmp_path, body)
 
 
+def test_cloud_init(tmp_path: Path) -> None:
+    """It is waited for after a boot; what it has not finished is neither identified nor frozen."""
+
+    async def body(agent: GaAgent) -> None:
+        await agent.settle(10.0)
+        await run(agent, "sh", "-c", "mkdir /run/cloud-init; echo >/run/cloud-init/enabled")
+        with pytest.raises(Timeout, match="cloud-init in the guest took longer than"):
+            await agent.settle(0.5)
+        for work in (agent.identify(30.0, order(7)), agent.quiesce(30.0)):
+            with pytest.raises(GuestError, match="cloud-init still runs in it"):
+                await work
+        waiting = asyncio.create_task(agent.settle(30.0))
+        await run(agent, "sh", "-c", "echo >/run/cloud-init/result.json")
+        await waiting
+        await agent.identify(30.0, order(7))
+        await agent.quiesce(30.0)
+
+    play(tmp_path, body)
+
+
 def test_refused_identity(tmp_path: Path) -> None:
     """What fails in the guest fails the identity, and is said in one line."""
 

@@ -140,6 +140,10 @@ class GaAgent:
                     raise forbidden(name)
             self._fit = True
 
+    async def settle(self, timeout: float) -> None:
+        async with within(timeout, "cloud-init in the guest"):
+            await self._script("task=settle", timeout)
+
     # --- identity -----------------------------------------------------------------------------
 
     async def identify(self, timeout: float, identity: IdentityOrder) -> Confirmation:

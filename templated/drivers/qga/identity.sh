@@ -2,6 +2,7 @@
 # python3, and systemctl where systemd runs. qemu-ga runs this (guest-exec); nothing of it is in the
 # image. `task` is one of:
 #
+#   settle     wait for cloud-init, which gives names and keys of its own
 #   quiesce    leave nothing unique, before the guest is frozen
 #   identify   take a whole identity
 #   claim      take a name, a time and entropy, in a guest that has the rest
@@ -35,6 +36,17 @@ check_place() {
     [ /proc/self/ns/mnt -ef /proc/1/ns/mnt ] ||
         fail "its agent has file systems of its own: take PrivateTmp=, ProtectSystem= and the like out of its unit"
     [ -d "$run" ] || mkdir -p "$run"
+}
+
+# Whether cloud-init is to run at this boot and has not ended: its generator says the first, its last
+# stage the second. What it does later would undo an identity.
+cloud_init_runs() {
+    [ -e /run/cloud-init/enabled ] || [ -e /run/cloud-init/status.json ] || return 1
+    ! [ -e /run/cloud-init/result.json ]
+}
+
+require_settled() {
+    ! cloud_init_runs || fail "cloud-init still runs in it"
 }
 
 # Sets `nic` to the one network interface that has a device.
@@ -333,7 +345,11 @@ tell() {
 
 check_place
 case $task in
+settle)
+    while cloud_init_runs; do sleep 1; done
+    ;;
 quiesce)
+    require_settled
     find_nic
     stop_services
     forget
@@ -347,6 +363,7 @@ identify)
     { read -r services <"$run/services"; } 2>/dev/null || services=running
     if [ "$services" = running ]; then
         services=
+        require_settled
         stop_services
         forget
     fi
@@ -371,4 +388,4 @@ claim | rehearsal)
     tell
     ;;
 esac
-[ "$task" = shift ] || mark
+[ "$task" = shift ] || [ "$task" = settle ] || mark
