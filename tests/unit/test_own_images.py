@@ -12,7 +12,15 @@ import msgspec
 import pytest
 
 from templated.drivers.hostkeys import KINDS, make_host_keys
-from templated.drivers.image.loader import SECTOR, START, boot_script, first_sectors, newest
+from templated.drivers.image.loader import (
+    ESP_KIB,
+    SECTOR,
+    START,
+    boot_script,
+    first_sectors,
+    newest,
+    root_sectors,
+)
 from templated.drivers.image.qcow2 import header_problem
 from templated.drivers.image.store import ImageStore, image_digest, image_seed
 from templated.errors import BuildError, HostError
@@ -202,6 +210,16 @@ def test_the_first_sectors() -> None:
     assert entries[2:] == [(0, 0, 0, 0)] * 2
     with pytest.raises(BuildError, match="larger than the room"):
         first_sectors(boot, b"C" * START * SECTOR, 4096, 100)
+
+
+def test_a_disk_is_as_large_as_the_spec_says() -> None:
+    """The partitions and what is before them fill it, and no more: it can be copied by its spec."""
+    size = 2 << 30
+    head = first_sectors(b"", b"", root_sectors(size), ESP_KIB * 1024 // SECTOR)
+    ends = [sum(struct.unpack_from("<II", head, 446 + 16 * n + 8)) for n in range(2)]
+    assert max(ends) * SECTOR == size
+    with pytest.raises(BuildError, match="16 MiB, has no room"):
+        root_sectors(16 << 20)
 
 
 def test_boot_scripts(tmp_path: Path) -> None:
