@@ -90,6 +90,31 @@ def test_frozen_and_woken(tmp_path: Path) -> None:
     play(tmp_path, body)
 
 
+UNIQUE = (
+    *("/etc/ssh/ssh_host_rsa_key", "/etc/ssh/ssh_host_rsa_key-cert.pub"),
+    *("/etc/dropbear/dropbear_rsa_host_key", "/etc/dhcpcd.duid", "/etc/dhcpcd.secret"),
+    *("/var/lib/dhclient/dhclient.leases", "/var/lib/dhcp/dhclient.eth0.leases"),
+    *("/var/lib/wicked/lease-eth0-dhcp-ipv4.xml", "/var/lib/dhcpcd/duid"),
+    *("/var/lib/systemd/credential.secret", "/var/lib/systemd/random-seed"),
+    *("/var/lib/NetworkManager/secret_key", "/var/lib/systemd/network/lease"),
+)
+
+
+def test_nothing_unique_is_frozen(tmp_path: Path) -> None:
+    """Keys, leases and ids of whichever programs there are."""
+
+    async def body(agent: GaAgent) -> None:
+        make = 'for f; do mkdir -p "${f%/*}"; echo before >"$f"; done'
+        await run(agent, "sh", "-c", make, "sh", *UNIQUE)
+        await agent.quiesce(30.0)
+        left = await run(
+            agent, "sh", "-c", 'for f; do ! [ -e "$f" ] || echo "$f"; done', "", *UNIQUE
+        )
+        assert left[0] == ""
+
+    play(tmp_path, body)
+
+
 def test_cloud_init(tmp_path: Path) -> None:
     """It is waited for after a boot; what it has not finished is neither identified nor frozen."""
 

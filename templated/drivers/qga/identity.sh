@@ -22,7 +22,7 @@ umask 022
 run=/run/templated
 # They have in their memory what no two guests may share: stopped before the guest is frozen, and
 # started when it has its own.
-units="ssh.service sshd.service systemd-networkd.socket systemd-networkd.service
+units="ssh.service sshd.service dropbear.service systemd-networkd.socket systemd-networkd.service
  NetworkManager.service dhcpcd.service"
 services='' entropy=${entropy:-} time=${time:-} shift=${shift:-}
 
@@ -91,7 +91,7 @@ stop_services() {
     for comm in /proc/[0-9]*/comm; do
         { read -r name <"$comm"; } 2>/dev/null || continue
         case $name in
-        dhclient | dhcpcd | udhcpc)
+        dropbear | dhclient | dhcpcd | udhcpc)
             pid=${comm#/proc/}
             kill "${pid%/comm}" 2>/dev/null || true
             ;;
@@ -116,9 +116,11 @@ start_services() {
 
 # Keys, seeds, leases and ids of DHCP clients: a clone gets its own, or makes them when it needs them.
 forget() {
-    rm -rf /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub \
+    rm -rf /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub /etc/ssh/ssh_host_*-cert.pub \
+        /etc/dropbear/dropbear_*_host_key /var/lib/systemd/credential.secret \
         /var/lib/systemd/random-seed /var/lib/urandom/random-seed /var/lib/misc/random-seed \
-        /var/lib/dhcp/*.lease* /var/lib/dhcpcd/* /var/lib/systemd/network/* \
+        /var/lib/dhcp/*.lease* /var/lib/dhclient/* /var/lib/wicked/* \
+        /var/lib/dhcpcd/* /etc/dhcpcd.duid /etc/dhcpcd.secret /var/lib/systemd/network/* \
         /run/systemd/netif/leases/* /run/systemd/netif/lldp/* \
         /var/lib/NetworkManager/*.lease /var/lib/NetworkManager/secret_key
 }
