@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from templated.drivers.hostkeys import KINDS, make_host_keys
+from templated.drivers.image import store as module
 from templated.drivers.image.loader import (
     ESP_KIB,
     SECTOR,
@@ -90,10 +91,15 @@ def test_a_seed(tmp_path: Path) -> None:
     assert image_digest(other) != image.digest
 
 
-def test_kernels_for_a_proof(tmp_path: Path) -> None:
-    """An image that boots itself has none to give."""
+def test_kernels_for_a_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that boots itself has none to give; who cannot make another says what to do."""
     store = ensure(tmp_path, created(tmp_path / "disk.qcow2"))
     assert store.any_kernel() is None
+    monkeypatch.setattr(module, "lacks_rights", lambda: True)
+    (image,) = store.list()
+    with pytest.raises(HostError, match="find out whether guests run under KVM") as caught:
+        asyncio.run(store.kernel_for(image))
+    assert "systemctl start templated-image@python-fn" in caught.value.hint
 
 
 def test_missing_and_strange_files(tmp_path: Path) -> None:
