@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from templated.drivers.hostkeys import KINDS, make_host_keys
+from templated.drivers.image import copied
 from templated.drivers.image import store as module
 from templated.drivers.image.loader import (
     ESP_KIB,
@@ -33,6 +34,11 @@ SIZE = "4M"
 def qemu_img(*arguments: str | Path) -> None:
     """Run it on the files of a test."""
     subprocess.run(["qemu-img", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
+
+
+def qemu_io(path: Path, command: str) -> None:
+    """Do as a VM does with its disk."""
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", command, path], check=True, capture_output=True)
 
 
 def created(path: Path, *options: str) -> Path:
@@ -182,6 +188,23 @@ def test_a_file_in_use(tmp_path: Path) -> None:
         finally:
             user.stdin.close()
     assert "a VM uses it" in error.message and "shut" in error.hint
+    ensure(tmp_path, path)
+
+
+def test_a_file_that_is_written_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A VM that starts between the check and the end of the copy."""
+    path = created(tmp_path / "disk.qcow2")
+    really = copied.ended
+
+    async def used(command: list[str], folder: Path) -> tuple[int | None, str]:
+        if command[0] == "cp":
+            await asyncio.to_thread(qemu_io, path, "write 0 64k")
+        return await really(command, folder)
+
+    monkeypatch.setattr(copied, "ended", used)
+    error = refusal(tmp_path, path)
+    assert "it was changed while it was copied" in error.message and "try again" in error.hint
+    monkeypatch.undo()
     ensure(tmp_path, path)
 
 

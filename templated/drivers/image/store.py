@@ -243,6 +243,10 @@ class ImageStore:
                 kind = StockBuild if spec.boot == "disk" else ImageBuild
                 build = kind(spec, digest, work, log, lock, on_progress)
             await build.run()
+            # Its digest holds the file's size and time of change: who writes meanwhile is noticed.
+            if spec.path and await asyncio.to_thread(image_digest, spec) != digest:
+                problem = "it was changed while it was copied"
+                raise refused(Path(spec.path), problem, "shut down who uses it, and try again")
             on_progress("finish")
             record = _Record(digest, time.time(), spec)
             await asyncio.to_thread(self._publish, build.out, record)
