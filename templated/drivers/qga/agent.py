@@ -45,7 +45,7 @@ _FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.25
 _SHORT = 60.0
 """Seconds for what the agent does itself: a guest on a busy host may stand still for some."""
 _ENDING = 10.0
-"""Seconds for the end of a command that was killed."""
+"""Seconds for what is done after a failure."""
 _WHOLE_FILE = 600.0
 _DIGITS = 20
 """Of a time in nanoseconds."""
@@ -286,14 +286,15 @@ class GaAgent:
             await failpoints.reach("agent.put")
         # The agent makes files that everybody may write, and follows links: so it makes none.
         part = f"{path}.{secrets.token_hex(8)}.part"
-        await self._file_command(path, timeout, 'umask 077; set -C; : >"$1"', part)
         try:
+            await self._file_command(path, timeout, 'umask 077; set -C; : >"$1"', part)
             await self._fill(part, content, timeout)
             name = 'chmod "$1" "$2" && mv -f "$2" "$3"'
             await self._file_command(path, timeout, name, f"{mode & 0o7777:o}", part, path)
         except BaseException:
-            with contextlib.suppress(TemplatedError):
-                await self._file_command(path, timeout, 'rm -f "$1"', part)
+            with contextlib.suppress(TemplatedError, TimeoutError):
+                async with asyncio.timeout(_ENDING):
+                    await self._file_command(path, timeout, 'rm -f "$1"', part)
             raise
 
     async def _file_command(self, path: str, timeout: float, script: str, *words: str) -> None:
