@@ -23,6 +23,7 @@ from templated.drivers.image.loader import (
     newest,
     root_sectors,
 )
+from templated.drivers.image.namespaces import ended
 from templated.drivers.image.qcow2 import header_problem
 from templated.drivers.image.store import ImageStore, image_digest, image_seed
 from templated.errors import BuildError, HostError
@@ -194,12 +195,11 @@ def test_a_file_in_use(tmp_path: Path) -> None:
 def test_a_file_that_is_written_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A VM that starts between the check and the end of the copy."""
     path = created(tmp_path / "disk.qcow2")
-    really = copied.ended
 
     async def used(command: list[str], folder: Path) -> tuple[int | None, str]:
         if command[0] == "cp":
             await asyncio.to_thread(qemu_io, path, "write 0 64k")
-        return await really(command, folder)
+        return await ended(command, folder)
 
     monkeypatch.setattr(copied, "ended", used)
     error = refusal(tmp_path, path)
