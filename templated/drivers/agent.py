@@ -48,6 +48,9 @@ class GuestAgent(Protocol):
     async def ping(self, timeout: float) -> None:
         """Have it answer, and find out whether it can do what is needed."""
 
+    async def settle(self, timeout: float) -> None:
+        """Wait until the guest's boot does nothing more to what an identity is made of."""
+
     async def identify(self, timeout: float, identity: IdentityOrder) -> Confirmation:
         """Give the guest its identity; returns what it then reads back, and sets the mark."""
 

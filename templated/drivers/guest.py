@@ -305,6 +305,9 @@ class Agent:
     async def ping(self, timeout: float) -> None:
         await self.request("ping", timeout)
 
+    async def settle(self, timeout: float) -> None:
+        """Nothing: it starts when all of that is done."""
+
     async def identify(self, timeout: float, identity: IdentityOrder) -> Confirmation:
         """Give the guest its identity; returns the identity that it then reads back."""
         raw = await self.request("identify", timeout, identity.fields())

@@ -6,6 +6,7 @@ import enum
 from typing import Annotated
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from templated.model.network import Addresses
 from templated.model.spec import TemplateSpec
@@ -131,3 +132,12 @@ class TemplateView(Struct, frozen=True, kw_only=True):
     manifest: Manifest | None = None
     problem: str = ""
     """Why the template cannot serve now, in one line; empty when it can."""
+
+    def hidden(self) -> TemplateView:
+        """The same for who may not read what may be secret: see `SeedSpec.hidden`."""
+        manifest = self.manifest
+        return replace(
+            self,
+            spec=self.spec and self.spec.hidden(),
+            manifest=manifest and replace(manifest, spec=manifest.spec.hidden()),
+        )

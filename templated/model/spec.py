@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any, Literal, TypeAlias
 
 from msgspec import Meta, Struct, structs, to_builtins
+from msgspec.structs import replace
 
 from templated.model.units import Duration, Size, seconds, size_bytes
 
@@ -21,12 +23,21 @@ class _Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all parts of a spec: immutable, and a key it does not know is an error."""
 
 
+def _digest(text: str) -> str:
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
 class SeedSpec(_Spec, frozen=True, kw_only=True):
     """What cloud-init is given at an image's first boot: the files of its NoCloud source."""
 
     user_data: Annotated[str, Meta(max_length=_SEED)] = "#cloud-config\n"
     meta_data: Annotated[str, Meta(max_length=_SEED)] = "instance-id: templated\n"
     network_config: Annotated[str, Meta(max_length=_SEED)] = ""
+
+    def hidden(self) -> SeedSpec:
+        """The same with digests in place of the texts: passwords and keys may be in them."""
+        texts = to_builtins(self).items()
+        return SeedSpec(**{name: _digest(text) if text else "" for name, text in texts})
 
 
 class ImageSpec(_Spec, frozen=True, kw_only=True):
@@ -224,6 +235,13 @@ class TemplateSpec(_Spec, frozen=True, kw_only=True):
             raise ValueError("network.mode: libvirt needs hypervisor: libvirt")
         if self.limits.disk is not None and size_bytes(self.limits.disk) < _LEAST_DISK:
             raise ValueError("limits.disk must be at least 16MiB")
+
+    def hidden(self) -> TemplateSpec:
+        """The same for who may not read what may be secret."""
+        seed = self.image.seed
+        return (
+            self if seed is None else replace(self, image=replace(self.image, seed=seed.hidden()))
+        )
 
     def _check_own_boot(self) -> None:
         what = "an image that boots itself (image.boot: disk, or image.path)"

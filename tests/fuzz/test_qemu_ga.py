@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import math
@@ -24,7 +25,9 @@ from tests.unit.qemu_ga import order
 
 _BOUND, _TIMEOUT = 20.0, 0.05
 _NIC = {"name": "eth0", "hardware-address": "02:00:00:00:00:01"}
+_MARKS = [base64.b64encode(b"mark=" + b"9" * count).decode() for count in (18, 400, 5000)]
 _GOOD = [
+    *({"return": {"exited": True, "exitcode": 0, "out-data": mark}} for mark in _MARKS),
     {"return": {}},
     {"return": {"supported_commands": [{"name": name} for name in module.NEEDED]}},
     {"return": {"pid": 7}},
@@ -76,6 +79,7 @@ async def _clock(agent: GaAgent) -> None:
 
 _CALLS: dict[str, Callable[[GaAgent], Awaitable[object]]] = {
     "ping": lambda agent: agent.ping(_TIMEOUT),
+    "settle": lambda agent: agent.settle(_TIMEOUT),
     "identify": lambda agent: agent.identify(_TIMEOUT, order(1)),
     "clock": _clock,
     "quiesce": lambda agent: agent.quiesce(_TIMEOUT),

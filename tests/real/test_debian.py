@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import time
@@ -20,6 +21,7 @@ pytestmark = [
     pytest.mark.timeout(1800),
 ]
 TEMPLATES = ROOT / "templates"
+_numbers = itertools.count()
 # Reads an item per line, each by its name.
 READ = """
 show() { echo "$1=$2"; }
@@ -85,7 +87,8 @@ class DebianDaemon(Daemon):
 
 def started(image_store: Path, template: str, changes: dict[str, str]) -> Iterator[DebianDaemon]:
     """A daemon with the template built, for a fixture."""
-    netns = f"templated-deb-{os.getpid()}"
+    # Several are there at once: a fixture's, and that of a test with an image of its own.
+    netns = f"templated-{template}-{next(_numbers)}-{os.getpid()}"
     subprocess.run(["ip", "netns", "add", netns], check=True)
     daemon = DebianDaemon(netns, template)
     try:

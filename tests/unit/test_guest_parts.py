@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from templated.drivers.hypervisor.base import OwnLoader
 from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.drivers.image.store import Image
 from templated.drivers.qga.agent import GaAgent
-from templated.errors import HostError
+from templated.errors import Conflict, HostError
+from templated.model.api import CloneRequest
 from templated.model.network import Addresses
 from templated.model.spec import IdentitySpec, ImageSpec, MachineSpec, SeedSpec, TemplateSpec
 from templated.services.daemon import Services
@@ -110,6 +112,19 @@ def test_a_slot_has_them(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
+def test_no_cold_start_with_a_seed(tmp_path: Path) -> None:
+    """cloud-init would give the clone what it gave the base VM."""
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        generation = running.templates.active("t")
+        generation.manifest = msgspec.structs.replace(generation.manifest, spec=STOCK)
+        with pytest.raises(Conflict, match="cloud-init would run again in a cold start of t"):
+            await running.clones.create(CloneRequest(name="c", template="t", path="cold"))
+        assert not running.clones.states()
+
+    play(tmp_path, scenario)
+
+
 def test_without_ssh_keygen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package is named, and nothing of the slot is left."""
 
@@ -130,18 +145,15 @@ def test_adopted_clones_have_their_agent(tmp_path: Path, monkeypatch: pytest.Mon
     """Which one is known from the generation's manifest."""
 
     async def before(running: Services, fake: FakeHypervisor) -> None:
-        from templated.model.api import CloneRequest
-
         await running.clones.create(CloneRequest(name="c", template="t"))
         layout = running.context.layout
         path = layout.generation("t", GENERATION) / "manifest.json"
-        manifest = await asyncio.to_thread(path.read_text)
-        assert '"agent": "templated"' in manifest
+        manifest = json.loads(await asyncio.to_thread(path.read_bytes))
         path.chmod(0o644)
-        changed = manifest.replace('"agent": "templated"', '"agent": "qemu-ga"')
-        changed = changed.replace('"boot": "kernel"', '"boot": "disk"')
-        changed = changed.replace('"type": "microvm"', '"type": "q35"')
-        await asyncio.to_thread(path.write_text, changed)
+        spec = manifest["spec"]
+        spec["identity"]["agent"], spec["image"]["boot"] = "qemu-ga", "disk"
+        spec["machine"]["type"] = "q35"
+        await asyncio.to_thread(path.write_text, json.dumps(manifest))
 
     async def after(running: Services, fake: FakeHypervisor) -> None:
         vm = running.clones.running("c")

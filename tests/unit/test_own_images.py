@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import struct
 import subprocess
 from pathlib import Path
@@ -12,7 +13,18 @@ import msgspec
 import pytest
 
 from templated.drivers.hostkeys import KINDS, make_host_keys
-from templated.drivers.image.loader import SECTOR, START, boot_script, first_sectors, newest
+from templated.drivers.image import copied
+from templated.drivers.image import store as module
+from templated.drivers.image.loader import (
+    ESP_KIB,
+    SECTOR,
+    START,
+    boot_script,
+    first_sectors,
+    newest,
+    root_sectors,
+)
+from templated.drivers.image.namespaces import ended
 from templated.drivers.image.qcow2 import header_problem
 from templated.drivers.image.store import ImageStore, _Record, image_digest, image_seed
 from templated.errors import BuildError, HostError
@@ -26,6 +38,11 @@ SIZE = "4M"
 def qemu_img(*arguments: str | Path) -> None:
     """Run it on the files of a test."""
     subprocess.run(["qemu-img", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
+
+
+def qemu_io(path: Path, command: str) -> None:
+    """Do as a VM does with its disk."""
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", command, path], check=True, capture_output=True)
 
 
 def created(path: Path, *options: str) -> Path:
@@ -84,17 +101,24 @@ def test_a_seed(tmp_path: Path) -> None:
     assert image_digest(other) != image.digest
 
 
-def test_kernels_for_a_proof(tmp_path: Path) -> None:
-    """An image that boots itself has none to give."""
+def test_kernels_for_a_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that boots itself has none to give; who cannot make another says what to do."""
     store = ensure(tmp_path, created(tmp_path / "disk.qcow2"))
     assert store.any_kernel() is None
+    monkeypatch.setattr(module, "lacks_rights", lambda: True)
+    (image,) = store.list()
+    with pytest.raises(HostError, match="find out whether guests run under KVM") as caught:
+        asyncio.run(store.kernel_for(image))
+    assert "systemctl start templated-image@python-fn" in caught.value.hint
 
 
 def test_missing_and_strange_files(tmp_path: Path) -> None:
     """Each with its own reason, and at once."""
     assert "No such file" in refusal(tmp_path, tmp_path / "nothing").message
-    assert "directory" in refusal(tmp_path, tmp_path).message
-    assert "no file" in refusal(tmp_path, Path("/dev/null")).message
+    before = sorted(os.listdir("/dev/fd"))
+    for path in (tmp_path, Path("/dev/null")):
+        assert "no file" in refusal(tmp_path, path).message
+    assert sorted(os.listdir("/dev/fd")) == before
     empty = tmp_path / "empty"
     empty.touch()
     assert "no qcow2" in refusal(tmp_path, empty).message
@@ -171,6 +195,22 @@ def test_a_file_in_use(tmp_path: Path) -> None:
     ensure(tmp_path, path)
 
 
+def test_a_file_that_is_written_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A VM that starts between the check and the end of the copy."""
+    path = created(tmp_path / "disk.qcow2")
+
+    async def used(command: list[str], folder: Path) -> tuple[int | None, str]:
+        if command[0] == "cp":
+            await asyncio.to_thread(qemu_io, path, "write 0 64k")
+        return await ended(command, folder)
+
+    monkeypatch.setattr(copied, "ended", used)
+    error = refusal(tmp_path, path)
+    assert "it was changed while it was copied" in error.message and "try again" in error.hint
+    monkeypatch.undo()
+    ensure(tmp_path, path)
+
+
 def test_headers() -> None:
     """What no qemu-img of here makes."""
     head = bytearray(104)
@@ -226,6 +266,16 @@ def test_the_first_sectors() -> None:
     assert entries[2:] == [(0, 0, 0, 0)] * 2
     with pytest.raises(BuildError, match="larger than the room"):
         first_sectors(boot, b"C" * START * SECTOR, 4096, 100)
+
+
+def test_a_disk_is_as_large_as_the_spec_says() -> None:
+    """The partitions and what is before them fill it, and no more: it can be copied by its spec."""
+    size = 2 << 30
+    head = first_sectors(b"", b"", root_sectors(size), ESP_KIB * 1024 // SECTOR)
+    ends = [sum(struct.unpack_from("<II", head, 446 + 16 * n + 8)) for n in range(2)]
+    assert max(ends) * SECTOR == size
+    with pytest.raises(BuildError, match="16 MiB, has no room"):
+        root_sectors(16 << 20)
 
 
 def test_boot_scripts(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,6 +90,51 @@ def test_frozen_and_woken(tmp_path: Path) -> None:
     play(tmp_path, body)
 
 
+UNIQUE = (
+    *("/etc/ssh/ssh_host_rsa_key", "/etc/ssh/ssh_host_rsa_key-cert.pub"),
+    *("/etc/dropbear/dropbear_rsa_host_key", "/etc/dhcpcd.duid", "/etc/dhcpcd.secret"),
+    *("/var/lib/dhclient/dhclient.leases", "/var/lib/dhcp/dhclient.eth0.leases"),
+    *("/var/lib/wicked/lease-eth0-dhcp-ipv4.xml", "/var/lib/dhcpcd/duid"),
+    *("/var/lib/systemd/credential.secret", "/var/lib/systemd/random-seed"),
+    *("/var/lib/NetworkManager/secret_key", "/var/lib/systemd/network/lease"),
+)
+
+
+def test_nothing_unique_is_frozen(tmp_path: Path) -> None:
+    """Keys, leases and ids of whichever programs there are."""
+
+    async def body(agent: GaAgent) -> None:
+        make = 'for f; do mkdir -p "${f%/*}"; echo before >"$f"; done'
+        await run(agent, "sh", "-c", make, "sh", *UNIQUE)
+        await agent.quiesce(30.0)
+        left = await run(
+            agent, "sh", "-c", 'for f; do ! [ -e "$f" ] || echo "$f"; done', "", *UNIQUE
+        )
+        assert left[0] == ""
+
+    play(tmp_path, body)
+
+
+def test_cloud_init(tmp_path: Path) -> None:
+    """It is waited for after a boot; what it has not finished is neither identified nor frozen."""
+
+    async def body(agent: GaAgent) -> None:
+        await agent.settle(10.0)
+        await run(agent, "sh", "-c", "mkdir /run/cloud-init; echo >/run/cloud-init/enabled")
+        with pytest.raises(Timeout, match="cloud-init in the guest took longer than"):
+            await agent.settle(0.5)
+        for work in (agent.identify(30.0, order(7)), agent.quiesce(30.0)):
+            with pytest.raises(GuestError, match="cloud-init still runs in it"):
+                await work
+        waiting = asyncio.create_task(agent.settle(30.0))
+        await run(agent, "sh", "-c", "echo >/run/cloud-init/result.json")
+        await waiting
+        await agent.identify(30.0, order(7))
+        await agent.quiesce(30.0)
+
+    play(tmp_path, body)
+
+
 def test_refused_identity(tmp_path: Path) -> None:
     """What fails in the guest fails the identity, and is said in one line."""
 
@@ -135,14 +181,37 @@ def test_commands(tmp_path: Path) -> None:
         assert (await run(agent, "sh", "-c", "kill -9 $$"))[2].signal == 9
         assert (await run(agent, "no-such-program"))[2].error == "not_found"
         assert (await run(agent, "/etc/passwd"))[2].error == "not_executable"
-        ended = (await run(agent, "sleep", "1000", timeout=0.3))[2]
-        assert ended.timed_out
-        for _ in range(100):
-            if not (await run(agent, "pidof", "sleep"))[0]:
-                break
-            await asyncio.sleep(0.05)
-        else:
-            pytest.fail("the command goes on")
+        assert (await run(agent, "no-such-program", env={"A": "b"}))[2].error == "not_found"
+        assert (await run(agent, "sh", "-c", "exit 127"))[2].error is None
+
+    play(tmp_path, body)
+
+
+def test_a_command_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it ends, its children too; and the agent keeps nothing of it."""
+    pids = []
+
+    async def body(agent: GaAgent) -> None:
+        command = agent._port.command
+
+        async def watched(name: str, kind: Any, timeout: float, **arguments: Any) -> Any:
+            answer = await command(name, kind, timeout, **arguments)
+            if name == "guest-exec":
+                pids.append(answer.pid)
+            return answer
+
+        monkeypatch.setattr(agent._port, "command", watched)
+        script = "sleep 1000 & sleep 1000; exit 1"
+        ended = (await run(agent, "sh", "-c", script, timeout=0.5))[2]
+        assert ended.timed_out and ended.signal == 9
+        assert len(pids) == 2
+        for pid in pids:
+            with pytest.raises(GuestError, match="pid"):
+                await command("guest-exec-status", dict, 5.0, pid=pid)
+        assert (await run(agent, "pidof", "sleep"))[0] == ""
+        # What leads no group, as the steps of a file do.
+        assert await agent._run(["sleep", "1000"], 0.3) is None
+        assert (await run(agent, "pidof", "sleep"))[0] == ""
 
     play(tmp_path, body)
 

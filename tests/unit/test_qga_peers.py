@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -123,6 +125,20 @@ def test_no_port(tmp_path: Path) -> None:
     """The hypervisor has gone."""
     with pytest.raises(GuestError, match="port is not there"):
         asyncio.run(GaPort(tmp_path / "agent").connect())
+
+
+@pytest.mark.parametrize("mark", ["9" * 20, "9" * 400, "9" * 5000, "\u0663", "-1", "x", ""])
+def test_marks(tmp_path: Path, mark: str) -> None:
+    """Whatever a guest says of its mark, it leads no further than to the guest's own clock."""
+
+    async def main() -> None:
+        agent = GaAgent(tmp_path / "agent")
+        agent._time = AsyncMock(return_value=1_700_000_000_000_000_000)  # type: ignore[method-assign]
+        begin = time.monotonic()
+        assert await agent._mark({"mark": mark}) == 1_700_000_000_000_000_000
+        assert begin - 60 <= agent.marked <= time.monotonic()
+
+    asyncio.run(main())
 
 
 def card(name: str, mac: str, *addresses: str) -> _Interface:

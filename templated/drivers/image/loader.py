@@ -47,6 +47,20 @@ def boot_script(kernel: str, initrd: str, root: str) -> str:
     )
 
 
+def root_sectors(size: int) -> int:
+    """Sectors for the root on a disk of `size` bytes, beside all that `first_sectors` names.
+
+    Raises BuildError when there are none.
+    """
+    sectors = size // SECTOR - START - ESP_KIB * 1024 // SECTOR
+    if sectors <= 0:
+        raise BuildError(
+            f"image.size, {size >> 20} MiB, has no room for a boot loader and a system",
+            hint="set image.size: 2GiB",
+        )
+    return sectors
+
+
 def first_sectors(boot: bytes, core: bytes, root: int, esp: int) -> bytes:
     """All before the first partition: boot code, partition table, and GRUB's second stage.
 

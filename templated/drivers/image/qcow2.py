@@ -7,6 +7,7 @@ Format: QEMU's docs/interop/qcow2.txt.
 from __future__ import annotations
 
 import os
+import stat
 import struct
 from pathlib import Path
 
@@ -30,10 +31,12 @@ def check_qcow2(path: Path) -> int:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            if not path.is_file():
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise refused(path, "it is no file")
-            head = file.read(_HEADER_3)
+            head = os.read(descriptor, _HEADER_3)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise refused(path, error.strerror or str(error)) from error
     if (problem := header_problem(head)) is not None:

@@ -23,6 +23,7 @@ from templated.drivers.image.loader import (
     find_script,
     first_sectors,
     newest,
+    root_sectors,
 )
 from templated.drivers.image.namespaces import check_programs, check_tools
 from templated.model.units import size_bytes
@@ -99,7 +100,7 @@ class StockBuild(ImageBuild):
 
     async def _write_disk(self, log: IO[bytes]) -> None:
         root, esp, disk = (self._work / name for name in ("root.raw", "esp.raw", "disk.raw"))
-        size = size_bytes(self._spec.size) // SECTOR - START
+        size = root_sectors(size_bytes(self._spec.size))
         await self._write_root(root, size * SECTOR, "^has_journal,^metadata_csum_seed", log)
         grub = self._root / "boot/grub"
         tree = self._work / "esp"

@@ -150,11 +150,17 @@ class ImageStore:
     async def kernel_for(self, image: Image) -> tuple[Path, Path]:
         """Kernel and initrd that can be started by themselves: of this image, or of another.
 
-        Raises as `ensure` does.
+        Raises as `ensure` does, and HostError when one is missing and this process cannot make it.
         """
         if image.kernel is not None and image.initrd is not None:
             return image.kernel, image.initrd
         found = await asyncio.to_thread(self.any_kernel)
+        if found is None and lacks_rights():
+            raise HostError(
+                "an image of ours is needed to find out whether guests run under KVM, there is "
+                "none, and this daemon has not the rights to make one",
+                hint="run: systemctl start templated-image@python-fn; or set accel: kvm or tcg",
+            )
         if found is None:
             await self.ensure(ImageSpec(), on_progress=lambda _: None)
             found = self.any_kernel()
@@ -234,6 +240,10 @@ class ImageStore:
                 kind = StockBuild if spec.boot == "disk" else ImageBuild
                 build = kind(spec, digest, work, log, lock, on_progress)
             await build.run()
+            # Its digest holds the file's size and time of change: who writes meanwhile is noticed.
+            if spec.path and await asyncio.to_thread(image_digest, spec) != digest:
+                problem = "it was changed while it was copied"
+                raise refused(Path(spec.path), problem, "shut down who uses it, and try again")
             on_progress("finish")
             record = _Record(digest, time.time(), spec)
             await asyncio.to_thread(self._publish, build.out, record)

@@ -44,7 +44,11 @@ CHUNK = 256 << 10
 _FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.25
 _SHORT = 60.0
 """Seconds for what the agent does itself: a guest on a busy host may stand still for some."""
+_ENDING = 10.0
+"""Seconds for what is done after a failure."""
 _WHOLE_FILE = 600.0
+_DIGITS = 20
+"""Of a time in nanoseconds."""
 _Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 
 
@@ -136,6 +140,10 @@ class GaAgent:
                     raise forbidden(name)
             self._fit = True
 
+    async def settle(self, timeout: float) -> None:
+        async with within(timeout, "cloud-init in the guest"):
+            await self._script("task=settle", timeout)
+
     # --- identity -----------------------------------------------------------------------------
 
     async def identify(self, timeout: float, identity: IdentityOrder) -> Confirmation:
@@ -192,7 +200,8 @@ class GaAgent:
         """Find out when the guest set its mark; returns its time now, in nanoseconds."""
         now, heard = await self._time(), time.monotonic()
         at = told.get("mark", "")
-        passed = (now - int(at)) / 1e9 if at.isascii() and at.isdigit() else 0.0
+        known = at.isascii() and at.isdigit() and len(at) <= _DIGITS
+        passed = (now - int(at)) / 1e9 if known else 0.0
         # What a guest says of it must not lead further than to its own clock.
         self.marked = heard - min(max(passed, 0.0), _SHORT)
         return now
@@ -214,19 +223,17 @@ class GaAgent:
             await failpoints.reach("agent.exec")
         # Its own `env` would be in place of the whole environment, PATH included.
         pairs = [f"{name}={value}" for name, value in (env or {}).items()]
-        try:
-            ended = await self._run(["env", *pairs, *argv] if pairs else argv, timeout, stdin)
-        except GuestError as error:
-            result = _not_started(error)
-            if result is None:
-                raise
-            yield result
-            return
+        # In a session of its own, so that what it starts can be ended with it.
+        started = ["setsid", *(["env", *pairs] if pairs else []), *argv]
+        ended = await self._run(started, timeout, stdin)
         if ended is None:
             yield ExecResult(timed_out=True, signal=9)
             return
         if ended.out_truncated or ended.err_truncated:
             raise GuestError("the command printed more than the guest's agent keeps")
+        if (result := _not_started(ended)) is not None:
+            yield result
+            return
         if ended.out_data:
             yield Output("stdout", ended.out_data)
         if ended.err_data:
@@ -260,9 +267,17 @@ class GaAgent:
         raise AssertionError("there is always another look")
 
     async def _kill(self, pid: int) -> None:
-        kill = {"path": "kill", "arg": ["-9", str(pid)]}
-        with contextlib.suppress(TemplatedError):
-            await self._port.command("guest-exec", _Started, _SHORT, **kill)
+        """End a command, its group too if it leads one, and have the agent forget them.
+
+        It keeps how a command ended until it has been asked for that.
+        """
+        script = 'kill -s KILL -- "-$1" || kill -s KILL "$1"'
+        kill = {"path": "/bin/sh", "arg": ["-c", script, "sh", str(pid)]}
+        with contextlib.suppress(TemplatedError, TimeoutError):
+            async with asyncio.timeout(_ENDING):
+                killing = await self._port.command("guest-exec", _Started, _SHORT, **kill)
+                await self._ended(killing.pid)
+                await self._ended(pid)
 
     # --- files --------------------------------------------------------------------------------
 
@@ -271,14 +286,15 @@ class GaAgent:
             await failpoints.reach("agent.put")
         # The agent makes files that everybody may write, and follows links: so it makes none.
         part = f"{path}.{secrets.token_hex(8)}.part"
-        await self._file_command(path, timeout, 'umask 077; set -C; : >"$1"', part)
         try:
+            await self._file_command(path, timeout, 'umask 077; set -C; : >"$1"', part)
             await self._fill(part, content, timeout)
             name = 'chmod "$1" "$2" && mv -f "$2" "$3"'
             await self._file_command(path, timeout, name, f"{mode & 0o7777:o}", part, path)
         except BaseException:
-            with contextlib.suppress(TemplatedError):
-                await self._file_command(path, timeout, 'rm -f "$1"', part)
+            with contextlib.suppress(TemplatedError, TimeoutError):
+                async with asyncio.timeout(_ENDING):
+                    await self._file_command(path, timeout, 'rm -f "$1"', part)
             raise
 
     async def _file_command(self, path: str, timeout: float, script: str, *words: str) -> None:
@@ -365,16 +381,15 @@ def _looks() -> Iterator[float]:
         pause = min(pause * 1.5, _LONGEST_LOOK)
 
 
-def _not_started(error: GuestError) -> ExecResult | None:
-    """How a command ended that the agent could not start; None: for no fault of the command's.
+def _not_started(ended: _Status) -> ExecResult | None:
+    """How a command ended that could not be started; None: it was.
 
-    g_spawn_async(3) says why by strerror(3).
+    setsid(1) and env(1) say so with exit codes of their own.
     """
-    if "No such file or directory" in error.message:
-        return ExecResult(exit_code=127, error="not_found")
-    if "Permission denied" in error.message:
-        return ExecResult(exit_code=126, error="not_executable")
-    return None
+    error = {127: "not_found", 126: "not_executable"}.get(ended.exitcode or 0)
+    if error is None or not ended.err_data.startswith((b"setsid: ", b"env: ")):
+        return None
+    return ExecResult(exit_code=ended.exitcode, error=error)
 
 
 def assignments(identity: IdentityOrder) -> str:

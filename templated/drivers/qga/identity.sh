@@ -2,6 +2,7 @@
 # python3, and systemctl where systemd runs. qemu-ga runs this (guest-exec); nothing of it is in the
 # image. `task` is one of:
 #
+#   settle     wait for cloud-init, which gives names and keys of its own
 #   quiesce    leave nothing unique, before the guest is frozen
 #   identify   take a whole identity
 #   claim      take a name, a time and entropy, in a guest that has the rest
@@ -21,7 +22,7 @@ umask 022
 run=/run/templated
 # They have in their memory what no two guests may share: stopped before the guest is frozen, and
 # started when it has its own.
-units="ssh.service sshd.service systemd-networkd.socket systemd-networkd.service
+units="ssh.service sshd.service dropbear.service systemd-networkd.socket systemd-networkd.service
  NetworkManager.service dhcpcd.service"
 services='' entropy=${entropy:-} time=${time:-} shift=${shift:-}
 
@@ -35,6 +36,17 @@ check_place() {
     [ /proc/self/ns/mnt -ef /proc/1/ns/mnt ] ||
         fail "its agent has file systems of its own: take PrivateTmp=, ProtectSystem= and the like out of its unit"
     [ -d "$run" ] || mkdir -p "$run"
+}
+
+# Whether cloud-init is to run at this boot and has not ended: its generator says the first, its last
+# stage the second. What it does later would undo an identity.
+cloud_init_runs() {
+    [ -e /run/cloud-init/enabled ] || [ -e /run/cloud-init/status.json ] || return 1
+    ! [ -e /run/cloud-init/result.json ]
+}
+
+require_settled() {
+    ! cloud_init_runs || fail "cloud-init still runs in it"
 }
 
 # Sets `nic` to the one network interface that has a device.
@@ -79,7 +91,7 @@ stop_services() {
     for comm in /proc/[0-9]*/comm; do
         { read -r name <"$comm"; } 2>/dev/null || continue
         case $name in
-        dhclient | dhcpcd | udhcpc)
+        dropbear | dhclient | dhcpcd | udhcpc)
             pid=${comm#/proc/}
             kill "${pid%/comm}" 2>/dev/null || true
             ;;
@@ -104,9 +116,11 @@ start_services() {
 
 # Keys, seeds, leases and ids of DHCP clients: a clone gets its own, or makes them when it needs them.
 forget() {
-    rm -rf /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub \
+    rm -rf /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub /etc/ssh/ssh_host_*-cert.pub \
+        /etc/dropbear/dropbear_*_host_key /var/lib/systemd/credential.secret \
         /var/lib/systemd/random-seed /var/lib/urandom/random-seed /var/lib/misc/random-seed \
-        /var/lib/dhcp/*.lease* /var/lib/dhcpcd/* /var/lib/systemd/network/* \
+        /var/lib/dhcp/*.lease* /var/lib/dhclient/* /var/lib/wicked/* \
+        /var/lib/dhcpcd/* /etc/dhcpcd.duid /etc/dhcpcd.secret /var/lib/systemd/network/* \
         /run/systemd/netif/leases/* /run/systemd/netif/lldp/* \
         /var/lib/NetworkManager/*.lease /var/lib/NetworkManager/secret_key
 }
@@ -333,7 +347,11 @@ tell() {
 
 check_place
 case $task in
+settle)
+    while cloud_init_runs; do sleep 1; done
+    ;;
 quiesce)
+    require_settled
     find_nic
     stop_services
     forget
@@ -347,6 +365,7 @@ identify)
     { read -r services <"$run/services"; } 2>/dev/null || services=running
     if [ "$services" = running ]; then
         services=
+        require_settled
         stop_services
         forget
     fi
@@ -371,4 +390,4 @@ claim | rehearsal)
     tell
     ;;
 esac
-[ "$task" = shift ] || mark
+[ "$task" = shift ] || [ "$task" = settle ] || mark

@@ -68,7 +68,8 @@ class Clones:
         """Start one clone, or NAME-1 to NAME-count side by side.
 
         All or nothing: when one fails, the others of the request are removed again. Raises
-        InvalidRequest for a bad name, NotFound for a template, Conflict when a name is taken,
+        InvalidRequest for a bad name, NotFound for a template, Conflict when a name is taken or the
+        template has no cold starts,
         Busy beyond limits.clones, HostError when the template cannot serve, and StartError when
         a phase failed; leaves nothing of the request then.
         """
@@ -115,6 +116,12 @@ class Clones:
                     f"a clone named {name} exists already",
                     hint=f"take another name, or: templated rm {name}",
                 )
+        if demanded is StartPath.COLD and generation.manifest.spec.image.seed is not None:
+            raise Conflict(
+                f"cloud-init would run again in a cold start of {generation.template}: its image "
+                "has a seed",
+                hint="take --path direct, or none",
+            )
         limit = self._context.config.limits.clones
         if len(self._clones) + len(names) > limit:
             raise Busy(f"the limit of {limit} clones is reached", hint="see limits.clones")

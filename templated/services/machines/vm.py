@@ -61,12 +61,16 @@ class Vm:
         await self.machine.connect(timeout)
 
     async def boot(self, timeout: float) -> None:
-        """Wait until the agent of a booting guest answers.
+        """Wait until the agent of a booting guest answers, and the guest has settled.
 
-        Raises GuestError after `timeout` seconds, or when the VM ended, and UnfitAgent at once;
-        leaves the VM as it is.
+        Raises GuestError after `timeout` seconds, or when the VM ended, Timeout when the guest does
+        not settle, and UnfitAgent at once; leaves the VM as it is.
         """
         deadline = time.monotonic() + timeout
+        await self._answers(timeout, deadline)
+        await self.agent.settle(max(deadline - time.monotonic(), 0.0))
+
+    async def _answers(self, timeout: float, deadline: float) -> None:
         last = "its agent never answered"
         while (left := deadline - time.monotonic()) > 0:
             try:
