@@ -41,12 +41,18 @@ mount --bind "$base/run" /run/libvirt
 for place; do
     mount --bind "$base/${place%%:*}" "${place#*:}"
 done
+# A KVM that root may open and QEMU's user not makes libvirt look at QEMU again before each VM.
+if [ -e /dev/kvm ]; then
+    mknod "$base/kvm" c 10 232
+    chmod 666 "$base/kvm"
+    mount --bind "$base/kvm" /dev/kvm
+fi
 exec libvirtd --config "$base/libvirtd.conf" --pid-file "$base/pid"
 """
 _QEMU_CONF = """
-user = "root"
-group = "root"
-dynamic_ownership = 0
+user = "{user}"
+group = "{user}"
+dynamic_ownership = {changes_owners}
 remember_owner = 0
 security_driver = "none"
 namespaces = []
@@ -61,12 +67,16 @@ class Libvirtd:
 
     base: Path
 
+    @property
+    def uri(self) -> str:
+        """How to connect to it."""
+        return f"qemu+unix:///system?socket={self.base}/run/libvirt-sock"
+
     def virsh(self, *arguments: str, timeout: float = _STARTS_WITHIN) -> str:
         """Run virsh and return its output; HypervisorError with its last line, or Timeout."""
-        uri = f"qemu+unix:///system?socket={self.base}/run/libvirt-sock"
         try:
             done = subprocess.run(
-                ["virsh", "--quiet", "--connect", uri, *arguments],
+                ["virsh", "--quiet", "--connect", self.uri, *arguments],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 timeout=timeout,
@@ -82,12 +92,15 @@ class Libvirtd:
 
 
 @contextlib.contextmanager
-def private_libvirtd() -> Iterator[Libvirtd]:
-    """A libvirtd, ended with all its VMs at the end. HostError with the reason where none runs."""
+def private_libvirtd(user: str = "root") -> Iterator[Libvirtd]:
+    """A libvirtd, ended with all its VMs at the end. HostError with the reason where none runs.
+
+    It runs QEMU as `user`, which has a group of the same name.
+    """
     check_host()
     base = Path(tempfile.mkdtemp(prefix="tpl.", dir="/tmp"))
     try:
-        _furnish(base)
+        _furnish(base, user)
         with contextlib.ExitStack() as stack:
             with deferred():
                 child = _spawn(base)
@@ -112,10 +125,13 @@ def check_host() -> None:
         raise HostError("a private libvirtd needs root", hint="run the bench as root")
 
 
-def _furnish(base: Path) -> None:
-    for name in (*_PLACES, "run"):
+def _furnish(base: Path, user: str) -> None:
+    # Its package has the last one, and networks need it.
+    for name in (*_PLACES, "run", "lib/dnsmasq"):
         (base / name).mkdir()
-    (base / "etc/qemu.conf").write_text(_QEMU_CONF)
+    (base / "etc/qemu.conf").write_text(
+        _QEMU_CONF.format(user=user, changes_owners=int(user != "root"))
+    )
     (base / "libvirtd.conf").write_text(
         f'unix_sock_dir = "{base}/run"\nauth_unix_rw = "none"\nlog_outputs = "3:stderr"\n'
     )
