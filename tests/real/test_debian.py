@@ -287,7 +287,7 @@ def test_a_file_and_an_agent_that_forbids(image_store: Path, debian: DebianDaemo
     (image,) = [p for p in (image_store / "images").glob("*/disk.qcow2") if is_trixie(p)]
     name = "mine"
     text = (TEMPLATES / "debian-13.yaml").read_text().replace("name: debian-13", f"name: {name}")
-    start, end = text.index("image:"), text.index("machine:")
+    start, end = text.index("\nimage:") + 1, text.index("\nmachine:") + 1
     text = f"{text[:start]}image:\n  path: {image}\n  size: 2GiB\n{text[end:]}"
     debian.template(name, text)
     debian.cli("template", "build", name, timeout=1500)
