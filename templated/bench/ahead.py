@@ -7,13 +7,11 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-from templated.bench.functions import Functions, archive
+from templated.bench.functions import SLEEPER, Functions, archive
 from templated.bench.stats import summarize
-from templated.bench.threads import run_threads
+from templated.bench.threads import together
 from templated.client import Client
 from templated.errors import GuestError, TemplatedError
 from templated.model.function import InvokeView
@@ -22,7 +20,6 @@ from templated.model.function import InvokeView
 _CALLERS, _AT_EACH = 4, 4.0
 # How long each request of a step takes, and until when the daemon must want as many instances.
 _SLEEP = 1.0
-_SLEEPER = b"import time\n\ndef handler(event, context):\n    time.sleep(event)\n    return event\n"
 _WATCHED, _POLL = 10.0, 0.02
 
 
@@ -80,29 +77,14 @@ def _moved(bench: Functions, name: str) -> tuple[list[InvokeView], list[str]]:
         finally:
             over.set()
 
-    _together([shift, *[call] * _CALLERS], over.set)
+    together([shift, *[call] * _CALLERS], over.set)
     return moved, failed
-
-
-def _together(works: list[Callable[[], None]], stop: Callable[[], None]) -> None:
-    """Each in a thread of its own; the first failure is raised when all have ended."""
-    failed: list[BaseException] = []
-
-    def guarded(work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:  # noqa: BLE001  # raised again in the main thread
-            failed.append(error)
-
-    run_threads([partial(guarded, work) for work in works], stop)
-    if failed:
-        raise failed[0]
 
 
 def measure_step(bench: Functions, count: int, rounds: int) -> dict[str, Any]:
     """So many requests at once to a version without an instance, in turn: with empty pools, with
     pools as they follow functions by themselves, and with a warm pool of as many members."""
-    session, name = bench.session, bench.deploy(app=_SLEEPER)
+    session, name = bench.session, bench.deploy(app=SLEEPER)
     wall: dict[str, list[float]] = {"empty": [], "followed": [], "pool": []}
     wanted: list[float] = []
     for number in range(rounds):
@@ -161,5 +143,5 @@ def _step(bench: Functions, name: str, version: str, count: int) -> tuple[float,
             time.sleep(_POLL)
 
     begin = time.monotonic()
-    _together([*[call] * count, watch], gate.set)
+    together([*[call] * count, watch], gate.set)
     return max(ends) - begin, found[0] if found else None

@@ -18,6 +18,8 @@ from templated.model.function import InvokeView
 
 # What is measured is how a request comes to a handler: this one returns what it was given.
 _APP = b"def handler(event, context):\n    return event\n"
+SLEEPER = b"import time\n\ndef handler(event, context):\n    time.sleep(event)\n    return event\n"
+"""Another one: each request says how many seconds it takes."""
 HANDLER = "app.handler"
 PAYLOAD = b'{"a": 1}'  # as Python writes it
 _PAUSED_WITHIN = 30.0

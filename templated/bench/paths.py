@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from templated.bench.floor import floor
 from templated.bench.session import POOLED, Row, Session
 from templated.bench.stats import summarize, summarize_rows
-from templated.bench.threads import run_threads
+from templated.bench.threads import together
 from templated.client import Client
 from templated.drivers.host.procfs import cpu_seconds, host_cpu_seconds
 from templated.errors import BuildError, HostError, TemplatedError
@@ -216,21 +216,14 @@ def in_threads(workers: list[Callable[[], object]], seconds: float) -> tuple[int
     """
     stop = threading.Event()
     done: list[None] = []
-    failed: list[BaseException] = []
     begin = time.monotonic()
 
     def loop(work: Callable[[], object]) -> None:
-        try:
-            while not stop.is_set() and time.monotonic() - begin < seconds:
-                work()
-                done.append(None)
-        except BaseException as error:  # noqa: BLE001  # raised again in the main thread
-            failed.append(error)
-            stop.set()
+        while not stop.is_set() and time.monotonic() - begin < seconds:
+            work()
+            done.append(None)
 
-    run_threads([partial(loop, work) for work in workers], stop.set)
-    if failed:
-        raise failed[0]
+    together([partial(loop, work) for work in workers], stop.set)
     return len(done), time.monotonic() - begin
 
 

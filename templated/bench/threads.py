@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from templated.bench.interrupts import deferred, uninterrupted
 
@@ -35,3 +36,19 @@ def run_threads(works: Sequence[Callable[[], None]], stop: Callable[[], None]) -
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
+
+
+def together(works: Sequence[Callable[[], None]], stop: Callable[[], None]) -> None:
+    """As `run_threads`, of what may raise: the first failure stops all, and is raised again."""
+    failed: list[BaseException] = []
+
+    def guarded(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001  # raised again in the main thread
+            failed.append(error)
+            stop()
+
+    run_threads([partial(guarded, work) for work in works], stop)
+    if failed:
+        raise failed[0]

@@ -3,19 +3,16 @@ simulation says of the same requests."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import threading
 import time
-import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from templated.bench.functions import SLEEPER, Functions
 from templated.bench.gateway import lambdas
 from templated.bench.scaling.requests import Request, part, requests
 from templated.bench.scaling.simulate import World
@@ -23,11 +20,10 @@ from templated.bench.scaling.trace import Row, Trace
 from templated.bench.session import Session, require_memory
 from templated.bench.stats import summarize
 from templated.cli.scrape import Scrape
-from templated.errors import GuestError, InvalidRequest, TemplatedError
+from templated.errors import GuestError, InvalidRequest
 from templated.services.functions.starts import host_starts
 from templated.services.upkeep.scaling import policy
 
-_APP = b"import time\n\ndef handler(event, context):\n    time.sleep(event)\n    return event\n"
 _REHEARSALS = 5
 # Beyond the requests that the simulation saw at once: those that are late.
 _MORE_THREADS = 8
@@ -68,9 +64,10 @@ def replay_live(session: Session, trace: Trace, plan: Plan) -> dict[str, Any]:
         )
     rows = part(trace, plan.begin, plan.minutes)
     wanted = requests(rows, plan.speed)
-    with _functions(session, len(rows) + 1) as (*names, other):
-        start = _rehearse(session, other)
-        mib = session.client.show_scaling(other).instance_mib
+    with Functions(session) as functions:
+        session.progress(f"deploying {len(rows)} functions")
+        names = [functions.deploy(app=SLEEPER) for _ in rows]
+        start, mib = _rehearse(functions)
         world = World(len(rows), policy(config), mib, start, host_starts())
         world.run(wanted)
         require_memory(world.most, "instances")
@@ -113,43 +110,19 @@ def _counts(
     }
 
 
-@contextlib.contextmanager
-def _functions(session: Session, count: int) -> Iterator[list[str]]:
-    """So many functions whose handler sleeps."""
-    names = [f"{session.tag}-{number}" for number in range(count)]
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        archive.writestr("app.py", _APP)
-    try:
-        for name in names:
-            session.progress(f"deploying {name}")
-            session.client.deploy_function(
-                name,
-                content.getvalue(),
-                handler="app.handler",
-                template=session.template,
-                timeout=f"{_TIMEOUT:g}s",
-            )
-        yield names
-    finally:
-        for name in names:
-            with contextlib.suppress(TemplatedError):
-                session.client.remove_function(name)
-
-
-def _rehearse(session: Session, name: str) -> float:
-    """Seconds that a start takes, usually: of versions that had no request yet."""
-    client, found = session.client, []
+def _rehearse(functions: Functions) -> tuple[float, float]:
+    """Seconds that a start takes, usually, and what an instance has of memory, in MiB: of versions
+    that had no request yet, of a function that no request of the trace is for."""
+    client, name, found = functions.client, functions.deploy(app=SLEEPER), []
     for number in range(_REHEARSALS):
-        session.progress(f"start {number + 1} of {_REHEARSALS}")
-        client.deploy_function(name, env={"VERSION": str(number)})
-        version = client.publish_function(name).version
+        functions.session.progress(f"start {number + 1} of {_REHEARSALS}")
+        version = functions.fresh(name)
         view = client.invoke_function(name, b"0", qualifier=version)
         if view.error is not None:
             raise GuestError(f"{name} answered {bytes(view.payload)[:200]!r}")
         found.append(sum(view.phases_ms.get(phase, 0.0) for phase in _STARTED))
         client.remove_function(name, version)
-    return sorted(found)[len(found) // 2] / 1000
+    return sorted(found)[len(found) // 2] / 1000, client.show_scaling(name).instance_mib
 
 
 def _cold_starts(session: Session) -> dict[str, int]:
