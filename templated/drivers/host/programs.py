@@ -15,12 +15,15 @@ from templated import failpoints
 from templated.errors import HostError
 
 PACKAGES = {
+    "conntrackd": "conntrackd",
     "dpkg-deb": "dpkg",
     "mkfs.erofs": "erofs-utils",
     "mkfs.ext4": "e2fsprogs",
     "mmdebstrap": "mmdebstrap",
     "newuidmap": "uidmap",
     "nft": "nftables",
+    "ip": "iproute2",
+    "keepalived": "keepalived",
     "mcopy": "mtools",
     "mkfs.vfat": "dosfstools",
     "qemu-img": "qemu-utils",
