@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from templated.errors import HostError, InvalidRequest
-from templated.model.network import Attachment, Forward
+from templated.model.network import Attachment, Exit, Forward
 
 # With the prefix "tp" a tag has to fit in an interface's name, which has at most 15 bytes.
 _TAG = re.compile(r"[a-z0-9][a-z0-9-]{0,12}")
@@ -72,6 +72,14 @@ class Network(Protocol):
         """Remove the ports of this owner whose tag is not in `keep`, whoever made them.
 
         Returns the removed tags, sorted. Interfaces of others are not touched. Raises HostError.
+        """
+
+    async def set_exits(self, exits: Sequence[Exit]) -> None:
+        """Tell which named ways out there are: all of them, each time, also before `open`.
+
+        One transaction; does nothing when they are what they were, or in user mode. Clones whose
+        policy names one that is not among them reach nothing. Raises HostError when the host
+        refuses; what held before holds then.
         """
 
     async def close(self, *, remove: bool) -> None:

@@ -17,7 +17,7 @@ from templated.drivers.network.links import Link, Links, disable_ipv6
 from templated.drivers.network.segment import Segment, host_mac
 from templated.drivers.network.worker import Worker, enter_namespace
 from templated.errors import Conflict, HostError, InvalidRequest
-from templated.model.network import AddressPlan, BridgeNetwork, Forward, Tap
+from templated.model.network import AddressPlan, BridgeNetwork, Exit, Forward, Tap
 
 _PREFIX = "tp"
 _OWNER = re.compile(r"[A-Za-z0-9-]{1,64}")
@@ -41,6 +41,7 @@ class TapNetwork:
         self._links: Links | None = None
         self._bridge: Link | None = None
         self._ports: dict[str, Port] = {}
+        self._exits: tuple[Exit, ...] = ()
 
     @property
     def created(self) -> bool:
@@ -76,6 +77,9 @@ class TapNetwork:
     async def sweep(self, keep: set[str]) -> list[str]:
         kept = frozenset(keep)
         return await self._running().run(lambda: self._sweep(kept))
+
+    async def set_exits(self, exits: Sequence[Exit]) -> None:
+        self._exits = tuple(exits)
 
     async def close(self, *, remove: bool) -> None:
         worker = self._worker

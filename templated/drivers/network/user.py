@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from templated.drivers.network.base import Port, check_tag
 from templated.errors import InvalidRequest
-from templated.model.network import AddressPlan, Forward, Slirp, UserNetwork
+from templated.model.network import AddressPlan, Exit, Forward, Slirp, UserNetwork
 
 
 class SlirpNetwork:
@@ -33,6 +33,9 @@ class SlirpNetwork:
 
     async def sweep(self, keep: set[str]) -> list[str]:
         return []
+
+    async def set_exits(self, exits: Sequence[Exit]) -> None:
+        pass
 
     async def close(self, *, remove: bool) -> None:
         pass
