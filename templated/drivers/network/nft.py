@@ -193,7 +193,8 @@ def _own(group: str) -> list[str]:
 def _frames(group: str, policy: Policy) -> dict[str, list[str]]:
     up, down = [], []
     if policy.packets is not None:
-        up.append(_over(group, "packets", "iifname", f"{policy.packets}/second"))
+        rate = f"{policy.packets}/second burst {policy.packets} packets"
+        up.append(_over(group, "packets", "iifname", rate))
     if policy.bandwidth is not None:
         rate = f"{policy.bandwidth} bytes/second burst {max(policy.bandwidth // 4, 65536)} bytes"
         up.append(_over(group, "up", "iifname", rate, "bandwidth"))
