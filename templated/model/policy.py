@@ -9,11 +9,10 @@ import ipaddress
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Network
-from typing import Annotated, Literal
+from ipaddress import IPv4Address, IPv4Network
+from typing import Annotated, Literal, NamedTuple
 
 from msgspec import Meta, Struct
-from msgspec.structs import replace
 
 from templated.errors import InvalidRequest
 from templated.model.network import BridgeNetwork, NetworkConfig, parse_subnet
@@ -40,6 +39,17 @@ SPECIAL = tuple(
 NEVER = (LINK_LOCAL, *METADATA, *SPECIAL)
 """What no policy opens: link-local with the usual address of metadata, other such addresses, and
 what is no address of a server."""
+
+
+class Step(Struct, frozen=True, kw_only=True):
+    """One decision on a packet's way."""
+
+    at: str
+    """port, bridge, host, route, leave, reach, egress."""
+    passes: bool
+    says: str
+    counter: str = ""
+    """Where a drop is counted: its reason."""
 
 
 class PolicyLimits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,6 +86,11 @@ class PolicyKeys(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         said = {key: getattr(self, key) for key in KEYS}
         under = {key: getattr(other, key) for key in KEYS}
         return PolicyKeys(**{k: under[k] if v is None else v for k, v in said.items()})
+
+
+def template_group(template: str) -> str:
+    """The group of a template's clones, as rules know it."""
+    return f"t.{template}"
 
 
 KEYS = ("egress", "allow", "peers", "publish", "limits")
@@ -231,6 +246,61 @@ def networks(allowed: Sequence[Allowed]) -> dict[tuple[Protocol, int] | None, li
     return {key: list(ipaddress.collapse_addresses(nets)) for key, nets in found.items()}
 
 
-def without_publish(keys: PolicyKeys) -> PolicyKeys:
-    """The keys that a function takes over from its template: ports are a template's alone."""
-    return replace(keys, publish=None)
+class PolicyView(Struct, frozen=True, kw_only=True):
+    """The policy of a template as users see it, and what it has done since the daemon began."""
+
+    name: str
+    """The template."""
+    egress: str
+    allow: tuple[str, ...]
+    peers: Literal["isolated", "open"]
+    publish: tuple[str, ...]
+    published: dict[str, str]
+    """Ports of the host that lead somewhere at present, and the clone that they lead to."""
+    limits: PolicyLimits
+    sent: dict[str, int]
+    """`packets` and `bytes` that clones have sent through the host; `received` likewise."""
+    received: dict[str, int]
+    dropped: dict[str, int]
+    """Packets, by reason; those that there were."""
+    problem: str = ""
+    """What keeps the egress from being used."""
+
+
+class TraceView(Struct, frozen=True, kw_only=True):
+    """What would happen to the first packet of a connection that a clone opens."""
+
+    clone: str
+    policy: str
+    """The template whose policy holds; empty: none does."""
+    target: str
+    passes: bool
+    steps: tuple[Step, ...]
+
+
+class Target(NamedTuple):
+    """Where a packet goes: an address, and a port unless it is a ping."""
+
+    address: IPv4Address
+    port: int | None
+    protocol: Literal["tcp", "udp", "icmp"]
+
+
+_TARGET = re.compile(r"([0-9.]{7,15})(?::([0-9]{1,5})(?:/(tcp|udp))?)?")
+
+
+def parse_target(text: str) -> Target:
+    """ADDRESS[:PORT[/PROTO]], by default tcp; without a port a ping. Raises InvalidRequest."""
+    found = _TARGET.fullmatch(text)
+    try:
+        if found is None:
+            raise ValueError("not ADDRESS[:PORT[/PROTO]]")
+        address = IPv4Address(found[1])
+    except ValueError as error:
+        raise InvalidRequest(
+            f"{text[:80]!r} is no target: {error}", hint="as in 10.1.2.3, or 10.1.2.3:53/udp"
+        ) from None
+    if found[2] is None:
+        return Target(address, None, "icmp")
+    protocol: Protocol = "udp" if found[3] == "udp" else "tcp"
+    return Target(address, _port(found[2], "target", text), protocol)

@@ -10,22 +10,9 @@ from collections.abc import Sequence
 from ipaddress import IPv4Network
 from typing import NamedTuple
 
-from msgspec import Struct
-
 from templated.model.network import Exit
-from templated.model.policy import NAT, Policy
+from templated.model.policy import NAT, Policy, Step
 from templated.model.rules import Flow, Rule, hosting, judge, leaving, reaching
-
-
-class Step(Struct, frozen=True, kw_only=True):
-    """One decision on a packet's way."""
-
-    at: str
-    """port, bridge, host, route, leave, reach, limits, egress."""
-    passes: bool
-    says: str
-    counter: str = ""
-    """Where a drop is counted: its reason."""
 
 
 class Place(NamedTuple):

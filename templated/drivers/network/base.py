@@ -77,6 +77,10 @@ class Network(Protocol):
     def stalled(self) -> float:
         """Seconds that a call of the kernel has taken so far, which no call should; usually 0."""
 
+    @property
+    def exits(self) -> tuple[Exit, ...]:
+        """The named ways out that there are."""
+
     async def open(self, ports: Mapping[str, PortOwner] | None = None) -> None:
         """Find or make the parts that all ports share. Raises HostError; leaves nothing then.
 

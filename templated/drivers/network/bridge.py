@@ -54,6 +54,10 @@ class TapNetwork:
     def stalled(self) -> float:
         return self._worker.stalled if self._worker is not None else 0.0
 
+    @property
+    def exits(self) -> tuple[Exit, ...]:
+        return self._policing.exits
+
     async def open(self, ports: Mapping[str, PortOwner] | None = None) -> None:
         if self._worker is not None:
             return

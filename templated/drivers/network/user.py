@@ -22,6 +22,10 @@ class SlirpNetwork:
     def stalled(self) -> float:
         return 0.0
 
+    @property
+    def exits(self) -> tuple[Exit, ...]:
+        return ()
+
     async def open(self, ports: Mapping[str, PortOwner] | None = None) -> None:
         pass
 
