@@ -10,9 +10,9 @@ from templated.api import handlers as h
 from templated.api.answers import NDJSON, json_answer
 from templated.api.code_routes import CODE_ROUTES
 from templated.api.function_routes import FUNCTION_ROUTES
+from templated.api.net_routes import NET_ROUTES
 from templated.api.openapi import document
 from templated.api.route import Route, delete, get, post, put
-from templated.api.net_routes import NET_ROUTES
 from templated.api.scaling_routes import SCALING_ROUTES
 from templated.model.access import Right, Role
 from templated.model.api import (

@@ -324,9 +324,9 @@ def show_policy(name: str) -> Request[PolicyView]:
     return Request("GET", "policies", name)
 
 
-def apply_policy(template: str) -> Request[None]:
+def apply_policy(name: str) -> Request[None]:
     """Put the policy of a template's file in force."""
-    return Request("POST", "policies", template)
+    return Request("POST", "policies", name)
 
 
 def trace_packet(name: str, target: str) -> Request[TraceView]:

@@ -161,7 +161,8 @@ class Journal:
         return await self.run(
             "policies",
             lambda db: {
-                r["template"]: parsed(r["keys"], PolicyKeys, r["template"]) for r in db.execute(sql)
+                r["template"]: read(parsed(r["keys"]), PolicyKeys, r["template"])
+                for r in db.execute(sql)
             },
         )
 
