@@ -55,6 +55,10 @@ templated bench soak
 templated bench soak --rounds 2000 --kills 20 --seed 7 --serve /etc/templated/templated.yaml
 templated bench soak --rounds 500 --kills 0 --paths direct
 """
+_PORTS_EXAMPLES = """
+templated bench ports
+templated bench ports 2000 -o json
+"""
 # Part of the host's cores that other work may keep busy before a note is due.
 _BUSY = 0.25
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -448,3 +452,21 @@ def _run(
     if plot is not None:
         pictures.draw(report, plot)
         settings.note(f"wrote {plot}")
+
+
+@bench.command("ports", examples=_PORTS_EXAMPLES)
+@click.argument("n", type=click.IntRange(50, 20000), default=500)
+@click.pass_obj
+def ports(settings: Settings, n: int) -> None:
+    """Make N ports with a policy, and bind an egress to all of them at once.
+
+    In a network namespace of its own, which is gone afterwards. Needs root, and no daemon.
+    """
+    from templated.bench.ports import measure
+    from templated.cli import render
+
+    figures = measure(n)
+    if settings.table:
+        render.fields([(key.replace("_", " "), value) for key, value in figures.items()])
+    else:
+        render.dump(figures, settings)

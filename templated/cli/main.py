@@ -34,6 +34,7 @@ COMMANDS = {
     "pool": "templated.cli.pools:pool",
     "egress": "templated.cli.egress:egress",
     "forwarder": "templated.cli.forwarder:forwarder",
+    "net": "templated.cli.net:net",
     "image": "templated.cli.images:image",
     "serve": "templated.cli.serve:serve",
     "doctor": "templated.cli.doctor_cmd:doctor",

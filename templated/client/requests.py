@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         VersionView,
     )
     from templated.model.generation import TemplateView
+    from templated.model.policy import PolicyView, TraceView
     from templated.model.scaling import ScaleDetail, ScaleView
 
 T = TypeVar("T")
@@ -308,6 +309,29 @@ def list_scaling() -> Request[list[ScaleView]]:
 def show_scaling(name: str, *, qualifier: str | None = None) -> Request[ScaleDetail]:
     """All that scaling knows of a version; by default of the one that was asked for last."""
     return Request("GET", "scaling", name, query={"qualifier": qualifier})
+
+
+# Network policies
+
+
+def list_policies() -> Request[list[PolicyView]]:
+    """The network policies in force, with their counters."""
+    return Request("GET", "policies")
+
+
+def show_policy(name: str) -> Request[PolicyView]:
+    """The policy of a template, or of a clone's."""
+    return Request("GET", "policies", name)
+
+
+def apply_policy(name: str) -> Request[None]:
+    """Put the policy of a template's file in force."""
+    return Request("POST", "policies", name)
+
+
+def trace_packet(name: str, target: str) -> Request[TraceView]:
+    """What would happen to a packet that a clone sends to ADDRESS[:PORT[/PROTO]]."""
+    return Request("GET", "clones", name, "trace", query={"target": target})
 
 
 # Functions

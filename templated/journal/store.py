@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 from msgspec import structs
 
 from templated import failpoints
@@ -30,6 +31,7 @@ from templated.model.clone import CloneState, Key, Slot
 from templated.model.generation import TRANSITIONS as GENERATION_TRANSITIONS
 from templated.model.generation import GenerationState
 from templated.model.network import Elsewhere
+from templated.model.policy import PolicyKeys
 from templated.model.spec import PoolSpec
 
 T = TypeVar("T")
@@ -152,6 +154,27 @@ class Journal:
             return
         sql = "INSERT OR REPLACE INTO pools VALUES (?, ?, ?)"
         await self.run("set_pool", _executor(sql, template, sizes.standby, sizes.warm))
+
+    async def policies(self) -> dict[str, PolicyKeys]:
+        """The network policies that are in force, by template."""
+        sql = "SELECT template, keys FROM policies"
+        return await self.run(
+            "policies",
+            lambda db: {
+                r["template"]: read(parsed(r["keys"]), PolicyKeys, r["template"])
+                for r in db.execute(sql)
+            },
+        )
+
+    async def set_policy(self, template: str, keys: PolicyKeys | None) -> None:
+        """Keep the policy that is in force; None forgets it."""
+        if keys is None:
+            sql = "DELETE FROM policies WHERE template = ?"
+            await self.run("set_policy", _executor(sql, template))
+            return
+        sql = "INSERT OR REPLACE INTO policies VALUES (?, ?)"
+        written = msgspec.json.encode(keys).decode()
+        await self.run("set_policy", _executor(sql, template, written))
 
     # --- templates and generations ----------------------------------------------------------
 

@@ -51,6 +51,7 @@ from templated.services.machines.admission import Admission
 from templated.services.machines.slots import Slots
 from templated.services.machines.start import Starter
 from templated.services.places import Layout
+from templated.services.policies import Policies
 from templated.services.pools.capacity import shortages
 from templated.services.pools.members import Pools
 from templated.services.pools.refill import Refill
@@ -66,6 +67,8 @@ from templated.services.upkeep.following import Following
 from templated.services.upkeep.host_metrics import watch
 from templated.services.upkeep.janitor import keep_logs_short
 from templated.services.upkeep.limits import LimitWatch
+from templated.services.upkeep.nets import Nets, PolicyMeter
+from templated.services.upkeep.publishing import Publishing
 from templated.services.upkeep.scale_views import ScaleViews
 from templated.services.upkeep.scaling import Scaling, Surroundings
 from templated.services.upkeep.stalls import ended_when_stalled
@@ -88,6 +91,7 @@ class Services:
     refill: Refill
     audit: AuditLog
     functions: Functions
+    nets: Nets
     scaling: ScaleViews | None
     """None: it is switched off."""
 
@@ -153,7 +157,7 @@ async def _services(installation: Installation, journal: Journal) -> AsyncIterat
     clones = Clones(context, tasks, templates, pools)
     refill = Refill(context, tasks, pools, templates)
     made = _Functions(context, tasks, templates, clones, pools)
-    _subscribe(context.slots, templates, pools)
+    _subscribe(context, templates, pools)
     try:
         await templates.open()
         await pools.open()
@@ -165,12 +169,15 @@ async def _services(installation: Installation, journal: Journal) -> AsyncIterat
         tasks.spawn(keep_logs_short(installation.layout.slots), "keeping logs short")
         tasks.spawn(watch(context, templates, pools, clones), "measuring the host")
         tasks.spawn(LimitWatch(context, clones).run(), "watching the limits of clones")
+        tasks.spawn(PolicyMeter(context).run(), "counting what policies drop")
+        tasks.spawn(Publishing(context, clones).run(), "publishing ports")
         tasks.spawn(audit.run(), "writing the audit log")
         await made.open()
         guests, operations = Guests(clones), Operations(tasks)
         yield Services(
             *(context, templates, pools, clones, guests, operations, refill, audit),
             functions=made.functions,
+            nets=Nets(context, clones),
             scaling=made.scale_views,
         )
     finally:
@@ -328,12 +335,12 @@ def _audit_log(installation: Installation) -> AuditLog:
     return AuditLog(installation.layout.audit, limit)
 
 
-def _subscribe(slots: Slots, templates: Templates, pools: Pools) -> None:
+def _subscribe(context: Context, templates: Templates, pools: Pools) -> None:
     """Report to slots and pools when a generation begins to serve, and when it no longer does."""
-    templates.on_serving.append(lambda generation: slots.serve(generation.layer))
+    templates.on_serving.append(lambda generation: context.slots.serve(generation.layer))
     templates.on_serving.append(lambda _: pools.refresh())
-    templates.on_retired += [pools.retire, slots.retire]
-    templates.on_removed.append(pools.forget)
+    templates.on_retired += [pools.retire, context.slots.retire]
+    templates.on_removed += [pools.forget, context.policies.forget]
 
 
 def make_hypervisor(config: Config) -> Hypervisor:
@@ -366,6 +373,7 @@ def _context(installation: Installation, journal: Journal) -> Context:
         config.confine,
         installation.uids,
     )
+    events = EventBus(metrics.events)
     return Context(
         config=config,
         layout=layout,
@@ -379,8 +387,9 @@ def _context(installation: Installation, journal: Journal) -> Context:
         admission=admission,
         slots=slots,
         starter=starter,
-        events=EventBus(metrics.events),
+        events=events,
         metrics=metrics,
+        policies=Policies(config, journal, installation.network, events),
     )
 
 

@@ -94,6 +94,7 @@ FUNCTIONS = {
 TWICE = {"create_clone": "create_clones", "queue_event": "invoke_function"}
 EXAMPLES: dict[str, Any] = {
     "name": "{name}",
+    "target": "10.1.2.3:80/tcp",
     "template": "{template}",
     "operation": "{id}",
     "count": 2,

@@ -19,9 +19,13 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
 
 from templated import failpoints
+from templated.drivers.network.base import Way
 
 _IFF_UP = 1
 _DUMPS = 10
+_RTN_LOCAL = 2  # linux/rtnetlink.h
+# No route; a route that says so: unreachable, blackhole, prohibit.
+_NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EACCES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,25 @@ class Links:
         with _os_errors():
             self._ipr.link("set", index=index, master=master)
             self._ipr.brport("set", index=index, isolated=int(isolated))
+
+    def isolate(self, index: int, *, isolated: bool) -> None:
+        """Say whether a bridge's port reaches other isolated ones."""
+        with _os_errors():
+            self._ipr.brport("set", index=index, isolated=int(isolated))
+
+    def way(self, address: str, mark: int) -> Way:
+        """Where the kernel routes a packet to this address that has a firewall mark."""
+        marked = {"mark": mark} if mark else {}
+        try:
+            message = next(iter(self._ipr.route("get", dst=address, **marked)))
+        except NetlinkError as error:
+            if error.code in _NO_WAY:
+                return Way(local=False, ifname="")
+            raise OSError(error.code, os.strerror(error.code)) from error
+        if message["type"] == _RTN_LOCAL:
+            return Way(local=True, ifname="")
+        link = self._ipr.link("get", index=message.get_attr("RTA_OIF"))[0]
+        return Way(local=False, ifname=str(link.get_attr("IFLA_IFNAME")))
 
     def set_up(self, index: int) -> None:
         if failpoints.armed:

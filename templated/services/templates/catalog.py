@@ -194,6 +194,7 @@ class Templates:
         if spec.name != name:
             raise InvalidRequest(f"the spec is of template {spec.name}, not of {name}")
         self._require_idle(name)
+        self._context.policies.check(name, spec.network)
         return spec
 
     def _require_idle(self, name: str) -> None:
@@ -205,6 +206,16 @@ class Templates:
             )
         if template is not None:
             template.require_not_removing()
+
+    async def apply_network(self, name: str) -> None:
+        """Put the network policy in force that the template's file has now, without a build.
+
+        Raises NotFound, ConfigError or InvalidRequest for the file, HostError when the host
+        refuses; leaves the policy that held before then.
+        """
+        spec = await self.spec(name)
+        self.active(name)
+        await self._context.policies.apply(name, spec.network)
 
     async def build(self, spec: TemplateSpec, progress: Progress) -> dict[str, Any]:
         """Build and activate a generation.
@@ -220,6 +231,8 @@ class Templates:
         try:
             async with within(_BUILD_TIMEOUT, "the build"):
                 generation = await build.run()
+            # Before its first clone; ports of the generation before change with it.
+            await self._context.policies.apply(spec.name, spec.network)
             await self.activate(generation)
         except BaseException as error:
             await asyncio.shield(self._undo(build, error))

@@ -1,0 +1,200 @@
+"""What policies do, as users see it: views, traces, and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from ipaddress import IPv4Address, IPv4Network
+
+from prometheus_client import CollectorRegistry, Counter
+
+from templated.drivers.network.base import Counted
+from templated.errors import Conflict, HostError, NotFound
+from templated.model.network import BridgeNetwork, Exit
+from templated.model.policy import (
+    NAT,
+    NONE,
+    Policy,
+    PolicyLimits,
+    PolicyView,
+    Step,
+    TraceView,
+    parse_target,
+    template_group,
+)
+from templated.model.rules import PASSED, REASONS, Flow
+from templated.model.trace import Place, trace
+from templated.services.clones.registry import Clones
+from templated.services.context import Context
+from templated.services.upkeep.publishing import holders
+
+log = logging.getLogger(__name__)
+INTERVAL = 5.0
+"""Seconds between two readings of the counters."""
+Counts = Mapping[str, Counted]
+
+
+class PolicyMetrics:
+    """The counters of policies, on the daemon's registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.packets = Counter(
+            "templated_network_packets",
+            "Packets that policies let clones send and receive through the host.",
+            ("template", "direction"),
+            registry=registry,
+        )
+        self.bytes = Counter(
+            "templated_network_bytes",
+            "Bytes of these packets.",
+            ("template", "direction"),
+            registry=registry,
+        )
+        self.dropped = Counter(
+            "templated_network_dropped",
+            "Packets of clones, or to them, that their template's policy dropped, by reason.",
+            ("template", "reason"),
+            registry=registry,
+        )
+
+    def add(self, template: str, now: Counts, before: Counts) -> None:
+        """Count what is new. Tables that were made anew begin at zero."""
+        for name, counted in now.items():
+            old = before.get(name, Counted(0, 0))
+            since = Counted(0, 0) if counted.packets < old.packets else old
+            packets = counted.packets - since.packets
+            if name in PASSED:
+                self.packets.labels(template, name).inc(packets)
+                self.bytes.labels(template, name).inc(max(0, counted.bytes - since.bytes))
+            else:
+                self.dropped.labels(template, name).inc(packets)
+
+
+class PolicyMeter:
+    """Reads the kernel's counters now and then, beside all that starts."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._metrics = PolicyMetrics(context.metrics.registry)
+        self._seen: dict[str, Counts] = {}
+
+    async def run(self) -> None:
+        """Read and publish, until cancelled. Raises nothing."""
+        while True:
+            try:
+                if self._context.policies.all() or self._seen:
+                    await self.look()
+            except HostError as error:
+                log.warning("cannot read what policies have counted: %s", error.message)
+            except Exception:
+                log.exception("cannot read what policies have counted")
+            await asyncio.sleep(INTERVAL)
+
+    async def look(self) -> None:
+        """Read them once. Raises HostError."""
+        counters = await self._context.network.counters()
+        templates = {template_group(name): name for name in self._context.policies.all()}
+        for group, name in templates.items():
+            now = counters.get(group, {})
+            self._metrics.add(name, now, self._seen.get(group, {}))
+        self._seen = {group: counters.get(group, {}) for group in templates}
+
+
+class Nets:
+    """What the API shows of policies."""
+
+    def __init__(self, context: Context, clones: Clones) -> None:
+        self._context = context
+        self._clones = clones
+
+    async def views(self) -> list[PolicyView]:
+        """The policies of all templates that have one. Raises HostError."""
+        counters = await self._context.network.counters()
+        policies = self._context.policies.all()
+        return [self._view(name, policies[name], counters) for name in sorted(policies)]
+
+    async def view(self, name: str) -> PolicyView:
+        """The policy of a template, or of a clone's. Raises NotFound, HostError."""
+        policies = self._context.policies
+        template = name
+        if policies.get(name) is None:
+            template = next((v.template for v in self._clones.views() if v.name == name), name)
+        policy = policies.get(template)
+        if policy is None:
+            raise NotFound(
+                f"{name[:80]!r} has no network policy",
+                hint="see: templated net ls; a template's is in its file, under network",
+            )
+        return self._view(template, policy, await self._context.network.counters())
+
+    def _view(self, name: str, policy: Policy, counters: Mapping[str, Counts]) -> PolicyView:
+        counted = counters.get(template_group(name), {})
+        holder = holders(self._context, self._clones).get(name)
+        sent, received = (counted.get(key, Counted(0, 0))._asdict() for key in PASSED)
+        keys = self._context.policies.keys(name)
+        return PolicyView(
+            name=name,
+            egress=policy.egress,
+            allow=tuple(map(str, policy.allow)),
+            peers="open" if policy.peers else "isolated",
+            publish=tuple(map(str, policy.publish)),
+            published={str(p): holder.name for p in policy.publish} if holder else {},
+            limits=keys.limits or PolicyLimits(),
+            sent=sent,
+            received=received,
+            dropped={r: counted[r].packets for r in REASONS if r in counted and counted[r].packets},
+            problem=self._problem(policy),
+        )
+
+    def _problem(self, policy: Policy) -> str:
+        if policy.egress in (NONE, NAT) or self._exit(policy) is not None:
+            return ""
+        return f"egress {policy.egress} is not there: clones reach nothing"
+
+    def _exit(self, policy: Policy) -> Exit | None:
+        exits = self._context.network.exits
+        return next((one for one in exits if one.name == policy.egress), None)
+
+    async def trace(self, name: str, target: str) -> TraceView:
+        """What would happen to the first packet that a clone sends to ADDRESS[:PORT[/PROTO]].
+
+        Raises NotFound for the clone, InvalidRequest for the target, Conflict when its VM is on no
+        network of the daemon's that has policies, HostError when the kernel names no route.
+        """
+        clone, wanted = self._clones.view(name), parse_target(target)
+        config = self._context.config.network
+        if not isinstance(config, BridgeNetwork) or not self._on_bridge(clone.identity.ip):
+            raise Conflict(
+                f"clone {name} is not on the daemon's bridge, so its packets are not ours to judge",
+                hint="policies need network: {mode: bridge} in the daemon's configuration",
+            )
+        policy = self._context.policies.get(clone.template)
+        if policy is None:
+            says = f"template {clone.template} has no policy: all passes that the host routes"
+            steps = [Step(at="policy", passes=True, says=says)]
+        else:
+            plan = self._context.plan
+            place = Place(config.bridge, str(plan.network), plan.gateway)
+            out = self._exit(policy)
+            way = await self._context.network.way(str(wanted.address), out.mark if out else 0)
+            peer = self._is_peer(wanted.address, clone.template)
+            leaves = "" if way.local else way.ifname or "no route"
+            flow = Flow(wanted.address, wanted.protocol, wanted.port, leaves, peer)
+            steps = trace(policy, self._context.network.exits, place, flow)
+        return TraceView(
+            clone=name,
+            policy=clone.template if policy else "",
+            target=target,
+            passes=steps[-1].passes,
+            steps=tuple(steps),
+        )
+
+    def _on_bridge(self, ip: str) -> bool:
+        return bool(ip) and IPv4Address(ip) in IPv4Network(str(self._context.plan.network))
+
+    def _is_peer(self, address: IPv4Address, template: str) -> bool:
+        return any(
+            view.template == template and view.identity.ip == str(address)
+            for view in self._clones.views()
+        )
