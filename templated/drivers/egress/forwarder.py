@@ -83,18 +83,20 @@ class Forwarder:
             error="; ".join(problems),
         )
 
-    async def run(self, *, fresh: bool) -> None:
-        """Serve until cancelled. `fresh`: the fixed address must be nobody's yet.
+    async def prepare(self, *, fresh: bool) -> None:
+        """Listen on the legs. `fresh`: the fixed address must be nobody's yet.
 
-        Raises HostError when it cannot begin, or the address is taken; sends nothing then.
+        Raises HostError when it is taken, or a leg cannot be used; nothing was sent under it then.
         """
         self._inside = self._arp("in", self._spec.plan.shared)
         self._outside = self._arp("out", self._spec.egress.fixed)
+        if fresh:
+            await self._check_free()
+
+    async def run(self) -> None:
+        """Serve until cancelled; then the addresses are given up."""
+        fifo = self._open_notify()
         try:
-            if fresh:
-                await self._check_free()
-            # Deleting it is keepalived's start: there may be one of an earlier forwarder.
-            self._notified(self._open_notify())
             async with asyncio.TaskGroup() as group:
                 if self._spec.egress.forwarders > 1:
                     group.create_task(self._keepalived.keep())
@@ -104,6 +106,8 @@ class Forwarder:
                 group.create_task(self._watch())
                 group.create_task(self._announce())
         finally:
+            asyncio.get_running_loop().remove_reader(fifo)
+            os.close(fifo)
             for arp in (self._inside, self._outside):
                 if arp is not None:
                     arp.close()
@@ -123,19 +127,19 @@ class Forwarder:
     # --- what keepalived says -----------------------------------------------------------------
 
     def _open_notify(self) -> int:
+        """Hear keepalived. Open for writing, too: it would end whenever keepalived does."""
         path = self._files.notify
         path.unlink(missing_ok=True)
         os.mkfifo(path, 0o600)
-        return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        fifo = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        asyncio.get_running_loop().add_reader(fifo, self._notified, fifo)
+        return fifo
 
     def _notified(self, fifo: int) -> None:
-        def read() -> None:
-            for line in os.read(fifo, 4096).decode(errors="replace").splitlines():
-                words = line.split()
-                if len(words) > 2 and words[0] == "INSTANCE" and words[2] in _ROLES:
-                    self._become(_ROLES[words[2]])
-
-        asyncio.get_running_loop().add_reader(fifo, read)
+        for line in os.read(fifo, 4096).decode(errors="replace").splitlines():
+            words = line.split()
+            if len(words) > 2 and words[0] == "INSTANCE" and words[2] in _ROLES:
+                self._become(_ROLES[words[2]])
 
     def _become(self, role: Role) -> None:
         old = self._view.role

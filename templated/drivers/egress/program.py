@@ -73,16 +73,13 @@ def _first(spec: ForwarderSpec, files: Files, host: int) -> int:
     failure.unlink(missing_ok=True)
     try:
         asyncio.run(_run(spec, files, host))
-    except* (TemplatedError, OSError) as group:
-        error = _innermost(group)
-        _log.error("%s: %s", spec.label, error)
+    except BaseException as error:
+        cause = _innermost(error)
+        _log.error("%s ends: %s", spec.label, cause, exc_info=error)
         told = ErrorInfo(
-            code=getattr(error, "code", "host"), message=str(error), hint=getattr(error, "hint", "")
+            code=getattr(cause, "code", "host"), message=str(cause), hint=getattr(cause, "hint", "")
         )
         failure.write_bytes(msgspec.json.encode(told))
-        return 1
-    except* BaseException:
-        _log.exception("%s ends", spec.label)
         return 1
     return 0
 
@@ -93,9 +90,9 @@ async def _run(spec: ForwarderSpec, files: Files, host: int) -> None:
     namespaces.set_sysctls()
     own = namespaces.open_namespace()
     legs.make(spec, host, own)
-    fresh = files.directory / "fresh"
     forwarder = Forwarder(spec, files, host, own)
-    working = asyncio.ensure_future(forwarder.run(fresh=fresh.exists()))
+    await forwarder.prepare(fresh=(files.directory / "fresh").exists())
+    working = asyncio.ensure_future(forwarder.run())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, working.cancel)

@@ -51,7 +51,8 @@ table ip {TABLE} {{
     }}
     chain translate {{
         type nat hook postrouting priority srcnat; policy accept;
-        oifname "out" snat to {egress.fixed}:{PORTS[0]}-{PORTS[1]}
+        oifname "out" meta l4proto {{ tcp, udp }} snat to {egress.fixed}:{PORTS[0]}-{PORTS[1]}
+        oifname "out" snat to {egress.fixed}
     }}
     chain leaving {{
         type filter hook postrouting priority srcnat + 10; policy accept;

@@ -1,0 +1,200 @@
+"""The daemon's end of a forwarder: starting its process, hearing it, telling it what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from templated.drivers.egress.programs import Files
+from templated.drivers.host.programs import run
+from templated.errors import HostError, Timeout
+from templated.model.api import ErrorInfo
+from templated.model.egress import ForwarderSpec, ForwarderView, Role
+
+_log = logging.getLogger(__name__)
+UNIT = "templated-forwarder@{}.service"
+_POLL = 0.05
+_END = 10.0
+_AGAIN = (0.2, 10.0)
+"""Seconds until a forwarder that ended is started again: at first, and at most."""
+
+
+class Remote:
+    """One forwarder, which outlives the daemon. `changed` is called when its view has changed."""
+
+    def __init__(self, spec: ForwarderSpec, changed: Callable[[Remote], None]) -> None:
+        self.spec = spec
+        self.files = Files(Path(spec.directory))
+        self.view = ForwarderView(number=spec.number, role=Role.GONE)
+        self._changed = changed
+        self._writer: asyncio.StreamWriter | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+
+    async def begin(self, timeout: float, *, fresh: bool = False) -> None:
+        """Start it, and wait until it tells of itself. Raises HostError with what it failed of."""
+        self.files.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in ("failure", "fresh"):
+            (self.files.directory / name).unlink(missing_ok=True)
+        if fresh:
+            (self.files.directory / "fresh").touch()
+        self.files.spec.write_bytes(msgspec.json.encode(self.spec))
+        await self._start()
+        try:
+            async with asyncio.timeout(timeout):
+                while not await self.connect():
+                    self._check_failed()
+                    await asyncio.sleep(_POLL)
+        except TimeoutError:
+            raise Timeout(
+                f"forwarder {self.spec.label} did not come up within {timeout:g} s",
+                hint=f"see {self.files.log}",
+            ) from None
+        (self.files.directory / "fresh").unlink(missing_ok=True)
+
+    async def connect(self) -> bool:
+        """Hear one that runs; False when none does."""
+        try:
+            reader, writer = await asyncio.open_unix_connection(self.files.socket)
+            line = await reader.readline()
+            self._hear(line)
+        except (OSError, ValueError, msgspec.MsgspecError):
+            return False
+        self._writer = writer
+        self._reader = reader
+        return True
+
+    async def keep(self, timeout: float) -> None:
+        """Hear it for good, and start it again whenever it ends, until this is cancelled."""
+        wait, longest = _AGAIN
+        while True:
+            if self._writer is not None or await self.connect():
+                wait = _AGAIN[0]
+                await self._listen()
+            self._gone("it does not run")
+            await asyncio.sleep(wait)
+            wait = min(wait * 2, longest)
+            if await self.connect():
+                continue
+            try:
+                await self.begin(timeout)
+            except (HostError, Timeout) as error:
+                self._gone(error.message)
+                _log.warning("forwarder %s: %s", self.spec.label, error.message)
+
+    def resign(self) -> None:
+        """Have it give up being the active one. Raises HostError when it does not run."""
+        if self._writer is None:
+            raise HostError(f"forwarder {self.spec.label} does not run")
+        self._writer.write(b"resign\n")
+
+    async def end(self) -> None:
+        """End its process, and wait until it has ended. Raises Timeout."""
+        if await self.connect() and self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.write(b"end\n")
+                await self._writer.drain()
+        if _managed():
+            await run("systemctl", "stop", UNIT.format(self.files.directory.name), timeout=_END + 5)
+        try:
+            async with asyncio.timeout(_END):
+                while self._runs():
+                    await asyncio.sleep(_POLL)
+        except TimeoutError:
+            raise Timeout(
+                f"forwarder {self.spec.label} does not end", hint=f"see {self.files.log}"
+            ) from None
+        self.release()
+        shutil.rmtree(self.files.directory, ignore_errors=True)
+
+    def release(self) -> None:
+        """Hear it no more; it goes on."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    async def _start(self) -> None:
+        if _managed():
+            unit = UNIT.format(self.files.directory.name)
+            await run("systemctl", "reset-failed", unit, timeout=_END)
+            await run("systemctl", "--no-block", "start", unit, timeout=_END)
+            return
+        command = [sys.executable, "-m", "templated", "forwarder", "run", str(self.files.directory)]
+        try:
+            with open(self.files.log, "ab", buffering=0) as log:
+                self._child = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    cwd="/",
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                )
+        except OSError as error:
+            raise HostError(f"cannot start a forwarder: {error.strerror}") from error
+
+    def _check_failed(self) -> None:
+        failure = self.files.directory / "failure"
+        if failure.exists() and not self._runs():
+            told = msgspec.json.decode(failure.read_bytes(), type=ErrorInfo)
+            raise HostError(f"forwarder {self.spec.label}: {told.message}", hint=told.hint)
+        if self._child is not None and self._child.poll() is not None:
+            raise HostError(
+                f"forwarder {self.spec.label} ended with {self._child.returncode}",
+                hint=f"see {self.files.log}",
+            )
+
+    def _runs(self) -> bool:
+        """Whether its process is there: it holds the lock until its very end."""
+        if self._child is not None:
+            self._child.poll()
+        return locked(self.files.lock)
+
+    async def _listen(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while line := await self._reader.readline():
+                self._hear(line)
+        self.release()
+
+    def _hear(self, line: bytes) -> None:
+        self.view = msgspec.json.decode(line, type=ForwarderView)
+        self._changed(self)
+
+    def _gone(self, why: str) -> None:
+        self.view = msgspec.structs.replace(self.view, role=Role.GONE, pid=0, error=why)
+        self._changed(self)
+
+
+def locked(path: Path) -> bool:
+    """Whether a process holds this lock."""
+    import fcntl
+
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _managed() -> bool:
+    """Whether forwarders are units: this daemon is one itself, and theirs is installed."""
+    if "INVOCATION_ID" not in os.environ or not Path("/run/systemd/system").is_dir():
+        return False
+    places = ("/etc/systemd/system", "/lib/systemd/system", "/usr/lib/systemd/system")
+    return any((Path(place) / UNIT.format("")).exists() for place in places)
