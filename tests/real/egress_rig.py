@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import select
 import subprocess
+import sys
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
@@ -124,3 +126,40 @@ def _steady(row: dict[str, Any]) -> dict[str, Any]:
     """A row without what changes by itself."""
     moving = ("valid_life_time", "preferred_life_time", "operstate", "flags", "ifindex")
     return {k: v for k, v in row.items() if k not in moving}
+
+
+class Flows:
+    """TCP flows from the clone to the VPC while the block runs; see `templated.bench.flows`."""
+
+    def __init__(self, rig: Rig, number: int, seconds: float, port: int = 9000) -> None:
+        program = (sys.executable, "-m", "templated.bench.flows")
+        where = ("172.20.0.1", str(port))
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._sink = rig.vpc.start(*program, "sink", *where, **pipes)
+        self._line(self._sink)
+        self._send = rig.clone.start(*program, "send", *where, str(number), str(seconds), **pipes)
+        self._line(self._send)
+
+    def result(self) -> tuple[int, list[float], set[str]]:
+        """How many flows were lost, the longest silence of each, sorted, and all source addresses.
+
+        A flow is lost when one of its messages is.
+        """
+        sent = json.loads(self._line(self._send))["sent"]
+        out, _ = self._sink.communicate(timeout=30)
+        self._send.communicate(timeout=30)
+        arrived = {flow["flow"]: flow for flow in json.loads(out)}
+        lost = sum(arrived.get(i, {}).get("messages") != count for i, count in enumerate(sent))
+        return lost, sorted(f["silent"] for f in arrived.values()), {f["peer"] for f in arrived.values()}
+
+    def close(self) -> None:
+        for process in (self._send, self._sink):
+            process.kill()
+            process.communicate()
+
+    @staticmethod
+    def _line(process: subprocess.Popen[bytes]) -> bytes:
+        assert process.stdout is not None
+        ready, _, _ = select.select([process.stdout], [], [], 60)
+        assert ready, "nothing was said"
+        return process.stdout.readline()

@@ -17,6 +17,9 @@ from templated.errors import HostError
 from templated.model.egress import ForwarderSpec
 
 _METRIC = 100
+_DUMMY = "192.0.0.8/32"
+"""Of `out`, for itself alone (RFC 7600). The kernel takes away all routes of an interface whose last
+address goes, and a forwarder that gives up the fixed one must go on with what is on its way."""
 
 
 def make(spec: ForwarderSpec, host: int, own: int) -> None:
@@ -67,6 +70,7 @@ def set_up_out(spec: ForwarderSpec) -> None:
     via = f"via {egress.gateway} dev out metric {_METRIC}"
     ip.apply(
         "link set dev out up",
+        f"addr replace {_DUMMY} dev out scope host",
         f"route replace {egress.outside} dev out metric {_METRIC}",
         *(f"route replace {net} {via}" for net in egress.networks if net != egress.outside),
         *([f"route replace default {via}"] if egress.internet else []),

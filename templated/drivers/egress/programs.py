@@ -68,7 +68,6 @@ vrrp_instance egress {{
     advert_int {INTERVAL}
     garp_master_delay 0
     track_interface {{
-        in
         out
     }}
     track_file {{
