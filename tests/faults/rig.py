@@ -189,8 +189,9 @@ class Rig:
     def guarded(self) -> list[str]:
         """The interfaces that rules let send."""
         listed = json.loads(self._in_namespace("nft", "-j", "list", "ruleset"))
-        sets = [item["set"] for item in listed["nftables"] if "set" in item]
-        return sorted(name for s in sets if s["name"] == "ports" for name in s.get("elem", ()))
+        maps = [item["map"] for item in listed["nftables"] if "map" in item]
+        ports = next((m.get("elem", ()) for m in maps if m["name"] == "ports_from"), ())
+        return sorted(name for name, _verdict in ports)
 
     def _in_namespace(self, *command: str) -> str:
         full = ["ip", "netns", "exec", self.namespace, *command]
