@@ -80,13 +80,16 @@ class Rig:
         return f"failpoint {place}: {kind}\n" in self.daemon.log[since:]
 
     @contextmanager
-    def failing(self, *places: str, kind: str) -> Iterator[None]:
-        """In the block these places fail, each of them once. Each must be come to."""
+    def failing(self, *places: str, kind: str, again: bool = False) -> Iterator[None]:
+        """In the block these places fail, each of them once; `again`: each time they are come to,
+        and that each must be."""
         since = len(self.daemon.log)
         once = kind.partition(":")[0]
         # `qmp.cont#2` fails the second time; the first time is meant otherwise.
         named = [(place.partition("#")[0], place.partition("#")[2] or "1") for place in places]
-        self.switch(",".join(f"{place}={kind}#{nth}" for place, nth in named))
+        self.switch(
+            ",".join(f"{place}={kind}" + ("" if again else f"#{nth}") for place, nth in named)
+        )
         try:
             yield
         finally:

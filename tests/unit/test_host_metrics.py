@@ -189,6 +189,7 @@ def test_no_clone_name_in_a_label() -> None:
     known = {"template", "path", "phase", "reason", "state", "tier", "resource", "kind", "place"}
     known |= {
         "limit",
+        "direction",
         "generation",
         "accel",
         "qemu_version",
