@@ -172,14 +172,16 @@ def test_a_policy_holds_and_changes(fresh: Daemon, namespace: str) -> None:
 
     fresh.variant("walled", OPEN)
     fresh.cli("net", "apply", "walled")
-    assert reached("w-1", other) and fresh.json("net", "trace", "w-1", other)["passes"]
+    # The guest's kernel remembers for a moment that the neighbour did not answer.
+    assert any(reached("w-1", other) for _ in range(5))
+    assert fresh.json("net", "trace", "w-1", other)["passes"]
     view = fresh.json("net", "show", "walled")
     assert (view["egress"], view["peers"]) == ("nat", "open")
     assert view["published"] == {"8080:80/tcp": "w-1"}
     fresh.stop(signal.SIGKILL)
     assert one["identity"]["ip"] in rules()
     fresh.start()
-    assert reached("w-1", other)
+    assert any(reached("w-1", other) for _ in range(5))
     assert one["identity"]["mac"] in rules()
     fresh.cli("rm", "w-1")
     assert fresh.json("net", "show", "walled")["published"] in ({}, {"8080:80/tcp": "w-2"})

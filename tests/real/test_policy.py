@@ -261,6 +261,11 @@ def test_a_policy_changes_under_what_is_open(ns: Namespace, world: Namespace) ->
         assert reaches(port, gate, flow, 4)
         await network.set_exits([])
         assert not reaches(port, gate, flow, 4)
+        await hold(network, "t.wide", egress="nat")
+        await network.move_port("one", 0, "t.wide")
+        assert reaches(port, gate, flow, 5), "a port is held to another group's policy"
+        await network.set_policy("t.wide", None)
+        await network.move_port("one", 0, "t.web")
         await network.set_policy("t.web", None)
         assert ns.run("nft", "list", "ruleset").strip() == ""
         assert ns.links()["tpone"]["linkinfo"]["info_slave_data"]["isolated"] is True

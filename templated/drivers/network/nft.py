@@ -218,7 +218,7 @@ def _packets(
     sent = f"{_count(group, 'sent')} return"
     way = leaving(policy, exits, segment.bridge, f"{group}.members")
     own = next((one for one in exits if one.name == policy.egress), None)
-    out = [invalid, f"ct direction reply {sent}", *(_text(group, rule, sent) for rule in way)]
+    out = [invalid, f"ct direction reply {sent}", *(_text(group, rule) for rule in way)]
     if policy.egress != NONE:
         out.append(f"jump {group}.reach")
     if policy.connections is not None:
@@ -243,7 +243,8 @@ def _inward(segment: Segment, group: str, policy: Policy, own: Exit | None) -> I
     received = f"{_count(group, 'received')} return"
     yield f"ct state invalid {_drop(group, 'invalid')}"
     if policy.peers:
-        yield f'iifname "{segment.bridge}" ip saddr @{group}.members {received}'
+        # With br_netfilter frames of the bridge come by here, too: they are counted there.
+        yield f'iifname "{segment.bridge}" ip saddr @{group}.members return'
     for one in policy.publish:
         # A port of ours, where packets were sent to one of the host's.
         yield (
@@ -260,9 +261,9 @@ def _inward(segment: Segment, group: str, policy: Policy, own: Exit | None) -> I
     yield received
 
 
-def _text(group: str, rule: Rule, passes: str = "return") -> str:
+def _text(group: str, rule: Rule) -> str:
     match = f"{rule.match} " if rule.match else ""
-    return match + (_drop(group, rule.drop) if rule.drop else passes)
+    return match + (_drop(group, rule.drop) if rule.drop else "return")
 
 
 def _count(group: str, name: str) -> str:
