@@ -145,10 +145,12 @@ class Flows:
 
         A flow is lost when one of its messages is.
         """
-        sent = json.loads(self._line(self._send))["sent"]
+        told = json.loads(self._line(self._send))
+        sent = told["sent"]
         out, _ = self._sink.communicate(timeout=30)
         self._send.communicate(timeout=30)
         arrived = {flow["flow"]: flow for flow in json.loads(out)}
+        self.told = told["failed"]; self.bad=[(i,c,arrived.get(i,{})) for i,c in enumerate(sent) if arrived.get(i, {}).get("messages") != c][:6]
         lost = sum(arrived.get(i, {}).get("messages") != count for i, count in enumerate(sent))
         return lost, sorted(f["silent"] for f in arrived.values()), {f["peer"] for f in arrived.values()}
 
