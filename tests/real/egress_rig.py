@@ -150,9 +150,18 @@ class Flows:
         out, _ = self._sink.communicate(timeout=30)
         self._send.communicate(timeout=30)
         arrived = {flow["flow"]: flow for flow in json.loads(out)}
-        self.told = told["failed"]; self.bad=[(i,c,arrived.get(i,{})) for i,c in enumerate(sent) if arrived.get(i, {}).get("messages") != c][:6]
+        self.told = told["failed"]
+        self.bad = [
+            (i, c, arrived.get(i, {}))
+            for i, c in enumerate(sent)
+            if arrived.get(i, {}).get("messages") != c
+        ][:6]
         lost = sum(arrived.get(i, {}).get("messages") != count for i, count in enumerate(sent))
-        return lost, sorted(f["silent"] for f in arrived.values()), {f["peer"] for f in arrived.values()}
+        return (
+            lost,
+            sorted(f["silent"] for f in arrived.values()),
+            {f["peer"] for f in arrived.values()},
+        )
 
     def close(self) -> None:
         for process in (self._send, self._sink):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -38,6 +39,7 @@ class Remote:
         self._changed = changed
         self._writer: asyncio.StreamWriter | None = None
         self._child: subprocess.Popen[bytes] | None = None
+        self._ending = False
 
     async def begin(self, timeout: float, *, fresh: bool = False) -> None:
         """Start it, and wait until it tells of itself. Raises HostError with what it failed of."""
@@ -73,16 +75,16 @@ class Remote:
         return True
 
     async def keep(self, timeout: float) -> None:
-        """Hear it for good, and start it again whenever it ends, until this is cancelled."""
+        """Hear it for good, and start it again whenever it ends, until `end` or the task's."""
         wait, longest = _AGAIN
-        while True:
+        while not self._ending:
             if self._writer is not None or await self.connect():
                 wait = _AGAIN[0]
                 await self._listen()
             self._gone("it does not run")
             await asyncio.sleep(wait)
             wait = min(wait * 2, longest)
-            if await self.connect():
+            if self._ending or await self.connect():
                 continue
             try:
                 await self.begin(timeout)
@@ -98,6 +100,7 @@ class Remote:
 
     async def end(self) -> None:
         """End its process, and wait until it has ended. Raises Timeout."""
+        self._ending = True
         if await self.connect() and self._writer is not None:
             with contextlib.suppress(OSError):
                 self._writer.write(b"end\n")
@@ -167,17 +170,17 @@ class Remote:
 
     def _hear(self, line: bytes) -> None:
         self.view = msgspec.json.decode(line, type=ForwarderView)
-        self._changed(self)
+        if not self._ending:
+            self._changed(self)
 
     def _gone(self, why: str) -> None:
         self.view = msgspec.structs.replace(self.view, role=Role.GONE, pid=0, error=why)
-        self._changed(self)
+        if not self._ending:
+            self._changed(self)
 
 
 def locked(path: Path) -> bool:
     """Whether a process holds this lock."""
-    import fcntl
-
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
