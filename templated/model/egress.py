@@ -5,8 +5,9 @@ from __future__ import annotations
 import enum
 import hashlib
 import ipaddress
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from msgspec import Meta, Struct
 
@@ -106,7 +107,8 @@ class Role(enum.StrEnum):
     """It does not answer the daemon, or does not run."""
 
 
-class LinkPlan(NamedTuple):
+@dataclass(frozen=True)
+class LinkPlan:
     """Where the forwarders of one egress are reached, and how its packets are told from others.
 
     A /28: .1 is the host, .2 the address that the active forwarder has, .3 and up each one's own.

@@ -14,6 +14,7 @@ _REQUEST, _REPLY = 1, 2
 _FRAME = struct.Struct("!6s6sHHHBBH6s4s6s4s")
 _ALL = b"\xff" * 6
 _NONE = b"\0" * 6
+_NOBODY = "0.0.0.0"  # noqa: S104 - what a probe has as its sender
 
 
 class Heard(NamedTuple):
@@ -52,7 +53,7 @@ class Arp:
         """Tell everybody that `ip` is here: an ARP announcement of RFC 5227. OSError: link down."""
         self._send(_REQUEST, ip, ip)
 
-    def ask(self, ip: str, sender: str = "0.0.0.0") -> None:
+    def ask(self, ip: str, sender: str = _NOBODY) -> None:
         """Ask who has `ip`; without a sender it is a probe, that nobody learns anything from."""
         self._send(_REQUEST, sender, ip)
 

@@ -79,9 +79,20 @@ class Child:
 
     async def _run(self) -> str:
         """Run it to its end, and say how it ended. Raises HostError when it cannot be started."""
+        process = self._start()
+        self._process, self.problem = process, ""
+        await _exit(process.pid)
+        # Its children go, too: keepalived's sets the addresses.
+        self._kill(signal.SIGKILL)
+        code = process.wait()
+        self._process = None
+        _reap()
+        return f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
+
+    def _start(self) -> subprocess.Popen[bytes]:
         try:
             with open(self._log, "ab", buffering=0) as output:
-                process = subprocess.Popen(
+                return subprocess.Popen(
                     self._arguments,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -93,14 +104,6 @@ class Child:
             raise missing(self.name) from None
         except OSError as error:
             raise HostError(f"cannot be started: {error.strerror}") from error
-        self._process, self.problem = process, ""
-        await _exit(process.pid)
-        # Its children go, too: keepalived's sets the addresses.
-        self._kill(signal.SIGKILL)
-        code = process.wait()
-        self._process = None
-        _reap()
-        return f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
 
     async def _end(self) -> None:
         if self._process is None:

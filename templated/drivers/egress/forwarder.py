@@ -18,8 +18,9 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
+from typing import Any
 
 from msgspec import structs
 
@@ -346,8 +347,8 @@ class Forwarder:
         self._files.control.with_suffix(".lock").unlink(missing_ok=True)
         self._files.conntrackd.write_text(conntrackd_config(self._spec, self._files))
 
-    def _spawn(self, work: object) -> None:
-        task = asyncio.ensure_future(work)  # type: ignore[arg-type]
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -18,8 +18,8 @@ from templated.model.egress import ForwarderSpec
 
 _METRIC = 100
 _DUMMY = "192.0.0.8/32"
-"""Of `out`, for itself alone (RFC 7600). The kernel takes away all routes of an interface whose last
-address goes, and a forwarder that gives up the fixed one must go on with what is on its way."""
+"""Of `out`, for itself alone (RFC 7600). The kernel takes away all routes of an interface whose
+last address goes, and a forwarder that gives up the fixed one goes on with what is on its way."""
 
 
 def make(spec: ForwarderSpec, host: int, own: int) -> None:

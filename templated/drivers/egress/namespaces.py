@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 # linux/sched.h, linux/prctl.h
@@ -65,8 +65,9 @@ def set_sysctls() -> None:
     """Make the namespace of this process one that forwards; OSError when a switch is missing."""
     for name, value in _SYSCTLS.items():
         # a kernel without IPv6 has no switch for it
-        with suppress(FileNotFoundError) if "ipv6" in name else suppress():
-            (Path("/proc/sys") / name).write_text(str(value))
+        path = Path("/proc/sys") / name
+        if path.exists() or "ipv6" not in name:
+            path.write_text(str(value))
 
 
 def _call(name: str, *arguments: int) -> None:

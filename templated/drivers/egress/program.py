@@ -73,7 +73,7 @@ def _first(spec: ForwarderSpec, files: Files, host: int) -> int:
     failure.unlink(missing_ok=True)
     try:
         asyncio.run(_run(spec, files, host))
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - who waits for it is told
         cause = _innermost(error)
         _log.error("%s ends: %s", spec.label, cause, exc_info=error)
         told = ErrorInfo(

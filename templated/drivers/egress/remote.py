@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,14 +108,13 @@ class Remote:
                 await self._writer.drain()
         if _managed():
             await run("systemctl", "stop", UNIT.format(self.files.directory.name), timeout=_END + 5)
-        try:
-            async with asyncio.timeout(_END):
-                while self._runs():
-                    await asyncio.sleep(_POLL)
-        except TimeoutError:
-            raise Timeout(
-                f"forwarder {self.spec.label} does not end", hint=f"see {self.files.log}"
-            ) from None
+        deadline = time.monotonic() + _END
+        while self._runs():
+            if time.monotonic() > deadline:
+                raise Timeout(
+                    f"forwarder {self.spec.label} does not end", hint=f"see {self.files.log}"
+                )
+            await asyncio.sleep(_POLL)
         self.release()
         shutil.rmtree(self.files.directory, ignore_errors=True)
 
@@ -130,20 +130,7 @@ class Remote:
             await run("systemctl", "reset-failed", unit, timeout=_END)
             await run("systemctl", "--no-block", "start", unit, timeout=_END)
             return
-        command = [sys.executable, "-m", "templated", "forwarder", "run", str(self.files.directory)]
-        try:
-            with open(self.files.log, "ab", buffering=0) as log:
-                self._child = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                    cwd="/",
-                    env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                )
-        except OSError as error:
-            raise HostError(f"cannot start a forwarder: {error.strerror}") from error
+        self._child = _detached(self.files)
 
     def _check_failed(self) -> None:
         failure = self.files.directory / "failure"
@@ -177,6 +164,24 @@ class Remote:
         self.view = msgspec.structs.replace(self.view, role=Role.GONE, pid=0, error=why)
         if not self._ending:
             self._changed(self)
+
+
+def _detached(files: Files) -> subprocess.Popen[bytes]:
+    """Its process, in a session of its own: it outlives the daemon."""
+    command = [sys.executable, "-m", "templated", "forwarder", "run", str(files.directory)]
+    try:
+        with open(files.log, "ab", buffering=0) as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd="/",
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+    except OSError as error:
+        raise HostError(f"cannot start a forwarder: {error.strerror}") from error
 
 
 def locked(path: Path) -> bool:

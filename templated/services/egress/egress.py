@@ -82,7 +82,7 @@ class Egress:
         view, before = forwarder.view, self._seen.get(forwarder.spec.number)
         self._seen[view.number] = view
         self._metrics.count(self.name, view, before)
-        self._metrics.show(self.view(), self.active and self.active.view)
+        self._metrics.show(self.view(), None if self.active is None else self.active.view)
         if before is None or (view.role, view.error) != (before.role, before.error):
             details = {"forwarder": view.number, "role": view.role.value, "error": view.error}
             self._events.emit("egress.forwarder", self.name, **details)
