@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -139,11 +138,10 @@ def captured(rig: Rig, tmp_path: Path) -> Iterator[Callable[[], list[str]]]:
     process = rig.vpc.start(*program, stderr=subprocess.PIPE)
     assert process.stderr is not None
     process.stderr.readline()
-    ended: list[str] = []
 
     def result() -> list[str]:
         process.terminate()
-        process.communicate()
+        process.wait(10)
         shown = run("tcpdump", "-nn", "-r", str(path), check=False)
         # The host's own interface says so of itself when IPv6 is on: it is no forwarder's.
         return [
@@ -155,7 +153,6 @@ def captured(rig: Rig, tmp_path: Path) -> Iterator[Callable[[], list[str]]]:
     finally:
         process.kill()
         process.communicate()
-        ended.clear()
 
 
 async def until(
@@ -176,8 +173,7 @@ def both(view: EgressView) -> bool:
     return sorted(roles(view)) == [Role.ACTIVE, Role.STANDBY]
 
 
-async def in_thread(work: Callable[..., object], *arguments: object) -> object:
-    return await asyncio.to_thread(work, *arguments)
+in_thread = asyncio.to_thread
 
 
 def test_life(rig: Rig, tmp_path: Path) -> None:
@@ -314,10 +310,11 @@ def test_split_brain(rig: Rig, tmp_path: Path) -> None:
             plan = made.egresses._egresses["acme"].plan
             rig.mark(plan)
             # As between two hosts: each reaches its own, and neither hears the other.
-            drop = "add table bridge cut; add chain bridge cut f { type filter hook forward priority 0; };"
             rig.host.run(
                 "nft",
-                drop + f'add rule bridge cut f ibrname {{ "{plan.inside}", "{plan.sync}" }} drop',
+                "add table bridge cut;"
+                "add chain bridge cut f { type filter hook forward priority 0; };"
+                f'add rule bridge cut f ibrname {{ "{plan.inside}", "{plan.sync}" }} drop',
             )
             view = await until(made, lambda view: view.forwarders[1].contested > 0)
             assert made.seen("egress.contested")
@@ -465,6 +462,3 @@ def test_two_tenants_with_the_same_networks(rig: Rig, tmp_path: Path) -> None:
         asyncio.run(scenario())
     finally:
         other.close()
-
-
-assert socket
