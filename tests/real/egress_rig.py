@@ -33,6 +33,10 @@ class Net:
     def __init__(self, name: str) -> None:
         self.name = name
         run("ip", "netns", "add", name)
+        # Its addresses come and go by themselves.
+        self.run(
+            "sysctl", "-qw", *(f"net.ipv6.conf.{w}.disable_ipv6=1" for w in ("all", "default"))
+        )
         self.ip("link", "set", "lo", "up")
 
     def run(self, *command: str, check: bool = True) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from templated.drivers.egress.rules import TABLE
+from templated.drivers.egress.rules import TABLE, guard_table
 from templated.drivers.host.programs import run_here
+from templated.model.egress import ForwarderSpec
 
 _COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
 _STAT = Path("/proc/thread-self/net/stat/nf_conntrack")
@@ -14,10 +15,18 @@ _STAT = Path("/proc/thread-self/net/stat/nf_conntrack")
 
 def count() -> tuple[dict[str, tuple[int, int]], int]:
     """The packets and bytes of each counter, and how many flows are tracked. HostError."""
-    text = run_here("nft", "-j", "list", "counters", "table", "ip", TABLE, stdin="", timeout=10)
+    return _counters("ip", TABLE), int(_COUNT.read_text())
+
+
+def guarded(spec: ForwarderSpec) -> dict[str, tuple[int, int]]:
+    """What the host's table of a forwarder dropped; in the host's namespace. HostError."""
+    return {f"drop_{name}": n for name, n in _counters("netdev", guard_table(spec)).items()}
+
+
+def _counters(family: str, table: str) -> dict[str, tuple[int, int]]:
+    text = run_here("nft", "-j", "list", "counters", "table", family, table, stdin="", timeout=10)
     found = [item["counter"] for item in json.loads(text)["nftables"] if "counter" in item]
-    counters = {one["name"]: (int(one["packets"]), int(one["bytes"])) for one in found}
-    return counters, int(_COUNT.read_text())
+    return {one["name"]: (int(one["packets"]), int(one["bytes"])) for one in found}
 
 
 def flows_without_port() -> int:

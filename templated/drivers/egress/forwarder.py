@@ -27,7 +27,7 @@ from msgspec import structs
 from templated.drivers.egress import legs, rules
 from templated.drivers.egress.arp import Arp, Heard
 from templated.drivers.egress.child import Child
-from templated.drivers.egress.counters import count, flows_without_port
+from templated.drivers.egress.counters import count, flows_without_port, guarded
 from templated.drivers.egress.namespaces import inside
 from templated.drivers.egress.programs import Files, conntrackd_config, keepalived_config
 from templated.drivers.host.programs import run, run_here
@@ -330,6 +330,11 @@ class Forwarder:
 
     def _count(self) -> None:
         counters, flows = count()
+        try:
+            with inside(self._host):
+                counters |= guarded(self._spec)
+        except HostError:  # somebody flushed the host's rules
+            legs.guard(self._spec, self._host)
         self._view = structs.replace(
             self._view, counters=counters, flows=flows, exhausted=flows_without_port()
         )

@@ -8,12 +8,14 @@ packets of an egress never leave by the host's own routes.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Collection
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, TypeVar
 
 from templated.drivers.egress import ip
+from templated.drivers.host.programs import run_here
 from templated.drivers.network.links import disable_ipv6, forwards_ipv4
 from templated.drivers.network.worker import Worker, enter_namespace
 from templated.errors import Conflict, HostError
@@ -174,14 +176,18 @@ class Ways:
                 for port in (1, 2):
                     ip.discard(f"link del {name}.{port}")
                 ip.discard(f"link del {name}")
+        # The guards last: nothing reaches the forwarders any more, whose namespaces may still go.
+        for table in _guards() & {plan.port(port) for port in (1, 2)}:
+            run_here("nft", "delete", "table", "netdev", table, stdin="")
 
     def _sweep(self, keep: Collection[int]) -> list[int]:
         names = {link["ifname"] for link in ip.shown("link", "show")}
-        marks = _marks()
+        marks, guards = _marks(), _guards()
         stale = []
         for index in range(1, MAX_EGRESSES + 1):
             plan = self.plan(index)
             found = {plan.inside, plan.sync} & names or plan.mark in marks
+            found = found or guards & {plan.port(1), plan.port(2)}
             if found and index not in keep:
                 self._remove(plan)
                 stale.append(index)
@@ -197,6 +203,12 @@ def _enter(netns: str) -> None:
 
 def _marks() -> set[int]:
     return {int(rule["fwmark"], 0) for rule in ip.shown("rule", "show") if "fwmark" in rule}
+
+
+def _guards() -> set[str]:
+    """The names of all tables that guard interfaces; also those of others."""
+    text = run_here("nft", "-j", "list", "tables", "netdev", stdin="")
+    return {item["table"]["name"] for item in json.loads(text)["nftables"] if "table" in item}
 
 
 def _link(name: str) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 
-from templated.drivers.egress import ip
+from templated.drivers.egress import ip, rules
 from templated.drivers.egress.namespaces import inside
 from templated.drivers.egress.programs import sync_address
+from templated.drivers.host.programs import run_here
 from templated.errors import HostError
 from templated.model.egress import ForwarderSpec
 
@@ -57,11 +58,18 @@ def make(spec: ForwarderSpec, host: int, own: int) -> None:
 
 def make_out(spec: ForwarderSpec, host: int, own: int) -> None:
     """Make `out`, in its namespace. Raises HostError."""
+    guard(spec, host)
     with inside(host):
         ip.apply(
             f"link add link {spec.egress.interface} name out address {mac(spec, 'out')}"
             f" netns {_path(own)} type macvlan mode bridge"
         )
+
+
+def guard(spec: ForwarderSpec, host: int) -> None:
+    """Load the host's rules for what `out` sends. Raises HostError."""
+    with inside(host):
+        run_here("nft", "-f", "-", stdin=rules.guard(spec, mac(spec, "out")))
 
 
 def set_up_out(spec: ForwarderSpec) -> None:

@@ -8,7 +8,6 @@ import fcntl
 import logging
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -39,7 +38,8 @@ class Remote:
         self.view = ForwarderView(number=spec.number, role=Role.GONE)
         self._changed = changed
         self._writer: asyncio.StreamWriter | None = None
-        self._child: subprocess.Popen[bytes] | None = None
+        self._pid = 0
+        """Of the process that this daemon has started, and that has not been waited for."""
         self._ending = False
 
     async def begin(self, timeout: float, *, fresh: bool = False) -> None:
@@ -65,21 +65,25 @@ class Remote:
 
     async def connect(self) -> bool:
         """Hear one that runs; False when none does."""
+        if self._writer is not None:
+            return True
         try:
-            reader, writer = await asyncio.open_unix_connection(self.files.socket)
-            line = await reader.readline()
-            self._hear(line)
+            self._reader, writer = await asyncio.open_unix_connection(self.files.socket)
+        except OSError:
+            return False
+        try:
+            self._hear(await self._reader.readline())
         except (OSError, ValueError, msgspec.MsgspecError):
+            writer.close()
             return False
         self._writer = writer
-        self._reader = reader
         return True
 
     async def keep(self, timeout: float) -> None:
         """Hear it for good, and start it again whenever it ends, until `end` or the task's."""
         wait, longest = _AGAIN
         while not self._ending:
-            if self._writer is not None or await self.connect():
+            if await self.connect():
                 wait = _AGAIN[0]
                 await self._listen()
             self._gone("it does not run")
@@ -130,24 +134,33 @@ class Remote:
             await run("systemctl", "reset-failed", unit, timeout=_END)
             await run("systemctl", "--no-block", "start", unit, timeout=_END)
             return
-        self._child = _detached(self.files)
+        self._reap()
+        self._pid = _detached(self.files)
 
     def _check_failed(self) -> None:
         failure = self.files.directory / "failure"
         if failure.exists() and not self._runs():
             told = msgspec.json.decode(failure.read_bytes(), type=ErrorInfo)
             raise HostError(f"forwarder {self.spec.label}: {told.message}", hint=told.hint)
-        if self._child is not None and self._child.poll() is not None:
+        if (code := self._reap()) is not None:
             raise HostError(
-                f"forwarder {self.spec.label} ended with {self._child.returncode}",
-                hint=f"see {self.files.log}",
+                f"forwarder {self.spec.label} ended with {code}", hint=f"see {self.files.log}"
             )
 
     def _runs(self) -> bool:
         """Whether its process is there: it holds the lock until its very end."""
-        if self._child is not None:
-            self._child.poll()
+        self._reap()
         return locked(self.files.lock)
+
+    def _reap(self) -> int | None:
+        """The exit code of the process that this daemon has started, once it has ended."""
+        if self._pid == 0:
+            return None
+        pid, status = os.waitpid(self._pid, os.WNOHANG)
+        if pid == 0:
+            return None
+        self._pid = 0
+        return os.waitstatus_to_exitcode(status)
 
     async def _listen(self) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -166,20 +179,22 @@ class Remote:
             self._changed(self)
 
 
-def _detached(files: Files) -> subprocess.Popen[bytes]:
-    """Its process, in a session of its own: it outlives the daemon."""
+def _detached(files: Files) -> int:
+    """The PID of its process, in a session of its own: it outlives the daemon."""
     command = [sys.executable, "-m", "templated", "forwarder", "run", str(files.directory)]
+    log = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     try:
-        with open(files.log, "ab", buffering=0) as log:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                cwd="/",
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
+        return os.posix_spawn(
+            sys.executable,
+            command,
+            os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, str(files.log), log, 0o600),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
+            setsid=True,
+        )
     except OSError as error:
         raise HostError(f"cannot start a forwarder: {error.strerror}") from error
 

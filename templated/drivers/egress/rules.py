@@ -1,7 +1,8 @@
 """The nftables rules of a forwarder. Pure: text from a spec.
 
-They are loaded before the forwarder has any interface but lo, and stay until its namespace goes.
-So there is no moment at which a packet passes that they would not let pass.
+They are loaded before the forwarder has any interface but lo. While its namespace goes, though, the
+kernel takes the rules away before the interfaces; `guard`, a table of the host's, holds what leaves
+by the operator's interface to the fixed address then, too.
 
 What leaves by `out` has the fixed address as its source, whatever else may go wrong: the hook
 after source NAT checks each packet, and that the address is here (`fib saddr type local`). A
@@ -16,6 +17,8 @@ from templated.model.egress import NEVER, PORTS, ForwarderSpec
 TABLE = "forwarder"
 DROPS = ("source", "destination", "unasked", "other", "address", "standby", "local")
 """Why packets are dropped; each has a counter."""
+GUARD = "guard"
+"""One more reason, of the host's table."""
 SYNC_PORT = 3780
 
 
@@ -81,6 +84,31 @@ table arp {TABLE} {{
     chain output {{
         type filter hook output priority filter; policy accept;
         oifname "out" arp saddr ip != {{ 0.0.0.0, {egress.fixed} }} drop
+    }}
+}}
+"""
+
+
+def guard_table(spec: ForwarderSpec) -> str:
+    """The name of the table that `guard` makes."""
+    return spec.plan.port(spec.number)
+
+
+def guard(spec: ForwarderSpec, mac: str) -> str:
+    """What lets nothing of a forwarder, which has this MAC, leave under another address."""
+    name, fixed = guard_table(spec), spec.egress.fixed
+    return f"""\
+table netdev {name}
+delete table netdev {name}
+table netdev {name} {{
+    comment "{spec.owner}"
+    counter {GUARD} {{ }}
+    chain leaving {{
+        type filter hook egress device "{spec.egress.interface}" priority filter; policy accept;
+        ether saddr != {mac} accept
+        ip saddr {fixed} accept
+        arp saddr ip {{ 0.0.0.0, {fixed} }} accept
+        counter name {GUARD} drop
     }}
 }}
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from templated.drivers.egress.rules import DROPS
+from templated.drivers.egress.rules import DROPS, GUARD
 from templated.model.egress import EgressView, ForwarderView, Role
 
 _WAYS = ("out", "in")
@@ -89,7 +89,7 @@ class EgressMetrics:
         """Show zeros: a series that begins with 1 has no rate."""
         for metric in (self.failovers, self._contested, self._restarts, self._exhausted):
             metric.labels(egress)
-        for reason in DROPS:
+        for reason in (*DROPS, GUARD):
             self._dropped.labels(egress, reason)
         for way in _WAYS:
             self._packets.labels(egress, way)
