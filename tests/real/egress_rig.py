@@ -97,6 +97,10 @@ class Rig:
         )
         self.host.run("nft", rules)
 
+    def port(self, name: str, *change: str) -> None:
+        """Change a port of a bridge of the host."""
+        self.host.run("bridge", "link", "set", "dev", name, *change)
+
     def spec(self, **fields: Any) -> EgressSpec:
         given = {
             "name": "acme",

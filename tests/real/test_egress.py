@@ -314,13 +314,9 @@ def test_split_brain(rig: Rig, tmp_path: Path) -> None:
             plan = made.egresses._egresses["acme"].plan
             rig.mark(plan)
             # As between two hosts: each reaches its own, and neither hears the other.
-            ports = ", ".join(f'"{plan.port(n, sync=s)}"' for n in (1, 2) for s in (False, True))
-            rig.host.run(
-                "nft",
-                "add table bridge cut;"
-                "add chain bridge cut f { type filter hook forward priority 0; };"
-                f"add rule bridge cut f iifname {{ {ports} }} oifname {{ {ports} }} drop",
-            )
+            for sync in (False, True):
+                for number in (1, 2):
+                    rig.port(plan.port(number, sync=sync), "isolated", "on")
             view = await until(made, lambda view: view.forwarders[1].contested > 0)
             assert made.seen("egress.contested")
             await asyncio.sleep(2.5)
@@ -329,7 +325,10 @@ def test_split_brain(rig: Rig, tmp_path: Path) -> None:
             assert "sends under" in view.problem
             with server(rig):
                 assert await in_thread(answer, rig) == FIXED
-            rig.host.run("nft", "delete", "table", "bridge", "cut")
+            for sync in (False, True):
+                for number in (1, 2):
+                    rig.port(plan.port(number, sync=sync), "isolated", "off")
+            await until(made, both)
             await in_thread(_kill, rig, made, 1)
             await until(made, lambda view: view.active == 2)
             await until(made, both)
@@ -339,7 +338,7 @@ def test_split_brain(rig: Rig, tmp_path: Path) -> None:
 
 
 def test_cut_off_from_the_host(rig: Rig, tmp_path: Path) -> None:
-    """The active one is out of the bridge, with its carrier: it gives up, and the other serves."""
+    """The active one reaches nobody, with its carrier: it gives up, and the other serves."""
 
     async def scenario() -> None:
         async with daemon(rig, tmp_path) as made:
@@ -347,13 +346,13 @@ def test_cut_off_from_the_host(rig: Rig, tmp_path: Path) -> None:
             plan = made.egresses._egresses["acme"].plan
             rig.mark(plan)
             for sync in (False, True):
-                rig.host.ip("link", "set", plan.port(1, sync=sync), "nomaster")
+                rig.port(plan.port(1, sync=sync), "state", "disabled")
             view = await until(made, lambda v: roles(v) == [Role.FAULT, Role.ACTIVE])
             assert "does not answer" in view.forwarders[0].error
             with server(rig):
                 assert await in_thread(answer, rig) == FIXED
-            for sync, bridge in ((False, plan.inside), (True, plan.sync)):
-                rig.host.ip("link", "set", plan.port(1, sync=sync), "master", bridge)
+            for sync in (False, True):
+                rig.port(plan.port(1, sync=sync), "state", "forwarding")
             await until(made, both)
             await made.egresses.remove("acme")
 
@@ -383,8 +382,25 @@ def test_policy_of_a_forwarder(rig: Rig, tmp_path: Path) -> None:
                 assert "172" not in await in_thread(_connects, rig, "10.78.0.3")
                 assert "172" not in await in_thread(_connects, rig, FIXED)
                 assert wrong() == []
-            view = await until(made, lambda v: _dropped(v, 1, "unasked") > 0)
-            assert _dropped(view, 1, "destination") > 0
+            await until(made, lambda v: _dropped(v, 1, "unasked") > 0)
+            await made.egresses.remove("acme")
+
+    asyncio.run(scenario())
+
+
+def test_internet(rig: Rig, tmp_path: Path) -> None:
+    """Everywhere, but not to where the host's own networks are, or nobody's."""
+
+    async def scenario() -> None:
+        async with daemon(rig, tmp_path) as made:
+            rig.vpc.ip("addr", "add", "198.51.100.1/32", "dev", "eth0")
+            await made.egresses.create(rig.spec(forwarders=1, to=(), internet=True))
+            rig.mark(made.egresses._egresses["acme"].plan)
+            with server(rig):
+                assert await in_thread(answer, rig, 7, "198.51.100.1") == FIXED
+                for never in ("100.127.9.9", "169.254.1.1"):
+                    assert await in_thread(answer, rig, 7, never) == ""
+            await until(made, lambda v: _dropped(v, 1, "destination") > 1)
             await made.egresses.remove("acme")
 
     asyncio.run(scenario())
