@@ -306,7 +306,7 @@ def test_failover(rig: Rig, tmp_path: Path, failure: Callable[[Rig, Daemon, int]
 
 
 def test_split_brain(rig: Rig, tmp_path: Path) -> None:
-    """The links between the two are cut, and none fails: the first one goes on, alone."""
+    """The links between the two are cut, and none fails: one goes on, alone."""
 
     async def scenario() -> None:
         async with daemon(rig, tmp_path) as made:
@@ -317,20 +317,17 @@ def test_split_brain(rig: Rig, tmp_path: Path) -> None:
             for sync in (False, True):
                 for number in (1, 2):
                     rig.port(plan.port(number, sync=sync), "isolated", "on")
-            view = await until(made, lambda view: view.forwarders[1].contested > 0)
+            await until(made, lambda view: any(one.contested for one in view.forwarders))
             assert made.seen("egress.contested")
             await asyncio.sleep(2.5)
             view = made.egresses.view("acme")
-            assert roles(view) == [Role.ACTIVE, Role.FAULT], view
-            assert "sends under" in view.problem
+            assert sorted(roles(view)) == [Role.ACTIVE, Role.FAULT], view
+            assert "sends under" in view.problem and view.active
             with server(rig):
                 assert await in_thread(answer, rig) == FIXED
             for sync in (False, True):
                 for number in (1, 2):
                     rig.port(plan.port(number, sync=sync), "isolated", "off")
-            await until(made, both)
-            await in_thread(_kill, rig, made, 1)
-            await until(made, lambda view: view.active == 2)
             await until(made, both)
             await made.egresses.remove("acme")
 

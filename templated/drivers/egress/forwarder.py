@@ -24,7 +24,7 @@ from typing import Any
 
 from msgspec import structs
 
-from templated.drivers.egress import legs, rules
+from templated.drivers.egress import adverts, legs, rules
 from templated.drivers.egress.arp import Arp, Heard
 from templated.drivers.egress.child import Child
 from templated.drivers.egress.counters import count, flows_without_port, guarded
@@ -43,6 +43,7 @@ _SILENCE = 3
 """Ticks without an answer of the host after which it is out of reach."""
 _SETTLED = 0.1
 """Seconds after a takeover at which the one before must be silent."""
+_LISTEN = 0.3
 _HOLD = 1.0
 """Seconds times its number after which a contested one asks again: they never retry together."""
 
@@ -206,14 +207,24 @@ class Forwarder:
         why = f"{mac} sends under {self._spec.egress.fixed}, too, and is not heard inside"
         _log.warning("%s: %s", self._spec.label, why)
         self._veto("contested", why)
-        self._spawn(self._wait_for_silence())
+        self._spawn(self._wait_for_peace())
 
-    async def _wait_for_silence(self) -> None:
+    async def _wait_for_peace(self) -> None:
+        """Until the other one is silent, or keepalived would hear it."""
         quiet = 0
         while quiet < 2:
             await asyncio.sleep(_HOLD * self._spec.number)
+            if await self._heard_inside():
+                break
             quiet = 0 if await self._other() else quiet + 1
         self._lift("contested")
+
+    async def _heard_inside(self) -> bool:
+        try:
+            own = self._spec.plan.own(self._spec.number)
+            return await adverts.heard(own, _LISTEN)
+        except OSError:
+            return False
 
     async def _other(self) -> str:
         """The MAC of another one that has the fixed address; empty: there is none, or no leg."""

@@ -3,6 +3,11 @@
 `in` and `sync` are veth pairs whose other ends are ports of bridges of the host. `out` is a macvlan
 child of the operator's interface, which stays where it is: several may have children of it, and
 frames between these need not leave the host. All of them end with the forwarder's namespace.
+
+While that goes, its rules go first (see `rules`). What comes by `out` would then be taken for the
+forwarder's own, and be answered by a reset. So it is led to the clones, by rules of routing that
+stay for as long as `out`, or nowhere; all that looks for the fixed address itself are questions of
+ARP, which have a mark.
 """
 
 from __future__ import annotations
@@ -18,6 +23,8 @@ from templated.errors import HostError
 from templated.model.egress import ForwarderSpec
 
 _METRIC = 100
+_REPLIES = 100
+"""The table of what comes by `out`."""
 _DUMMY = "192.0.0.8/32"
 """Of `out`, for itself alone (RFC 7600). The kernel takes away all routes of an interface whose
 last address goes, and a forwarder that gives up the fixed one goes on with what is on its way."""
@@ -46,12 +53,18 @@ def make(spec: ForwarderSpec, host: int, own: int) -> None:
                 f"link set dev {port} up",
             )
     ip.apply(
+        "rule add priority 3 table local",
+        "rule del priority 0 table local",
+        f"rule add priority 1 iif out fwmark {rules.ARP_MARK} table local",
+        f"rule add priority 2 iif out table {_REPLIES}",
+        f"route add blackhole default table {_REPLIES}",
         "link set dev lo up",
         f"addr add {plan.own(spec.number)}/{plan.network.prefixlen} dev in",
         f"addr add {sync_address(spec.number)}/28 dev sync",
         "link set dev sync up",
         "link set dev in up",
         f"route replace {spec.clones} via {plan.host} dev in",
+        f"route replace {spec.clones} via {plan.host} dev in table {_REPLIES}",
     )
     set_up_out(spec)
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 from templated.model.egress import NEVER, PORTS, ForwarderSpec
 
 TABLE = "forwarder"
+ARP_MARK = 1
+"""Of the questions by which others find the fixed address: see `legs`."""
 DROPS = ("source", "destination", "unasked", "other", "address", "standby", "local")
 """Why packets are dropped; each has a counter."""
 GUARD = "guard"
@@ -63,6 +65,10 @@ table ip {TABLE} {{
         oifname "out" ip saddr @lingering accept
         oifname "out" fib saddr type != local counter name drop_standby drop
     }}
+    chain arrive {{
+        type filter hook prerouting priority dstnat + 10; policy accept;
+        iifname "out" ip daddr {egress.fixed} counter name drop_unasked drop
+    }}
     chain input {{
         type filter hook input priority filter; policy drop;
         iifname "in" ip protocol vrrp ip saddr {spec.link} accept
@@ -81,6 +87,10 @@ table ip {TABLE} {{
 table arp {TABLE}
 delete table arp {TABLE}
 table arp {TABLE} {{
+    chain input {{
+        type filter hook input priority filter; policy accept;
+        iifname "out" meta mark set {ARP_MARK}
+    }}
     chain output {{
         type filter hook output priority filter; policy accept;
         oifname "out" arp saddr ip != {{ 0.0.0.0, {egress.fixed} }} drop
