@@ -197,7 +197,7 @@ def test_a_daemon_in_user_mode_refuses(tmp_path: Path) -> None:
 
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
         with pytest.raises(InvalidRequest, match="mode bridge"):
-            running.context.policies.check("t", keys(egress="nat"))
+            await running.context.policies.check("t", keys(egress="nat"))
         assert await running.nets.views() == []
         with pytest.raises(NotFound, match="has no network policy"):
             await running.nets.view("t")

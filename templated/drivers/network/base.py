@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from typing import NamedTuple, Protocol
 
 from templated.errors import HostError, InvalidRequest
@@ -71,6 +72,14 @@ class Way(NamedTuple):
 
     local: bool
     ifname: str
+
+
+class HostFacts(NamedTuple):
+    """What the host has of its own, in the network namespace of its clones."""
+
+    addresses: frozenset[IPv4Address]
+    listening: frozenset[tuple[str, int]]
+    """Protocols and ports that programs listen to, but for those on loopback alone."""
 
 
 class Network(Protocol):
@@ -137,6 +146,9 @@ class Network(Protocol):
 
         Counted since the daemon began or the first policy came. Raises HostError.
         """
+
+    async def host(self) -> HostFacts:
+        """What policies must not touch. Raises HostError; nothing is known before `open`."""
 
     async def way(self, address: str, mark: int = 0) -> Way:
         """Where the host sends what a clone sends to an IPv4 address. Raises HostError."""

@@ -13,8 +13,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from templated.drivers.network import tap
-from templated.drivers.network.base import Counted, Port, PortOwner, Way, check_tag, host_errors
-from templated.drivers.network.links import Link, Links, disable_ipv6, forwards_ipv4
+from templated.drivers.network.base import (
+    Counted,
+    HostFacts,
+    Port,
+    PortOwner,
+    Way,
+    check_tag,
+    host_errors,
+)
+from templated.drivers.network.links import Link, Links, disable_ipv6, forwards_ipv4, listening
 from templated.drivers.network.policing import Held, Policing
 from templated.drivers.network.segment import Segment, host_mac
 from templated.drivers.network.worker import Worker, enter_namespace
@@ -89,6 +97,8 @@ class TapNetwork:
         check_tag(tag)
         if self._mover is None:
             raise HostError("the network is not open")
+        if self._policing.rename(_PREFIX + tag, groups):
+            return
         await self._mover.run(lambda: self._move_port(_PREFIX + tag, groups))
 
     async def drop_port(self, tag: str) -> None:
@@ -112,6 +122,11 @@ class TapNetwork:
 
     async def counters(self) -> dict[str, dict[str, Counted]]:
         return await self._running().run(self._policing.counters)
+
+    async def host(self) -> HostFacts:
+        if self._worker is None:
+            return HostFacts(frozenset(), frozenset())
+        return await self._worker.run(self._host)
 
     async def way(self, address: str, mark: int = 0) -> Way:
         return await self._running().run(lambda: self._way(address, mark))
@@ -296,6 +311,11 @@ class TapNetwork:
                 if (link := links.find(name)) is not None:
                     isolated = self._config.isolate if as_all else self._isolated(name)
                     links.isolate(link.index, isolated=isolated)
+
+    def _host(self) -> HostFacts:
+        links, _ = self._opened()
+        with host_errors("read what the host's addresses and ports are"):
+            return HostFacts(links.own_addresses(), listening())
 
     def _way(self, address: str, mark: int) -> Way:
         links, _ = self._opened()

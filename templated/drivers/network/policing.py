@@ -102,6 +102,22 @@ class Policing:
                 raise HostError(f"there is no port {ifname} with an address of its own")
             self._hold(ifname, held._replace(groups=groups))
 
+    def rename(self, ifname: str, groups: tuple[str, ...]) -> bool:
+        """As `move`, when no rule changes by it; False, and nothing done, otherwise. At once."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            held = self._ports.get(ifname)
+            if held is None:
+                return False
+            wanted = held._replace(groups=groups)
+            if _closest(self.policies, held) != _closest(self.policies, wanted):
+                return False
+            self._ports[ifname] = wanted
+            return True
+        finally:
+            self._lock.release()
+
     def set_policies(self, changes: Mapping[str, Policy | None]) -> list[str]:
         """Hold all ports of groups to other policies, from one packet to the next; None: to none.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping, Sequence
 
-from templated.drivers.network.base import Counted, Port, PortOwner, Way, check_tag
+from templated.drivers.network.base import Counted, HostFacts, Port, PortOwner, Way, check_tag
 from templated.errors import InvalidRequest
 from templated.model.network import AddressPlan, Exit, Forward, Slirp, UserNetwork
 from templated.model.policy import Policy
@@ -53,6 +53,9 @@ class SlirpNetwork:
 
     async def counters(self) -> dict[str, dict[str, Counted]]:
         return {}
+
+    async def host(self) -> HostFacts:
+        return HostFacts(frozenset(), frozenset())
 
     async def way(self, address: str, mark: int = 0) -> Way:
         raise InvalidRequest("VMs of a network of mode user have routes of their own")
