@@ -57,7 +57,7 @@ async def deploy_function(request: web.Request) -> web.Response:
     return json_answer(functions.view(name))
 
 
-async def set_network(request: web.Request) -> web.Response:
+async def set_function_network(request: web.Request) -> web.Response:
     functions, name = _functions(request), _name(request)
     wanted = await body_of(request, NetworkRequest)
     note(target=name, detail=" ".join(key for key in KEYS if getattr(wanted, key) is not None))

@@ -94,7 +94,7 @@ FUNCTION_ROUTES: tuple[Route, ...] = (
     ),
     put(
         f"{_NAME}/network",
-        h.set_network,
+        h.set_function_network,
         "Set a function's network policy, for all that runs, too",
         FunctionView,
         body=NetworkRequest,
