@@ -114,6 +114,7 @@ READS = (
 )
 _NETWORK = (
     *("open", "find", "list", "bridge", "tap", "label", "enslave", "up", "persist", "delete"),
+    "elements",
 )
 _CALLS = (
     *(f"agent.{command}" for command in _AGENT),

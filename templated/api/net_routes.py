@@ -16,7 +16,7 @@ async def list_policies(request: web.Request) -> web.Response:
 
 
 async def show_policy(request: web.Request) -> web.Response:
-    """One, by the name of its template or of a clone."""
+    """One, by the name of its template, its function, or a clone."""
     return json_answer(await request.app[SERVICES].nets.view(request.match_info["name"]))
 
 
@@ -44,7 +44,7 @@ NET_ROUTES: tuple[Route, ...] = (
     get(
         "/v1/policies/{name}",
         show_policy,
-        "The policy of a template, or of a clone's",
+        "The policy of a template, a function, or a clone",
         PolicyView,
         needs=Role.VIEWER,
     ),

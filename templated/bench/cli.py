@@ -55,6 +55,10 @@ templated bench soak
 templated bench soak --rounds 2000 --kills 20 --seed 7 --serve /etc/templated/templated.yaml
 templated bench soak --rounds 500 --kills 0 --paths direct
 """
+_POLICY_EXAMPLES = """
+templated bench policy
+templated bench policy --egress acme --connect 10.1.2.3:443 -n 100
+"""
 _PORTS_EXAMPLES = """
 templated bench ports
 templated bench ports 2000 -o json
@@ -470,3 +474,36 @@ def ports(settings: Settings, n: int) -> None:
         render.fields([(key.replace("_", " "), value) for key, value in figures.items()])
     else:
         render.dump(figures, settings)
+
+
+@bench.command("policy", examples=_POLICY_EXAMPLES)
+@_count("-n", "count", default=30, least=1, most=1000, about="Starts by each path, both ways.")
+@click.option("--egress", metavar="NAME", default="nat", help="What it names. Default: nat.")
+@click.option("--connect", metavar="ADDRESS:PORT", help="Also have functions call this server.")
+@_count("--connections", default=100, least=1, most=10000, about="Calls, by each path.")
+@_template
+@click.pass_obj
+def policy(
+    settings: Settings,
+    count: int,
+    egress: str,
+    connect: str | None,
+    connections: int,
+    template: str | None,
+) -> None:
+    """Compare starts with a network policy with starts that have none.
+
+    By each path, clones of two templates and instances of two functions in turn. With --connect
+    each new instance opens a connection as its code is loaded, and must succeed at the first try.
+    """
+    from templated.bench.policies import Plan, measure_policy
+    from templated.model.policy import parse_target
+
+    server = None
+    if connect is not None:
+        target = parse_target(connect)
+        if target.port is None or target.protocol != "tcp":
+            raise InvalidRequest("--connect takes ADDRESS:PORT of tcp", hint="as in 10.1.2.3:443")
+        server = (str(target.address), target.port)
+    plan = Plan(egress=egress, count=count, connect=server, connections=connections)
+    _run(settings, template, None, lambda session: measure_policy(session, plan))

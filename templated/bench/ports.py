@@ -34,14 +34,14 @@ async def _measure(namespace: str, n: int) -> dict[str, float]:
     network = make_network(config, AddressPlan(config.subnet, b"bench"), "bench")
     limits = PolicyLimits(bandwidth="10MiB", packets=10000, connections=1000)
     keys = PolicyKeys(egress="nat", allow=("10.0.0.0/8", "192.0.2.1:443"), limits=limits)
-    await network.set_policy(_GROUP, policy_of(keys, config))
+    await network.set_policies({_GROUP: policy_of(keys, config)})
     await network.open()
     try:
         took = [await _made(network, number) for number in range(n)]
         bound = policy_of(PolicyKeys(egress="acme", limits=limits), config)
         await network.set_exits([Exit("acme", 77, "lo")])
         began = time.perf_counter()
-        await network.set_policy(_GROUP, bound)
+        await network.set_policies({_GROUP: bound})
         binding = time.perf_counter() - began
     finally:
         await network.close(remove=True)
@@ -58,7 +58,7 @@ async def _measure(namespace: str, n: int) -> dict[str, float]:
 
 async def _made(network: Network, number: int) -> float:
     began = time.perf_counter()
-    port = await network.make_port(f"b{number}", number, _GROUP)
+    port = await network.make_port(f"b{number}", number, (_GROUP,))
     took = time.perf_counter() - began
     port.close()
     return took

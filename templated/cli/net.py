@@ -22,10 +22,11 @@ templated net apply python-fn   # after its file has changed
 
 @click.group("net", cls=Group, examples=EXAMPLES)
 def net() -> None:
-    """Show the network policies of templates, and what they do.
+    """Show the network policies of templates and functions, and what they do.
 
-    A policy is in the template's file: network: {egress, allow, peers, publish, limits}. It holds
-    from the build on, or from `net apply`, for all clones of the template at once.
+    A template's is in its file: network: {egress, allow, peers, publish, limits}. It holds from the
+    build on, or from `net apply`, for all clones of the template at once. Over it stands what a
+    function has said: see `function network`.
     """
 
 
@@ -40,7 +41,7 @@ def ls(settings: Settings) -> None:
         for view in views:
             click.echo(view["name"])
     else:
-        headers = ("TEMPLATE", "EGRESS", "ALLOW", "PEERS", "SENT", "RECEIVED", "DROPPED", "PROBLEM")
+        headers = ("POLICY", "EGRESS", "ALLOW", "PEERS", "SENT", "RECEIVED", "DROPPED", "PROBLEM")
         render.table(headers, map(_row, views))
 
 
@@ -50,14 +51,19 @@ def _row(view: dict[str, Any]) -> tuple[object, ...]:
     shown = named if not allow else allow[0] + (f" +{len(allow) - 1}" if len(allow) > 1 else "")
     passed = (view[way]["packets"] for way in ("sent", "received"))
     dropped = sum(view["dropped"].values())
-    return view["name"], view["egress"], shown, view["peers"], *passed, dropped, view["problem"]
+    return _named(view), view["egress"], shown, view["peers"], *passed, dropped, view["problem"]
+
+
+def _named(view: dict[str, Any]) -> str:
+    """A template's name, or as in `hello on python-fn`."""
+    return f"{view['name']} on {view['template']}" if view["function"] else str(view["name"])
 
 
 @net.command("show", examples="templated net show python-fn\ntemplated net show fn-123 -o json")
-@click.argument("name", metavar="TEMPLATE|CLONE", shell_complete=template_names)
+@click.argument("name", metavar="TEMPLATE|FUNCTION|CLONE", shell_complete=template_names)
 @click.pass_obj
 def show(settings: Settings, name: str) -> None:
-    """Show one policy in full, by its template or by a clone of it."""
+    """Show one policy in full, by its template, its function, or a clone that it holds for."""
     view = settings.client().json(requests.show_policy(name))
     if not settings.table:
         render.dump(view, settings)
@@ -65,7 +71,8 @@ def show(settings: Settings, name: str) -> None:
     limits = ", ".join(f"{key} {value}" for key, value in view["limits"].items() if value)
     render.fields(
         [
-            ("template", view["name"]),
+            *([("function", view["name"])] if view["function"] else []),
+            ("template", view["template"]),
             ("egress", view["egress"]),
             ("allow", ", ".join(view["allow"]) or "all that it leads to"),
             ("peers", view["peers"]),

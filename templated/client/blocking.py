@@ -120,6 +120,7 @@ class Client:
     remove_alias = _one(requests.remove_alias)
     set_concurrency = _one(requests.set_concurrency)
     scale_function = _one(requests.scale_function)
+    set_function_network = _one(requests.set_function_network)
     provision_function = _one(requests.provision_function)
     unprovision_function = _one(requests.unprovision_function)
     invoke_function = _one(requests.invoke_function)

@@ -321,7 +321,7 @@ def list_policies() -> Request[list[PolicyView]]:
 
 
 def show_policy(name: str) -> Request[PolicyView]:
-    """The policy of a template, or of a clone's."""
+    """The policy of a template, a function, or a clone."""
     return Request("GET", "policies", name)
 
 
@@ -387,6 +387,7 @@ def deploy_function(
     env: Mapping[str, str] | None = None,
     timeout: str | None = None,
     description: str | None = None,
+    network: Mapping[str, object] | None = None,
     ready: int | None = None,
     background: bool = False,
 ) -> Request[FunctionView]:
@@ -395,7 +396,8 @@ def deploy_function(
     Where the code before has instances, they serve until as many of the new one are ready, for
     `ready` seconds at most (60; 0: not at all). `background`: the answer does not wait for that.
     `code` is a zip, or an open file with one, of `size` bytes if that is known; without it the
-    code stays as it is, and so does every setting that is None. `env` replaces all variables.
+    code stays as it is, and so does every setting that is None. `env` replaces all variables;
+    `network` are keys of the policy of all versions, as for `set_function_network`.
     """
     settings = {
         "handler": handler,
@@ -404,6 +406,7 @@ def deploy_function(
         "env": None if env is None else dict(env),
         "timeout": timeout,
         "description": description,
+        "network": None if network is None else dict(network),
     }
     query = {
         "settings": json.dumps(_given(settings), separators=(",", ":")),
@@ -466,6 +469,18 @@ def scale_function(
     all versions (0: no bound of its own); None leaves a number as it is."""
     body = {"min": least, "max": most}
     return Request("PUT", "functions", name, "scale", body=body, timeout=LONG)
+
+
+def set_function_network(
+    name: str, keys: Mapping[str, object], *, reset: bool = False
+) -> Request[FunctionView]:
+    """Set keys of a function's network policy: egress, allow, peers, limits.
+
+    All its instances are held to it from one packet to the next. The others stay as they are;
+    `reset` forgets them first.
+    """
+    body = {**keys, "reset": reset}
+    return Request("PUT", "functions", name, "network", body=body, timeout=LONG)
 
 
 def provision_function(name: str, qualifier: str, count: int) -> Request[FunctionView]:

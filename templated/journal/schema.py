@@ -61,8 +61,10 @@ CREATE INDEX events_of ON events (function);
 
 _POLICIES = """
 CREATE TABLE policies (
-    template TEXT PRIMARY KEY,
-    keys TEXT NOT NULL
+    kind TEXT NOT NULL,
+    name TEXT NOT NULL,
+    keys TEXT NOT NULL,
+    PRIMARY KEY (kind, name)
 ) STRICT;
 """
 

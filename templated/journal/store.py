@@ -25,13 +25,13 @@ from msgspec import structs
 from templated import failpoints
 from templated.errors import Busy, Conflict, Defect, HostError
 from templated.journal import schema
-from templated.journal.rows import CloneRow, GenerationRow, check_move, now, parsed, read
+from templated.journal.rows import CloneRow, GenerationRow, PolicyRow, check_move, now, parsed, read
 from templated.model.clone import TRANSITIONS as CLONE_TRANSITIONS
 from templated.model.clone import CloneState, Key, Slot
 from templated.model.generation import TRANSITIONS as GENERATION_TRANSITIONS
 from templated.model.generation import GenerationState
 from templated.model.network import Elsewhere
-from templated.model.policy import PolicyKeys
+from templated.model.policy import PolicyKeys, PolicyOwner
 from templated.model.spec import PoolSpec
 
 T = TypeVar("T")
@@ -155,26 +155,28 @@ class Journal:
         sql = "INSERT OR REPLACE INTO pools VALUES (?, ?, ?)"
         await self.run("set_pool", _executor(sql, template, sizes.standby, sizes.warm))
 
-    async def policies(self) -> dict[str, PolicyKeys]:
-        """The network policies that are in force, by template."""
-        sql = "SELECT template, keys FROM policies"
-        return await self.run(
-            "policies",
-            lambda db: {
-                r["template"]: read(parsed(r["keys"]), PolicyKeys, r["template"])
-                for r in db.execute(sql)
-            },
-        )
+    async def policies(self) -> dict[PolicyOwner, PolicyKeys]:
+        """The keys of the network policies that are in force."""
 
-    async def set_policy(self, template: str, keys: PolicyKeys | None) -> None:
-        """Keep the policy that is in force; None forgets it."""
+        def work(db: sqlite3.Connection) -> dict[PolicyOwner, PolicyKeys]:
+            found = db.execute("SELECT * FROM policies").fetchall()
+            rows = (
+                read({"name": r["name"], "kind": r["kind"], "keys": parsed(r["keys"])}, PolicyRow)
+                for r in found
+            )
+            return {PolicyOwner(row.kind, row.name): row.keys for row in rows}
+
+        return await self.run("policies", work)
+
+    async def set_policy(self, owner: PolicyOwner, keys: PolicyKeys | None) -> None:
+        """Keep the keys of a policy that is in force; None forgets it."""
         if keys is None:
-            sql = "DELETE FROM policies WHERE template = ?"
-            await self.run("set_policy", _executor(sql, template))
+            sql = "DELETE FROM policies WHERE kind = ? AND name = ?"
+            await self.run("set_policy", _executor(sql, *owner))
             return
-        sql = "INSERT OR REPLACE INTO policies VALUES (?, ?)"
         written = msgspec.json.encode(keys).decode()
-        await self.run("set_policy", _executor(sql, template, written))
+        sql = "INSERT OR REPLACE INTO policies VALUES (?, ?, ?)"
+        await self.run("set_policy", _executor(sql, *owner, written))
 
     # --- templates and generations ----------------------------------------------------------
 

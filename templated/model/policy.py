@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from msgspec import Meta, Struct
 
@@ -45,7 +45,7 @@ class Step(Struct, frozen=True, kw_only=True):
     """One decision on a packet's way."""
 
     at: str
-    """port, bridge, host, route, leave, reach, egress."""
+    """port, limits, bridge, host, route, leave, reach, egress."""
     passes: bool
     says: str
     counter: str = ""
@@ -82,15 +82,44 @@ class PolicyKeys(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return PolicyKeys(**{key: getattr(self, key) for key in KEYS}) != PolicyKeys()
 
     def over(self, other: PolicyKeys) -> PolicyKeys:
-        """The same, with `other`'s where a key is not said here."""
-        said = {key: getattr(self, key) for key in KEYS}
-        under = {key: getattr(other, key) for key in KEYS}
-        return PolicyKeys(**{k: under[k] if v is None else v for k, v in said.items()})
+        """The same, with `other`'s where a key, or one limit, is not said here."""
+        said = {key: _either(getattr(self, key), getattr(other, key)) for key in KEYS}
+        if self.limits is not None and other.limits is not None:
+            said["limits"] = PolicyLimits(
+                **{
+                    limit: _either(getattr(self.limits, limit), getattr(other.limits, limit))
+                    for limit in PolicyLimits.__struct_fields__
+                }
+            )
+        return PolicyKeys(**said)
+
+
+class NetworkRequest(PolicyKeys, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Change a function's keys: what is None stays as it is."""
+
+    reset: bool = False
+    """Begin with none: what is not said is as the template has it."""
+
+
+class PolicyOwner(NamedTuple):
+    """Who has said a policy's keys."""
+
+    kind: Literal["template", "function"]
+    name: str
 
 
 def template_group(template: str) -> str:
     """The group of a template's clones, as rules know it."""
     return f"t.{template}"
+
+
+def function_group(template: str, function: str) -> str:
+    """The group of a function's instances that run on a template; at most 116 characters."""
+    return f"f.{template}.{function}"
+
+
+def _either(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
 
 
 KEYS = ("egress", "allow", "peers", "publish", "limits")
@@ -247,10 +276,13 @@ def networks(allowed: Sequence[Allowed]) -> dict[tuple[Protocol, int] | None, li
 
 
 class PolicyView(Struct, frozen=True, kw_only=True):
-    """The policy of a template as users see it, and what it has done since the daemon began."""
+    """A policy as users see it, and what it has done since the daemon began."""
 
     name: str
-    """The template."""
+    """The template, or the function."""
+    function: bool
+    """It is a function's; then it holds for its instances on `template`."""
+    template: str
     egress: str
     allow: tuple[str, ...]
     peers: Literal["isolated", "open"]
@@ -272,7 +304,7 @@ class TraceView(Struct, frozen=True, kw_only=True):
 
     clone: str
     policy: str
-    """The template whose policy holds; empty: none does."""
+    """Whose policy holds: `template NAME` or `function NAME`; empty: none does."""
     target: str
     passes: bool
     steps: tuple[Step, ...]

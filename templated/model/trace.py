@@ -26,9 +26,10 @@ class Place(NamedTuple):
 def trace(policy: Policy, exits: Sequence[Exit], place: Place, flow: Flow) -> list[Step]:
     """The steps of the first packet of a connection; the last says whether it passes.
 
-    Of a packet that the port's own address sends, of a clone within its limits.
+    Of a packet that the port's own address sends. Limits are named, and taken as kept.
     """
     steps = [Step(at="port", passes=True, says="it comes from the clone's own MAC and address")]
+    steps += _limits(policy)
     if flow.target in IPv4Network(place.subnet) and str(flow.target) != place.gateway:
         return [*steps, _bridged(policy, flow)]
     if not flow.leaves:
@@ -42,6 +43,22 @@ def trace(policy: Policy, exits: Sequence[Exit], place: Place, flow: Flow) -> li
     if steps[-1].passes:
         steps.append(_last(policy, flow))
     return steps
+
+
+def _limits(policy: Policy) -> list[Step]:
+    """What a packet beyond would be dropped for; what the clone has used is not known here."""
+    said = [
+        f"{number:,} {unit}"
+        for number, unit in (
+            (policy.packets, "packets a second"),
+            (policy.bandwidth, "bytes a second"),
+            (policy.connections, "connections"),
+        )
+        if number is not None
+    ]
+    if not said:
+        return []
+    return [Step(at="limits", passes=True, says=f"while it keeps to {', '.join(said)}")]
 
 
 def _bridged(policy: Policy, flow: Flow) -> Step:

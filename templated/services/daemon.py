@@ -40,6 +40,7 @@ from templated.services.functions.instance import Timing
 from templated.services.functions.instances import Instances
 from templated.services.functions.kept import Kept
 from templated.services.functions.logs import FunctionLogs
+from templated.services.functions.networks import FunctionNetworks
 from templated.services.functions.queue import EventQueue
 from templated.services.functions.registry import Registry
 from templated.services.functions.router import Router
@@ -228,7 +229,8 @@ class _Functions:
         self._registry.on_changed += [metrics.expect, self._shifts.changed]
         self._registry.on_kept.append(self._kept.changed)
         self._registry.on_removed += [self._router.removed, self._queue.removed, self._removed]
-        self._registry.on_removed.append(self._shifts.removed)
+        self._networks = FunctionNetworks(self._registry, context.policies, templates)
+        self._registry.on_removed += [self._shifts.removed, self._networks.removed]
         self._following: Following | None = None
         self.scaling = self._make_scaling(context, templates, pools)
         self.scale_views = (
@@ -243,6 +245,7 @@ class _Functions:
             uploads=self._uploads,
             kept=self._kept,
             shifts=self._shifts,
+            networks=self._networks,
         )
 
     def _make_router(
@@ -304,6 +307,7 @@ class _Functions:
         await self._uploads.open()
         await self._cache.open()
         await self._registry.open()
+        await self._networks.open()
         for name in self._registry.names():
             for version in (self._registry.latest(name), *self._registry.versions(name)):
                 self._router.changed(version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import select
@@ -71,7 +72,7 @@ def keys(**said: object) -> PolicyKeys:
 
 
 async def hold(network: TapNetwork, group: str, **said: object) -> None:
-    await network.set_policy(group, policy_of(keys(**said), CONFIG))
+    await network.set_policies({group: policy_of(keys(**said), CONFIG)})
 
 
 def checksum(data: bytes) -> int:
@@ -196,14 +197,14 @@ def test_trace_and_reality_agree(ns: Namespace, world: Namespace, said: dict[str
 
     async def scenario() -> None:
         network = ns.network()
-        await network.set_policy("t.web", policy)
+        await network.set_policies({"t.web": policy})
         await hold(network, "t.other", peers="open")
         await network.open()
         await network.set_exits(exits)
-        port = await network.make_port("one", 0, "t.web")
+        port = await network.make_port("one", 0, ("t.web",))
         peer, other = (
-            await network.make_port("two", 1, "t.web"),
-            await network.make_port("three", 2, "t.other"),
+            await network.make_port("two", 1, ("t.web",)),
+            await network.make_port("three", 2, ("t.other",)),
         )
         gate = gate_of(port)
         for waiting in (peer, other):
@@ -242,7 +243,7 @@ def test_a_policy_changes_under_what_is_open(ns: Namespace, world: Namespace) ->
     async def scenario() -> None:
         network = ns.network()
         await network.open()
-        port = await network.make_port("one", 0, "t.web")
+        port = await network.make_port("one", 0, ("t.web",))
         gate = gate_of(port)
         flow = Flow(IPv4Address("10.1.0.5"), "icmp", None, "out0")
         assert reaches(port, gate, flow, 1), "without a policy the host forwards, as ever"
@@ -262,11 +263,11 @@ def test_a_policy_changes_under_what_is_open(ns: Namespace, world: Namespace) ->
         await network.set_exits([])
         assert not reaches(port, gate, flow, 4)
         await hold(network, "t.wide", egress="nat")
-        await network.move_port("one", 0, "t.wide")
+        await network.move_port("one", ("t.wide",))
         assert reaches(port, gate, flow, 5), "a port is held to another group's policy"
-        await network.set_policy("t.wide", None)
-        await network.move_port("one", 0, "t.web")
-        await network.set_policy("t.web", None)
+        await network.set_policies({"t.wide": None})
+        await network.move_port("one", ("t.web",))
+        await network.set_policies({"t.web": None})
         assert ns.run("nft", "list", "ruleset").strip() == ""
         assert ns.links()["tpone"]["linkinfo"]["info_slave_data"]["isolated"] is True
         await network.close(remove=True)
@@ -284,9 +285,9 @@ def test_hostile_guests(ns: Namespace, world: Namespace) -> None:
         await hold(network, "t.web", egress="nat", peers="open", limits=limits)
         await hold(network, "t.other", peers="open")
         await network.open()
-        port = await network.make_port("one", 0, "t.web")
-        other = await network.make_port("two", 1, "t.other")
-        peer = await network.make_port("three", 2, "t.web")
+        port = await network.make_port("one", 0, ("t.web",))
+        other = await network.make_port("two", 1, ("t.other",))
+        peer = await network.make_port("three", 2, ("t.web",))
         gate = gate_of(port)
         for waiting in (other, peer):
             gate_of(waiting)
@@ -326,7 +327,7 @@ def test_published_ports(ns: Namespace, world: Namespace) -> None:
         network = ns.network()
         await hold(network, "t.web", publish=("8080:80",))
         await network.open()
-        port = await network.make_port("one", 0, "t.web")
+        port = await network.make_port("one", 0, ("t.web",))
         gate_of(port)
         await network.publish({("tcp", 8080): (PLAN.ip(0), 80)})
         knock = (
@@ -355,15 +356,15 @@ def test_a_daemon_that_comes_back_and_a_flushed_table(ns: Namespace, world: Name
         first = ns.network()
         await hold(first, "t.web", egress="nat")
         await first.open()
-        await first.make_port("one", 0, "t.web")
+        await first.make_port("one", 0, ("t.web",))
         await first.close(remove=False)
         second = ns.network()
         await hold(second, "t.web", egress="nat")
-        await second.open({"one": PortOwner(0, "t.web")})
+        await second.open({"one": PortOwner(0, ("t.web",))})
         assert PLAN.ip(0) in ns.run("nft", "list", "table", "ip", "templated_templated0")
         for family in ("ip", "bridge"):
             ns.run("nft", "delete", "table", family, "templated_templated0")
-        await second.make_port("two", 1, "t.web")
+        await second.make_port("two", 1, ("t.web",))
         rules = ns.run("nft", "list", "ruleset")
         assert PLAN.ip(0) in rules and PLAN.ip(1) in rules
         assert json.loads(ns.run("nft", "-j", "list", "table", "inet", "theirs")) == theirs
@@ -371,6 +372,14 @@ def test_a_daemon_that_comes_back_and_a_flushed_table(ns: Namespace, world: Name
         assert ns.run("nft", "list", "tables").strip() == "table inet theirs"
 
     asyncio.run(scenario())
+
+
+@contextlib.contextmanager
+def without_nft(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No program is found."""
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "/nonexistent")
+        yield
 
 
 def test_a_refused_transaction_leaves_nothing(
@@ -382,18 +391,99 @@ def test_a_refused_transaction_leaves_nothing(
         network = ns.network()
         await hold(network, "t.web", egress="none")
         await network.open()
-        await network.make_port("one", 0, "t.web")
+        await network.make_port("one", 0, ("t.web",))
         before = ns.run("nft", "-s", "list", "ruleset")
-        monkeypatch.setenv("PATH", "/nonexistent")
-        with pytest.raises(HostError, match="nft"):
+        with without_nft(monkeypatch), pytest.raises(HostError, match="nft"):
             await hold(network, "t.web", egress="nat")
-        with pytest.raises(HostError, match="nft"):
-            await network.make_port("two", 1, "t.web")
-        monkeypatch.undo()
         assert ns.run("nft", "-s", "list", "ruleset") == before
+        ns.run("nft", "flush", "ruleset")
+        with without_nft(monkeypatch), pytest.raises(HostError, match="nft"):
+            await network.make_port("two", 1, ("t.web",))
         assert "tptwo" not in ns.links()
         await hold(network, "t.web", egress="nat")
         assert "masquerade" in ns.run("nft", "list", "ruleset")
         await network.close(remove=True)
+
+    asyncio.run(scenario())
+
+
+def test_a_port_moves_to_the_group_of_a_function(ns: Namespace, world: Namespace) -> None:
+    """The closest group that has a policy holds; one that comes or goes takes its ports along,
+    counters of others stay, and nothing stays of a group that is gone."""
+    function = f"f.{'t' * 49}.{'F' * 64}"
+
+    async def scenario() -> None:
+        network = ns.network()
+        await hold(network, "t.web", egress="none")
+        await network.open()
+        before = ns.run("nft", "-s", "list", "ruleset")
+        port = await network.make_port("one", 0, ("t.web",))
+        peer = await network.make_port("two", 1, ("t.web",))
+        gate = gate_of(port)
+        gate_of(peer)
+        flow = Flow(IPv4Address("10.1.0.5"), "icmp", None, "out0")
+        assert not reaches(port, gate, flow, 1)
+        await network.move_port("one", (function, "t.web"))
+        assert not reaches(port, gate, flow, 2), "the function says nothing: as its template"
+        await hold(network, function, egress="nat", peers="open")
+        assert reaches(port, gate, flow, 3)
+        assert not reaches(peer, gate, flow, 3)
+        counted = await network.counters()
+        assert counted["t.web"]["egress"].packets >= 4 and counted[function]["sent"].packets
+        await network.move_port("two", (function, "t.web"))
+        send(port, arp(0, PLAN.ip(1)))
+        assert received(peer, 0.3), "both are of the function, which lets peers in"
+        await network.set_policies({function: None})
+        assert not reaches(port, gate, flow, 4)
+        await network.drop_port("one")
+        await network.drop_port("two")
+        assert ns.run("nft", "-s", "list", "ruleset") == before
+        with pytest.raises(HostError, match="no port"):
+            await network.move_port("one", ("t.web",))
+        await network.close(remove=True)
+
+    asyncio.run(scenario())
+
+
+def test_ports_that_had_no_policy_and_get_one_of_a_function(
+    ns: Namespace, world: Namespace
+) -> None:
+    """The template says nothing: the host forwards as ever, until a function's policy holds."""
+
+    async def scenario() -> None:
+        network = ns.network()
+        await hold(network, "f.web.shut", egress="none", peers="open")
+        await network.open()
+        port = await network.make_port("one", 0, ("t.web",))
+        gate, flow = gate_of(port), Flow(IPv4Address("10.1.0.5"), "icmp", None, "out0")
+        assert reaches(port, gate, flow, 1)
+        assert ns.links()["tpone"]["linkinfo"]["info_slave_data"]["isolated"] is True
+        await network.move_port("one", ("f.web.shut", "t.web"))
+        assert not reaches(port, gate, flow, 2)
+        assert ns.links()["tpone"]["linkinfo"]["info_slave_data"]["isolated"] is False
+        await network.set_policies({"f.web.shut": None})
+        assert ns.links()["tpone"]["linkinfo"]["info_slave_data"]["isolated"] is True
+        assert reaches(port, gate, flow, 3)
+        assert ns.run("nft", "list", "ruleset").strip() == ""
+        await network.close(remove=True)
+
+    asyncio.run(scenario())
+
+
+def test_a_move_finds_the_tables_gone(ns: Namespace, world: Namespace) -> None:
+    """They come back whole, with the port where it belongs."""
+
+    async def scenario() -> None:
+        network = ns.network()
+        await hold(network, "t.web", egress="none")
+        await hold(network, "f.web.a", egress="nat")
+        await network.open()
+        port = await network.make_port("one", 0, ("t.web",))
+        gate, flow = gate_of(port), Flow(IPv4Address("10.1.0.5"), "icmp", None, "out0")
+        ns.run("nft", "flush", "ruleset")
+        await network.move_port("one", ("f.web.a", "t.web"))
+        assert reaches(port, gate, flow, 1)
+        await network.close(remove=True)
+        assert ns.run("nft", "list", "ruleset").strip() == ""
 
     asyncio.run(scenario())

@@ -56,7 +56,7 @@ ADMIN = OPERATOR | {
     *("build_template", "remove_template", "rollback", "audit", "deploy_function"),
     *("remove_function", "publish_function", "set_alias", "remove_alias", "set_concurrency"),
     *("scale_function", "provision_function", "unprovision_function"),
-    *("collect_code", "purge_events", "apply_policy"),
+    *("collect_code", "purge_events", "apply_policy", "set_function_network"),
 }
 EXEC = {"exec_in_clone"}
 COPY = {"get_file", "put_file"}

@@ -131,6 +131,9 @@ EXAMPLES: dict[str, Any] = {
     "background": True,
     "least": 1,
     "most": 2,
+    "network": {"egress": "nat"},
+    "keys": {"egress": "none", "limits": {"packets": 100}},
+    "reset": True,
 }
 # Parameters of the query that only one of the two functions of a route sends.
 ONE_OF_TWO = {"event", "tail"}

@@ -170,9 +170,10 @@ def test_every_drop_has_a_counter() -> None:
 def test_rules_do_not_grow_with_clones() -> None:
     """A port is elements of maps and sets alone."""
     member = nft.Member("tpa", "02:00:00:00:00:01", "10.78.0.3", "t.web")
-    lines = nft.joining(SEGMENT, member).splitlines()
-    assert lines and all(line.startswith("add element ") for line in lines)
-    undone = nft.parting(SEGMENT, member).splitlines()
+    found = set(nft.elements(SEGMENT, member))
+    lines = nft.moved(SEGMENT, (), found).splitlines()
+    assert len(lines) == len(found) and all(line.startswith("add element ") for line in lines)
+    undone = nft.moved(SEGMENT, found, ()).splitlines()
     assert len(undone) == len(lines) and all(x.startswith("delete element ") for x in undone)
 
 
@@ -196,7 +197,7 @@ def test_a_daemon_in_user_mode_refuses(tmp_path: Path) -> None:
 
     async def scenario(running: Services, fake: FakeHypervisor) -> None:
         with pytest.raises(InvalidRequest, match="mode bridge"):
-            running.context.policies.check("t", keys(egress="nat"))
+            await running.context.policies.check("t", keys(egress="nat"))
         assert await running.nets.views() == []
         with pytest.raises(NotFound, match="has no network policy"):
             await running.nets.view("t")

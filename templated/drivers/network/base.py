@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from typing import NamedTuple, Protocol
 
 from templated.errors import HostError, InvalidRequest
@@ -50,10 +51,13 @@ class Port:
 
 @dataclass(frozen=True)
 class PortOwner:
-    """What a port is for: a clone's index, and the group whose policy holds for it."""
+    """What a port is for: a clone's index, and its groups, the closest first.
+
+    The policy of the first that has one holds.
+    """
 
     index: int
-    group: str = ""
+    groups: tuple[str, ...] = ()
 
 
 class Counted(NamedTuple):
@@ -68,6 +72,14 @@ class Way(NamedTuple):
 
     local: bool
     ifname: str
+
+
+class HostFacts(NamedTuple):
+    """What the host has of its own, in the network namespace of its clones."""
+
+    addresses: frozenset[IPv4Address]
+    listening: frozenset[tuple[str, int]]
+    """Protocols and ports that programs listen to, but for those on loopback alone."""
 
 
 class Network(Protocol):
@@ -88,11 +100,13 @@ class Network(Protocol):
         without a gap.
         """
 
-    async def make_port(self, tag: str, index: int | None = None, group: str = "") -> Port:
+    async def make_port(
+        self, tag: str, index: int | None = None, groups: tuple[str, ...] = ()
+    ) -> Port:
         """Prepare a connection, so that a start only has to hand over an fd.
 
         `tag` is 1 to 13 of a-z, 0-9 and dash. `index` fixes the port to one clone's address.
-        The policy of `group`, if it has one, holds before the port is up.
+        The policy of the first of `groups` that has one holds before the port is up.
         Raises InvalidRequest for a bad tag, Conflict when the tag is in use, HostError when
         the host refuses; nothing is left then. A cancelled call may still have made the port:
         `drop_port` removes it.
@@ -107,14 +121,18 @@ class Network(Protocol):
         Returns the removed tags, sorted. Interfaces of others are not touched. Raises HostError.
         """
 
-    async def move_port(self, tag: str, index: int, group: str) -> None:
-        """Hold a port to another group's policy from now on. Raises HostError; then to its own."""
+    async def move_port(self, tag: str, groups: tuple[str, ...]) -> None:
+        """Hold a port to the policy of other groups from now on: part of a start.
 
-    async def set_policy(self, group: str, policy: Policy | None) -> None:
-        """Hold all ports of a group, present and later ones, to a policy; None: to none.
+        It waits for no port that is made or removed meanwhile. Raises HostError; the policy
+        that held before holds then.
+        """
 
-        `group` is a name for nft(8): letters, digits, dot, dash and underscore. One transaction,
-        also before `open`. Raises HostError; what held before holds then.
+    async def set_policies(self, changes: Mapping[str, Policy | None]) -> None:
+        """Hold all ports of groups, present and later ones, to policies; None: to none.
+
+        A group is a name for nft(8): letters, digits, dot, dash and underscore, at most 119. One
+        transaction, also before `open`. Raises HostError; what held before holds then.
         """
 
     async def publish(self, ports: Mapping[tuple[str, int], tuple[str, int]]) -> None:
@@ -128,6 +146,9 @@ class Network(Protocol):
 
         Counted since the daemon began or the first policy came. Raises HostError.
         """
+
+    async def host(self) -> HostFacts:
+        """What policies must not touch. Raises HostError; nothing is known before `open`."""
 
     async def way(self, address: str, mark: int = 0) -> Way:
         """Where the host sends what a clone sends to an IPv4 address. Raises HostError."""

@@ -7,14 +7,23 @@ and a bridge without it is never changed.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 from collections.abc import Callable, Mapping, Sequence
 
 from templated.drivers.network import tap
-from templated.drivers.network.base import Counted, Port, PortOwner, Way, check_tag, host_errors
-from templated.drivers.network.links import Link, Links, disable_ipv6, forwards_ipv4
-from templated.drivers.network.policing import Policing
+from templated.drivers.network.base import (
+    Counted,
+    HostFacts,
+    Port,
+    PortOwner,
+    Way,
+    check_tag,
+    host_errors,
+)
+from templated.drivers.network.links import Link, Links, disable_ipv6, forwards_ipv4, listening
+from templated.drivers.network.policing import Held, Policing
 from templated.drivers.network.segment import Segment, host_mac
 from templated.drivers.network.worker import Worker, enter_namespace
 from templated.errors import Conflict, HostError, InvalidRequest
@@ -40,6 +49,8 @@ class TapNetwork:
         self._alias = f"templated:{owner}"
         self._segment = Segment(config, plan, self._alias)
         self._worker: Worker | None = None
+        self._mover: Worker | None = None
+        """A thread for what a start waits for, which no other call holds up."""
         self._links: Links | None = None
         self._bridge: Link | None = None
         self._ports: dict[str, Port] = {}
@@ -52,7 +63,7 @@ class TapNetwork:
 
     @property
     def stalled(self) -> float:
-        return self._worker.stalled if self._worker is not None else 0.0
+        return max((w.stalled for w in (self._worker, self._mover) if w is not None), default=0.0)
 
     @property
     def exits(self) -> tuple[Exit, ...]:
@@ -61,25 +72,34 @@ class TapNetwork:
     async def open(self, ports: Mapping[str, PortOwner] | None = None) -> None:
         if self._worker is not None:
             return
-        self._worker = Worker()
-        there = {_PREFIX + tag: (port.index, port.group) for tag, port in (ports or {}).items()}
+        self._worker, self._mover = Worker("templated-net"), Worker("templated-net-move")
+        there = {
+            _PREFIX + tag: Held(port.index, port.groups) for tag, port in (ports or {}).items()
+        }
         try:
             await self._worker.run(lambda: self._open(there))
+            await self._mover.run(self._enter)
         except BaseException:
             await self.close(remove=False)
             raise
 
-    async def make_port(self, tag: str, index: int | None = None, group: str = "") -> Port:
+    async def make_port(
+        self, tag: str, index: int | None = None, groups: tuple[str, ...] = ()
+    ) -> Port:
         check_tag(tag)
         if index is not None:
             self._plan.ip(index)
-        elif self._config.antispoof or group in self._policing.policies:
+        elif self._config.antispoof or any(one in self._policing.policies for one in groups):
             raise InvalidRequest("a guarded port is made for one address", hint="pass index")
-        return await self._running().run(lambda: self._make_port(tag, index, group))
+        return await self._running().run(lambda: self._make_port(tag, index, groups))
 
-    async def move_port(self, tag: str, index: int, group: str) -> None:
+    async def move_port(self, tag: str, groups: tuple[str, ...]) -> None:
         check_tag(tag)
-        await self._running().run(lambda: self._move_port(_PREFIX + tag, index, group))
+        if self._mover is None:
+            raise HostError("the network is not open")
+        if self._policing.rename(_PREFIX + tag, groups):
+            return
+        await self._mover.run(lambda: self._move_port(_PREFIX + tag, groups))
 
     async def drop_port(self, tag: str) -> None:
         check_tag(tag)
@@ -89,10 +109,9 @@ class TapNetwork:
         kept = frozenset(keep)
         return await self._running().run(lambda: self._sweep(kept))
 
-    async def set_policy(self, group: str, policy: Policy | None) -> None:
-        if policy == self._policing.policies.get(group):
-            return
-        await self._in_turn(lambda: self._set_policy(group, policy))
+    async def set_policies(self, changes: Mapping[str, Policy | None]) -> None:
+        wanted = dict(changes)
+        await self._in_turn(lambda: self._set_policies(wanted))
 
     async def set_exits(self, exits: Sequence[Exit]) -> None:
         await self._in_turn(lambda: self._policing.set_exits(exits))
@@ -103,6 +122,11 @@ class TapNetwork:
 
     async def counters(self) -> dict[str, dict[str, Counted]]:
         return await self._running().run(self._policing.counters)
+
+    async def host(self) -> HostFacts:
+        if self._worker is None:
+            return HostFacts(frozenset(), frozenset())
+        return await self._worker.run(self._host)
 
     async def way(self, address: str, mark: int = 0) -> Way:
         return await self._running().run(lambda: self._way(address, mark))
@@ -121,8 +145,10 @@ class TapNetwork:
         try:
             await worker.run(lambda: self._close(remove))
         finally:
-            self._worker = None
+            mover, self._worker, self._mover = self._mover, None, None
             await worker.stop()
+            if mover is not None:
+                await mover.stop()
 
     def attach(self, port: Port, index: int, forwards: Sequence[Forward] = ()) -> Tap:
         if forwards:
@@ -144,18 +170,22 @@ class TapNetwork:
 
     # From here on in the worker's thread.
 
-    def _open(self, ports: Mapping[str, tuple[int, str]]) -> None:
-        if self._config.netns is not None:
-            try:
-                enter_namespace(self._config.netns)
-            except FileNotFoundError:
-                raise HostError(
-                    f"there is no network namespace {self._config.netns}",
-                    hint=f"ip netns add {self._config.netns}",
-                ) from None
-            except OSError as error:
-                reason = f"cannot enter namespace {self._config.netns}: {error.strerror}"
-                raise HostError(reason, hint="run the daemon as root") from error
+    def _enter(self) -> None:
+        if self._config.netns is None:
+            return
+        try:
+            enter_namespace(self._config.netns)
+        except FileNotFoundError:
+            raise HostError(
+                f"there is no network namespace {self._config.netns}",
+                hint=f"ip netns add {self._config.netns}",
+            ) from None
+        except OSError as error:
+            reason = f"cannot enter namespace {self._config.netns}: {error.strerror}"
+            raise HostError(reason, hint="run the daemon as root") from error
+
+    def _open(self, ports: Mapping[str, Held]) -> None:
+        self._enter()
         with host_errors("make tap devices", missing="modprobe tun"):
             tap.probe()
         with host_errors("set up the bridge", missing="modprobe bridge"):
@@ -174,7 +204,7 @@ class TapNetwork:
             raise HostError("the network is not open")
         return self._links, self._bridge
 
-    def _make_port(self, tag: str, index: int | None, group: str) -> Port:
+    def _make_port(self, tag: str, index: int | None, groups: tuple[str, ...]) -> Port:
         links, bridge = self._opened()
         if tag in self._ports:
             raise Conflict(f"port {tag} is there already")
@@ -182,7 +212,7 @@ class TapNetwork:
         with host_errors(f"make tap {name}"):
             port = Port(tag, ifname=name, fd=self._tap(links, name), index=index)
             try:
-                self._connect(links, bridge, port, group)
+                self._connect(links, bridge, port, groups)
             except BaseException:
                 port.close()
                 self._policing.leave(name)
@@ -210,7 +240,7 @@ class TapNetwork:
                 raise
             raise Conflict(f"tap {name} is in use by a running process") from None
 
-    def _connect(self, links: Links, bridge: Link, port: Port, group: str) -> None:
+    def _connect(self, links: Links, bridge: Link, port: Port, groups: tuple[str, ...]) -> None:
         """Alias first, persistence last: a tap that outlives its fd always names its owner.
 
         Rules and isolation come before the interface is up: no frame passes without them.
@@ -222,7 +252,7 @@ class TapNetwork:
         links.label(link.index, alias=self._alias, mac=mac, mtu=bridge.mtu)
         disable_ipv6(port.ifname)
         if port.index is not None:
-            self._policing.join(port.ifname, port.index, group)
+            self._policing.join(port.ifname, port.index, groups)
         links.enslave(link.index, bridge.index, isolated=self._isolated(port.ifname))
         links.set_up(link.index)
         tap.persist(port.fd)
@@ -241,29 +271,39 @@ class TapNetwork:
 
     def _isolated(self, ifname: str) -> bool:
         """Where a policy says who the peers are, its rules keep the others out, and count them."""
-        return self._config.isolate and not self._policing.policed(ifname)
+        return self._config.isolate and self._policing.policy(ifname) is None
 
-    def _move_port(self, ifname: str, index: int, group: str) -> None:
-        links, _ = self._opened()
-        self._policing.join(ifname, index, group)
-        self._isolate(links, [ifname])
+    def _move_port(self, ifname: str, groups: tuple[str, ...]) -> None:
+        had = self._policing.policy(ifname)
+        self._policing.move(ifname, groups)
+        now = self._policing.policy(ifname)
+        # The kernel's own isolation, of a port that had no policy, is left where it does no harm:
+        # to change it takes a lock that others hold for long.
+        if had is None and now is not None and now.peers and self._config.isolate:
+            with contextlib.closing(Links()) as links:
+                self._isolate(links, [ifname])
 
-    def _set_policy(self, group: str, policy: Policy | None) -> None:
-        if policy is not None and (policy.egress != NONE or policy.publish) and self._bridge:
+    def _set_policies(self, changes: Mapping[str, Policy | None]) -> None:
+        routed = (p is not None and (p.egress != NONE or p.publish) for p in changes.values())
+        if self._bridge is not None and any(routed):
             with host_errors("read what the host forwards"):
                 if not forwards_ipv4():
                     raise HostError(
                         "network.egress and network.publish need a host that forwards IPv4",
                         hint="sysctl -w net.ipv4.ip_forward=1",
                     )
-        had = group in self._policing.policies
-        ports = self._policing.groups().get(group, [])
-        if had and policy is None and self._links is not None:
-            # Before its rules go: nothing passes between ports that have neither.
-            self._isolate(self._links, ports, as_all=True)
-        self._policing.set_policy(group, policy)
-        if not had and policy is not None and self._links is not None:
-            self._isolate(self._links, ports)
+        if self._links is None:
+            self._policing.set_policies(changes)
+            return
+        freed = self._policing.freed(changes)
+        try:
+            # Before their rules go: nothing passes between ports that have neither.
+            self._isolate(self._links, freed, as_all=True)
+            turned = self._policing.set_policies(changes)
+        except HostError:
+            self._isolate(self._links, freed)
+            raise
+        self._isolate(self._links, turned)
 
     def _isolate(self, links: Links, names: Sequence[str], *, as_all: bool = False) -> None:
         with host_errors("isolate ports"):
@@ -271,6 +311,11 @@ class TapNetwork:
                 if (link := links.find(name)) is not None:
                     isolated = self._config.isolate if as_all else self._isolated(name)
                     links.isolate(link.index, isolated=isolated)
+
+    def _host(self) -> HostFacts:
+        links, _ = self._opened()
+        with host_errors("read what the host's addresses and ports are"):
+            return HostFacts(links.own_addresses(), listening())
 
     def _way(self, address: str, mark: int) -> Way:
         links, _ = self._opened()

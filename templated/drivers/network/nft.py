@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from templated.drivers.host.programs import run_here
 from templated.drivers.network.base import Counted
+from templated.drivers.network.elements import Element
 from templated.model.network import Exit
 from templated.model.policy import NAT, NONE, Policy
 from templated.model.rules import PASSED, REASONS, Rule, hosting, leaving, reaching
@@ -28,6 +29,10 @@ GUARD = "guard"
 _MAPS = {"bridge": ("from", "bridged", "to", "down"), "ip": ("mark", "out", "host", "in", "nat")}
 """By family, the chains of a group: one for each hook. Maps from a port (`ports_FROM`), or from an
 address (`clones_OUT`), lead there."""
+_INNER: dict[str, tuple[str, ...]] = {"bridge": (), "ip": ("reach",)}
+"""The chains that those jump to."""
+_SETS = {"bridge": ("members", "packets", "up", "sinks"), "ip": ("members", "flows")}
+"""The sets of a group: of its ports, or their addresses, and of those that have used a limit."""
 _LARGEST = 1 << 17
 """Elements of a set that counts by port; there are at most 60,000 clones."""
 
@@ -76,7 +81,7 @@ def replaced(
     lines += _guard(f"bridge {table}", GUARD)
     for group, policy in policies.items():
         lines.append(group_rules(segment, group, policy, exits))
-    lines += [joining(segment, member) for member in members]
+    lines.append(moved(segment, (), (one for m in members for one in elements(segment, m))))
     return "\n".join(lines) + "\n"
 
 
@@ -152,15 +157,12 @@ def group_rules(segment: Segment, group: str, policy: Policy, exits: Sequence[Ex
         lines += [f"add counter {table} {group}.{name}" for name in (*REASONS, *PASSED)]
         kind = "ifname" if family == "bridge" else "ipv4_addr"
         lines.append(f"add set {table} {group}.members {{ type {kind}; }}")
+        for name in _SETS[family][1:]:
+            counts = f"type {kind}; size {_LARGEST}; flags dynamic;"
+            lines.append(f"add set {table} {group}.{name} {{ {counts} }}")
+            # An element keeps the limit that it was made with.
+            lines.append(f"flush set {table} {group}.{name}")
     b, i = f"bridge {segment.table}", f"ip {segment.table}"
-    for table, kind, name in (
-        (b, "ifname", "packets"), (b, "ifname", "up"), (b, "ifname", "sinks"),
-        (i, "ipv4_addr", "flows"),
-    ):  # fmt: skip
-        counts = f"type {kind}; size {_LARGEST}; flags dynamic;"
-        # An element keeps the limit that it was made with.
-        lines += [f"add set {table} {group}.{name} {{ {counts} }}"]
-        lines += [f"flush set {table} {group}.{name}"]
     lines += _chains(b, group, _frames(group, policy))
     lines += _chains(i, group, _packets(segment, group, policy, exits))
     return "\n".join(lines)
@@ -274,34 +276,46 @@ def _drop(group: str, reason: str) -> str:
     return f"{_count(group, reason)} drop"
 
 
-def joining(segment: Segment, member: Member) -> str:
-    """A script that puts a port under its group's rules."""
-    return "\n".join(
-        f"add element {where} {{ {key} }}" for where, key in _elements(segment, member)
-    )
+def elements(segment: Segment, member: Member) -> Iterator[Element]:
+    """Where a port is under its group's rules. Order does not matter."""
+    port, group = (member.ifname,), member.group
+    yield Element("bridge", "owners", (member.ifname, member.mac, member.ip))
+    if group == GUARD:
+        yield Element("bridge", "ports_from", port, f"{group}.from")
+        return
+    yield Element("bridge", f"{group}.members", port)
+    yield Element("ip", f"{group}.members", (member.ip,))
+    for name in _MAPS["bridge"]:
+        yield Element("bridge", f"ports_{name}", port, f"{group}.{name}")
+    for name in _MAPS["ip"]:
+        yield Element("ip", f"clones_{name}", (member.ip,), f"{group}.{name}")
 
 
-def parting(segment: Segment, member: Member) -> str:
-    """A script that undoes `joining`, and fails when it is not so."""
+def moved(segment: Segment, take: Iterable[Element], put: Iterable[Element]) -> str:
+    """A script that takes elements, and fails when one is not there, and then puts others."""
     lines = []
-    for where, key in _elements(segment, member):
-        lines.append(f"delete element {where} {{ {key.partition(' : ')[0]} }}")
+    for verb, some in (("delete", take), ("add", put)):
+        sets: dict[tuple[str, str], list[str]] = {}
+        for one in some:
+            to = f" : jump {one.chain}" if one.chain and verb == "add" else ""
+            sets.setdefault((one.family, one.set), []).append(one.written + to)
+        for (family, name), keys in sets.items():
+            where = f"{family} {segment.table} {name}"
+            lines.append(f"{verb} element {where} {{ {', '.join(keys)} }}")
     return "\n".join(lines)
 
 
-def _elements(segment: Segment, member: Member) -> Iterator[tuple[str, str]]:
-    ifname, group = f'"{member.ifname}"', member.group
-    b, i = f"bridge {segment.table}", f"ip {segment.table}"
-    yield f"{b} owners", f"{ifname} . {member.mac} . {member.ip}"
-    if group == GUARD:
-        yield f"{b} ports_from", f"{ifname} : jump {group}.from"
-        return
-    yield f"{b} {group}.members", ifname
-    yield f"{i} {group}.members", member.ip
-    for name in _MAPS["bridge"]:
-        yield f"{b} ports_{name}", f"{ifname} : jump {group}.{name}"
-    for name in _MAPS["ip"]:
-        yield f"{i} clones_{name}", f"{member.ip} : jump {group}.{name}"
+def without(segment: Segment, group: str) -> str:
+    """A script that removes the chains, sets and counters of a group that has no ports."""
+    lines = []
+    for family, names in _MAPS.items():
+        table = f"{family} {segment.table}"
+        chains = [f"{table} {group}.{name}" for name in (*names, *_INNER[family])]
+        lines += [f"flush chain {chain}" for chain in chains]
+        lines += [f"delete chain {chain}" for chain in chains]
+        lines += [f"delete set {table} {group}.{name}" for name in _SETS[family]]
+        lines += [f"delete counter {table} {group}.{name}" for name in (*REASONS, *PASSED)]
+    return "\n".join(lines)
 
 
 def publishing(segment: Segment, ports: Mapping[tuple[str, int], tuple[str, int]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping, Sequence
 
-from templated.drivers.network.base import Counted, Port, PortOwner, Way, check_tag
+from templated.drivers.network.base import Counted, HostFacts, Port, PortOwner, Way, check_tag
 from templated.errors import InvalidRequest
 from templated.model.network import AddressPlan, Exit, Forward, Slirp, UserNetwork
 from templated.model.policy import Policy
@@ -29,7 +29,9 @@ class SlirpNetwork:
     async def open(self, ports: Mapping[str, PortOwner] | None = None) -> None:
         pass
 
-    async def make_port(self, tag: str, index: int | None = None, group: str = "") -> Port:
+    async def make_port(
+        self, tag: str, index: int | None = None, groups: tuple[str, ...] = ()
+    ) -> Port:
         check_tag(tag)
         return Port(tag, index=index)
 
@@ -39,11 +41,11 @@ class SlirpNetwork:
     async def sweep(self, keep: set[str]) -> list[str]:
         return []
 
-    async def move_port(self, tag: str, index: int, group: str) -> None:
+    async def move_port(self, tag: str, groups: tuple[str, ...]) -> None:
         pass
 
-    async def set_policy(self, group: str, policy: Policy | None) -> None:
-        if policy is not None:
+    async def set_policies(self, changes: Mapping[str, Policy | None]) -> None:
+        if any(policy is not None for policy in changes.values()):
             raise InvalidRequest("a network of mode user has no policies", hint="use mode: bridge")
 
     async def publish(self, ports: Mapping[tuple[str, int], tuple[str, int]]) -> None:
@@ -51,6 +53,9 @@ class SlirpNetwork:
 
     async def counters(self) -> dict[str, dict[str, Counted]]:
         return {}
+
+    async def host(self) -> HostFacts:
+        return HostFacts(frozenset(), frozenset())
 
     async def way(self, address: str, mark: int = 0) -> Way:
         raise InvalidRequest("VMs of a network of mode user have routes of their own")

@@ -24,8 +24,8 @@ class Worker:
     process for it, which a daemon with threads must not do.
     """
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="templated-net")
+    def __init__(self, name: str) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._began: float | None = None
 
     @property

@@ -56,7 +56,7 @@ async def recover(context: Context, clones: Clones) -> None:
     await context.policies.open()
     await context.network.open(
         {
-            row.slot.id: PortOwner(row.slot.index, template_group(row.template))
+            row.slot.id: PortOwner(row.slot.index, (template_group(row.template),))
             for row in rows
             if row.slot.id in kept
         }

@@ -208,7 +208,7 @@ class Generation:
             Promise.of(self.manifest.spec),
             guest_parts(self.manifest.spec, self.image, self.directory / VARIABLES),
             self.own_network,
-            template_group(self.template),
+            (template_group(self.template),),
         )
 
     @functools.cached_property

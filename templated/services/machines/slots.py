@@ -77,8 +77,8 @@ class Layer:
     guest: GuestParts = GuestParts()
     own_network: OwnNetwork | None = None
     """None: the daemon's."""
-    group: str = ""
-    """Whose policy holds for the slot's port."""
+    groups: tuple[str, ...] = ()
+    """Whose policy holds for the slot's port, as `Network.make_port` has it."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class Slots:
             try:
                 keys = await make_host_keys(places.sockets) if layer.guest.host_keys else ()
                 if layer.own_network is None:
-                    port = await self._network.make_port(slot.id, slot.index, layer.group)
+                    port = await self._network.make_port(slot.id, slot.index, layer.groups)
                 else:
                     port = Port(slot.id)
             except BaseException:

@@ -138,6 +138,12 @@ class Templates:
         """Those of them whose VMs have a disk for the code of a function."""
         return [name for name in self.built() if self.active(name).code is not None]
 
+    def own_network(self, name: str) -> str | None:
+        """The network of libvirt that a template's VMs are on; None: the daemon's, or unknown."""
+        generation = self.generation(name)
+        own = None if generation is None else generation.own_network
+        return None if own is None else own.name
+
     def lease(self, generation_id: str, holder: Holder) -> Lease:
         """A lease for a VM of an earlier daemon, also of a generation that is no longer known."""
         for template in self._templates.values():
@@ -194,7 +200,7 @@ class Templates:
         if spec.name != name:
             raise InvalidRequest(f"the spec is of template {spec.name}, not of {name}")
         self._require_idle(name)
-        self._context.policies.check(name, spec.network)
+        await self._context.policies.check(name, spec.network)
         return spec
 
     def _require_idle(self, name: str) -> None:

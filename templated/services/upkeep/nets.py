@@ -21,12 +21,12 @@ from templated.model.policy import (
     Step,
     TraceView,
     parse_target,
-    template_group,
 )
 from templated.model.rules import PASSED, REASONS, Flow
 from templated.model.trace import Place, trace
 from templated.services.clones.registry import Clones
 from templated.services.context import Context
+from templated.services.policies import Ruled
 from templated.services.upkeep.publishing import holders
 
 log = logging.getLogger(__name__)
@@ -42,33 +42,34 @@ class PolicyMetrics:
         self.packets = Counter(
             "templated_network_packets",
             "Packets that policies let clones send and receive through the host.",
-            ("template", "direction"),
+            ("template", "function", "direction"),
             registry=registry,
         )
         self.bytes = Counter(
             "templated_network_bytes",
             "Bytes of these packets.",
-            ("template", "direction"),
+            ("template", "function", "direction"),
             registry=registry,
         )
         self.dropped = Counter(
             "templated_network_dropped",
-            "Packets of clones, or to them, that their template's policy dropped, by reason.",
-            ("template", "reason"),
+            "Packets of clones, or to them, that a policy dropped, by reason.",
+            ("template", "function", "reason"),
             registry=registry,
         )
 
-    def add(self, template: str, now: Counts, before: Counts) -> None:
+    def add(self, ruled: Ruled, now: Counts, before: Counts) -> None:
         """Count what is new. Tables that were made anew begin at zero."""
+        owner = ruled.template, ruled.function
         for name, counted in now.items():
             old = before.get(name, Counted(0, 0))
             since = Counted(0, 0) if counted.packets < old.packets else old
             packets = counted.packets - since.packets
             if name in PASSED:
-                self.packets.labels(template, name).inc(packets)
-                self.bytes.labels(template, name).inc(max(0, counted.bytes - since.bytes))
+                self.packets.labels(*owner, name).inc(packets)
+                self.bytes.labels(*owner, name).inc(max(0, counted.bytes - since.bytes))
             else:
-                self.dropped.labels(template, name).inc(packets)
+                self.dropped.labels(*owner, name).inc(packets)
 
 
 class PolicyMeter:
@@ -94,11 +95,9 @@ class PolicyMeter:
     async def look(self) -> None:
         """Read them once. Raises HostError."""
         counters = await self._context.network.counters()
-        templates = {template_group(name): name for name in self._context.policies.all()}
-        for group, name in templates.items():
-            now = counters.get(group, {})
-            self._metrics.add(name, now, self._seen.get(group, {}))
-        self._seen = {group: counters.get(group, {}) for group in templates}
+        for group, ruled in self._context.policies.all().items():
+            self._metrics.add(ruled, counters.get(group, {}), self._seen.get(group, {}))
+        self._seen = {group: counters.get(group, {}) for group in self._context.policies.all()}
 
 
 class Nets:
@@ -109,38 +108,47 @@ class Nets:
         self._clones = clones
 
     async def views(self) -> list[PolicyView]:
-        """The policies of all templates that have one. Raises HostError."""
+        """The policies in force: those of templates, then those of functions. Raises HostError."""
         counters = await self._context.network.counters()
-        policies = self._context.policies.all()
-        return [self._view(name, policies[name], counters) for name in sorted(policies)]
+        found = self._context.policies.all().items()
+        ordered = sorted(found, key=lambda item: (item[1].function, item[1].template))
+        return [self._view(ruled, counters.get(group, {})) for group, ruled in ordered]
 
     async def view(self, name: str) -> PolicyView:
-        """The policy of a template, or of a clone's. Raises NotFound, HostError."""
-        policies = self._context.policies
-        template = name
-        if policies.get(name) is None:
-            template = next((v.template for v in self._clones.views() if v.name == name), name)
-        policy = policies.get(template)
-        if policy is None:
+        """The policy of a template, a function, or a clone. Raises NotFound, HostError."""
+        for view in await self.views():
+            if view.name == name:
+                return view
+        ruled = self._of_clone(name)
+        if ruled is None:
             raise NotFound(
                 f"{name[:80]!r} has no network policy",
                 hint="see: templated net ls; a template's is in its file, under network",
             )
-        return self._view(template, policy, await self._context.network.counters())
+        group = next(g for g, one in self._context.policies.all().items() if one is ruled)
+        return self._view(ruled, (await self._context.network.counters()).get(group, {}))
 
-    def _view(self, name: str, policy: Policy, counters: Mapping[str, Counts]) -> PolicyView:
-        counted = counters.get(template_group(name), {})
-        holder = holders(self._context, self._clones).get(name)
+    def _of_clone(self, name: str) -> Ruled | None:
+        clone = next((clone for clone in self._clones.views() if clone.name == name), None)
+        if clone is None:
+            return None
+        return self._context.policies.get(clone.template, self._clones.function_of(name))
+
+    def _view(self, ruled: Ruled, counted: Counts) -> PolicyView:
+        policy = ruled.policy
+        running = holders(self._context, self._clones)
+        holder = None if ruled.function else running.get(ruled.template)
         sent, received = (counted.get(key, Counted(0, 0))._asdict() for key in PASSED)
-        keys = self._context.policies.keys(name)
         return PolicyView(
-            name=name,
+            name=ruled.function or ruled.template,
+            function=bool(ruled.function),
+            template=ruled.template,
             egress=policy.egress,
             allow=tuple(map(str, policy.allow)),
             peers="open" if policy.peers else "isolated",
             publish=tuple(map(str, policy.publish)),
             published={str(p): holder.name for p in policy.publish} if holder else {},
-            limits=keys.limits or PolicyLimits(),
+            limits=ruled.keys.limits or PolicyLimits(),
             sent=sent,
             received=received,
             dropped={r: counted[r].packets for r in REASONS if r in counted and counted[r].packets},
@@ -169,22 +177,22 @@ class Nets:
                 f"clone {name} is not on the daemon's bridge, so its packets are not ours to judge",
                 hint="policies need network: {mode: bridge} in the daemon's configuration",
             )
-        policy = self._context.policies.get(clone.template)
-        if policy is None:
+        ruled = self._of_clone(name)
+        if ruled is None:
             says = f"template {clone.template} has no policy: all passes that the host routes"
             steps = [Step(at="policy", passes=True, says=says)]
         else:
-            plan = self._context.plan
+            policy, plan = ruled.policy, self._context.plan
             place = Place(config.bridge, str(plan.network), plan.gateway)
             out = self._exit(policy)
             way = await self._context.network.way(str(wanted.address), out.mark if out else 0)
-            peer = self._is_peer(wanted.address, clone.template)
+            peer = self._is_peer(wanted.address, ruled)
             leaves = "" if way.local else way.ifname or "no route"
             flow = Flow(wanted.address, wanted.protocol, wanted.port, leaves, peer)
             steps = trace(policy, self._context.network.exits, place, flow)
         return TraceView(
             clone=name,
-            policy=clone.template if policy else "",
+            policy=ruled.owner if ruled else "",
             target=target,
             passes=steps[-1].passes,
             steps=tuple(steps),
@@ -193,8 +201,8 @@ class Nets:
     def _on_bridge(self, ip: str) -> bool:
         return bool(ip) and IPv4Address(ip) in IPv4Network(str(self._context.plan.network))
 
-    def _is_peer(self, address: IPv4Address, template: str) -> bool:
+    def _is_peer(self, address: IPv4Address, ruled: Ruled) -> bool:
         return any(
-            view.template == template and view.identity.ip == str(address)
+            view.identity.ip == str(address) and self._of_clone(view.name) is ruled
             for view in self._clones.views()
         )

@@ -11,6 +11,7 @@ import logging
 
 from templated.errors import HostError
 from templated.model.clone import CloneState
+from templated.model.policy import Published
 from templated.services.clones.clone import Running
 from templated.services.clones.registry import Clones
 from templated.services.context import Context
@@ -26,9 +27,9 @@ def holders(context: Context, clones: Clones) -> dict[str, Running]:
     """By template: the clone that its published ports lead to, of those that have any."""
     found: dict[str, Running] = {}
     for clone in clones.running_clones():
-        policy = context.policies.get(clone.template)
+        ruled = context.policies.get(clone.template)
         running = clone.state is CloneState.RUNNING and not clone.function
-        if policy is not None and policy.publish and running:
+        if ruled is not None and ruled.policy.publish and running:
             found.setdefault(clone.template, clone)
     return found
 
@@ -52,9 +53,13 @@ class Publishing:
         ports: dict[tuple[str, int], tuple[str, int]] = {
             (one.protocol, one.host_port): (clone.slot.ip, one.port)
             for template, clone in holders(self._context, self._clones).items()
-            for one in self._context.policies.all()[template].publish
+            for one in self._published(template)
         }
         await self._context.network.publish(ports)
+
+    def _published(self, template: str) -> tuple[Published, ...]:
+        ruled = self._context.policies.get(template)
+        return () if ruled is None else ruled.policy.publish
 
     async def _try(self) -> None:
         try:
