@@ -287,7 +287,7 @@ def test_failover(rig: Rig, tmp_path: Path, failure: Callable[[Rig, Daemon, int]
             await made.egresses.create(rig.spec())
             rig.mark(made.egresses._egresses["acme"].plan)
             with captured(rig, tmp_path) as wrong:
-                flows = await asyncio.to_thread(Flows, rig, 50, 5.0)
+                flows = await asyncio.to_thread(Flows, rig, 50, 3.5)
                 try:
                     await asyncio.sleep(1)
                     await in_thread(failure, rig, made, 1)
