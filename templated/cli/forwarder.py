@@ -10,8 +10,8 @@ import click
 from templated.cli.options import Group
 
 EXAMPLES = """
-systemctl status 'templated-forwarder@*'
 templated forwarder run /run/templated/egress/acme-1
+systemctl status 'templated-forwarder@*'
 """
 
 

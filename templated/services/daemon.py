@@ -118,7 +118,8 @@ class Installation:
         tag = _tag(config)
         self.plan = AddressPlan(config.network.subnet, tag)
         self.uids = _uids(config, self.hypervisor)
-        self.network: Network = make_network(config.network, self.plan, _owner(config))
+        self.owner = _owner(config)
+        self.network: Network = make_network(config.network, self.plan, self.owner)
         self.groups = find_groups(config) if groups is None else groups
         if self.groups.problem:
             log.warning(
@@ -160,7 +161,7 @@ async def _services(installation: Installation, journal: Journal) -> AsyncIterat
     pools = Pools(context, tasks, templates)
     clones = Clones(context, tasks, templates, pools)
     refill = Refill(context, tasks, pools, templates)
-    egresses = _egresses(context, tasks)
+    egresses = _egresses(context, tasks, installation.owner)
     made = _Functions(context, tasks, templates, clones, pools)
     _subscribe(context, templates, pools)
     try:
@@ -341,14 +342,14 @@ class _Functions:
             self._zone.close()
 
 
-def _egresses(context: Context, tasks: Tasks) -> Egresses:
+def _egresses(context: Context, tasks: Tasks, owner: str) -> Egresses:
     egresses = Egresses(
         context.config,
         EgressRows(context.journal),
         context.network,
         context.plan,
         context.layout.egress,
-        _owner(context.config),
+        owner,
         tasks,
         context.events,
         EgressMetrics(context.metrics.registry),

@@ -350,18 +350,24 @@ CHANGES = [
         ("", "hello: reserved 5\n"),
     ),
     (
-        ["network", "hello", "--egress", "acme", "--allow", "10.1.0.0/16:443", "--limit"]
-        + ["connections=5", "--limit", "bandwidth=10MiB"],
+        [
+            *("network", "hello", "--egress", "acme", "--allow", "10.1.0.0/16:443"),
+            *("--limit", "connections=5", "--limit", "bandwidth=10MiB"),
+        ],
         (
             "PUT",
             "/v1/functions/hello/network",
             {},
-            b'{"egress": "acme", "allow": ["10.1.0.0/16:443"], '
-            b'"limits": {"connections": 5, "bandwidth": "10MiB"}, "reset": false}',
+            (
+                b'{"egress": "acme", "allow": ["10.1.0.0/16:443"], '
+                b'"limits": {"connections": 5, "bandwidth": "10MiB"}, "reset": false}'
+            ),
         ),
         (
-            "egress: acme\nallow:  10.1.0.0/16:443, 10.2.0.0/16\n"
-            "limits: bandwidth 10MiB, connections 5\n",
+            (
+                "egress: acme\nallow:  10.1.0.0/16:443, 10.2.0.0/16\n"
+                "limits: bandwidth 10MiB, connections 5\n"
+            ),
             "",
         ),
     ),
@@ -369,8 +375,10 @@ CHANGES = [
         ["network", "hello", "--reset"],
         ("PUT", "/v1/functions/hello/network", {}, b'{"reset": true}'),
         (
-            "egress: acme\nallow:  10.1.0.0/16:443, 10.2.0.0/16\n"
-            "limits: bandwidth 10MiB, connections 5\n",
+            (
+                "egress: acme\nallow:  10.1.0.0/16:443, 10.2.0.0/16\n"
+                "limits: bandwidth 10MiB, connections 5\n"
+            ),
             "",
         ),
     ),

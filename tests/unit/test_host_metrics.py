@@ -264,7 +264,8 @@ def test_the_guide_lists_every_event() -> None:
     text = text[text.index("`templated events` prints") : text.index("### All metrics")]
     listed = set(
         re.findall(
-            r"\b(?:clone|template|generation|pool|function|instance|scaling|network)\.[a-z_]+", text
+            r"\b(?:clone|template|generation|pool|function|instance|scaling|network|egress)\.[a-z_]+",
+            text,
         )
     )
     assert emitted == listed

@@ -47,7 +47,7 @@ class Ways:
     async def open(self) -> None:
         """Enter the namespace. May be called again."""
         if self._worker is None:
-            self._worker = Worker()
+            self._worker = Worker("egress")
             if self._netns is not None:
                 netns = self._netns
                 await self._run(lambda: _enter(netns))

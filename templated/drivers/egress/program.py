@@ -69,8 +69,7 @@ def _lock(files: Files) -> int:
 
 def _first(spec: ForwarderSpec, files: Files, host: int) -> int:
     namespaces.die_with_parent()
-    failure = files.directory / "failure"
-    failure.unlink(missing_ok=True)
+    files.failure.unlink(missing_ok=True)
     try:
         asyncio.run(_run(spec, files, host))
     except BaseException as error:  # noqa: BLE001 - who waits for it is told
@@ -79,7 +78,7 @@ def _first(spec: ForwarderSpec, files: Files, host: int) -> int:
         told = ErrorInfo(
             code=getattr(cause, "code", "host"), message=str(cause), hint=getattr(cause, "hint", "")
         )
-        failure.write_bytes(msgspec.json.encode(told))
+        files.failure.write_bytes(msgspec.json.encode(told))
         return 1
     return 0
 
@@ -91,7 +90,8 @@ async def _run(spec: ForwarderSpec, files: Files, host: int) -> None:
     own = namespaces.open_namespace()
     legs.make(spec, host, own)
     forwarder = Forwarder(spec, files, host, own)
-    await forwarder.prepare(fresh=(files.directory / "fresh").exists())
+    await forwarder.prepare(fresh=files.fresh.exists())
+    files.fresh.unlink(missing_ok=True)
     working = asyncio.ensure_future(forwarder.run())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -44,24 +44,18 @@ class Remote:
 
     async def begin(self, timeout: float, *, fresh: bool = False) -> None:
         """Start it, and wait until it tells of itself. Raises HostError with what it failed of."""
-        self.files.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name in ("failure", "fresh"):
-            (self.files.directory / name).unlink(missing_ok=True)
-        if fresh:
-            (self.files.directory / "fresh").touch()
-        self.files.spec.write_bytes(msgspec.json.encode(self.spec))
+        await asyncio.to_thread(self._write, fresh)
         await self._start()
         try:
             async with asyncio.timeout(timeout):
                 while not await self.connect():
-                    self._check_failed()
+                    await asyncio.to_thread(self._check_failed)
                     await asyncio.sleep(_POLL)
         except TimeoutError:
             raise Timeout(
                 f"forwarder {self.spec.label} did not come up within {timeout:g} s",
                 hint=f"see {self.files.log}",
             ) from None
-        (self.files.directory / "fresh").unlink(missing_ok=True)
 
     async def connect(self) -> bool:
         """Hear one that runs; False when none does."""
@@ -113,20 +107,29 @@ class Remote:
         if _managed():
             await run("systemctl", "stop", UNIT.format(self.files.directory.name), timeout=_END + 5)
         deadline = time.monotonic() + _END
-        while self._runs():
+        while await asyncio.to_thread(self._runs):
             if time.monotonic() > deadline:
                 raise Timeout(
                     f"forwarder {self.spec.label} does not end", hint=f"see {self.files.log}"
                 )
             await asyncio.sleep(_POLL)
         self.release()
-        shutil.rmtree(self.files.directory, ignore_errors=True)
+        await asyncio.to_thread(shutil.rmtree, self.files.directory, ignore_errors=True)
 
     def release(self) -> None:
         """Hear it no more; it goes on."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
+
+    def _write(self, fresh: bool) -> None:
+        """Its files; `fresh` is one that it removes once it has done what it says."""
+        self.files.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.files.failure.unlink(missing_ok=True)
+        self.files.fresh.unlink(missing_ok=True)
+        if fresh:
+            self.files.fresh.touch()
+        self.files.spec.write_bytes(msgspec.json.encode(self.spec))
 
     async def _start(self) -> None:
         if _managed():
@@ -138,9 +141,8 @@ class Remote:
         self._pid = _detached(self.files)
 
     def _check_failed(self) -> None:
-        failure = self.files.directory / "failure"
-        if failure.exists() and not self._runs():
-            told = msgspec.json.decode(failure.read_bytes(), type=ErrorInfo)
+        if self.files.failure.exists() and not self._runs():
+            told = msgspec.json.decode(self.files.failure.read_bytes(), type=ErrorInfo)
             raise HostError(f"forwarder {self.spec.label}: {told.message}", hint=told.hint)
         if (code := self._reap()) is not None:
             raise HostError(

@@ -112,7 +112,7 @@ class Egresses:
             for egress in self._egresses.values():
                 egress.problem = "the daemon's network is not of mode bridge any more"
             return
-        if not self._egresses and not self._leftovers():
+        if not self._egresses and not await asyncio.to_thread(self._leftovers):
             return
         try:
             await self._ways.open()
@@ -146,13 +146,13 @@ class Egresses:
             self._keep(forwarder)
 
     async def _remove_orphans(self) -> None:
-        for directory in self._leftovers():
+        for directory in await asyncio.to_thread(self._leftovers):
             with contextlib.suppress(OSError, msgspec.MsgspecError, TemplatedError):
-                text = (directory / "spec.json").read_bytes()
+                text = await asyncio.to_thread((directory / "spec.json").read_bytes)
                 orphan = Remote(msgspec.json.decode(text, type=ForwarderSpec), lambda _: None)
                 log.warning("ending forwarder %s, of no egress", orphan.spec.label)
                 await orphan.end()
-            shutil.rmtree(directory, ignore_errors=True)
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
         try:
             await self._ways.sweep({egress.plan.index for egress in self._egresses.values()})
         except HostError as error:
