@@ -68,21 +68,26 @@ class Rig:
     `clone` is one clone, at 10.78.0.3; 172.20.0.1 of `vpc` is the gateway and a server.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, clones: bool = True) -> None:
+        """Without `clones` the host has no bridge yet: a daemon makes it."""
         self.directory = directory
         tag = f"t{os.getpid()}-{next(_numbers)}"
         self.host, self.vpc, self.clone = (Net(f"{tag}-{n}") for n in ("host", "vpc", "clone"))
         self.host.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+        if clones:
+            self._make_clone()
+        self.join(self.vpc, "vpc0", "eth0", "172.20.0.1/16")
+        self.ways = Ways(owner=f"templated:{tag}", clones=CLONES, links=LINKS, netns=self.host.name)
+
+    def _make_clone(self) -> None:
         self.host.ip("link", "add", "templated0", "type", "bridge")
         self.host.ip("addr", "add", "10.78.0.1/16", "dev", "templated0")
         self.host.ip("link", "set", "templated0", "up")
-        self._join(self.clone, "tp1", "eth0", "10.78.0.3/16")
+        self.join(self.clone, "tp1", "eth0", "10.78.0.3/16")
         self.host.ip("link", "set", "tp1", "master", "templated0")
         self.clone.ip("route", "add", "default", "via", "10.78.0.1")
-        self._join(self.vpc, "vpc0", "eth0", "172.20.0.1/16")
-        self.ways = Ways(owner=f"templated:{tag}", clones=CLONES, links=LINKS, netns=self.host.name)
 
-    def _join(self, other: Net, here: str, there: str, address: str) -> None:
+    def join(self, other: Net, here: str, there: str, address: str) -> None:
         self.host.ip("link", "add", here, "type", "veth", "peer", there, "netns", other.name)
         other.ip("addr", "add", address, "dev", there)
         other.ip("link", "set", there, "up")
@@ -137,43 +142,54 @@ def _steady(row: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in row.items() if k not in moving}
 
 
-class Flows:
-    """TCP flows from the clone to the VPC while the block runs; see `templated.bench.flows`."""
+class Sink:
+    """A server of the VPC that counts what flows bring; see `templated.bench.flows`."""
 
-    def __init__(self, rig: Rig, number: int, seconds: float, port: int = 9000) -> None:
-        program = (sys.executable, "-m", "templated.bench.flows")
-        where = ("172.20.0.1", str(port))
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._sink = rig.vpc.start(*program, "sink", *where, **pipes)
-        self._line(self._sink)
-        self._send = rig.clone.start(*program, "send", *where, str(number), str(seconds), **pipes)
-        self._line(self._send)
+    def __init__(self, rig: Rig, port: int = 9000) -> None:
+        program = (sys.executable, "-m", "templated.bench.flows", "sink", "172.20.0.1", str(port))
+        self._process = rig.vpc.start(*program, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        line(self._process)
 
-    def result(self) -> tuple[int, list[float], set[str]]:
+    def result(self, sent: list[int]) -> tuple[int, list[float], set[str]]:
         """How many flows were lost, the longest silence of each, sorted, and all source addresses.
 
-        A flow is lost when one of its messages is.
+        A flow is lost when one of its messages is: `sent` says how many each one has.
         """
-        told = json.loads(self._line(self._send))
-        sent = told["sent"]
-        out, _ = self._sink.communicate(timeout=30)
-        self._send.communicate(timeout=30)
+        out, _ = self._process.communicate(timeout=30)
         arrived = {flow["flow"]: flow for flow in json.loads(out)}
         lost = sum(arrived.get(i, {}).get("messages") != count for i, count in enumerate(sent))
-        return (
-            lost,
-            sorted(f["silent"] for f in arrived.values()),
-            {f["peer"] for f in arrived.values()},
-        )
+        silences = sorted(flow["silent"] for flow in arrived.values())
+        return lost, silences, {flow["peer"] for flow in arrived.values()}
 
     def close(self) -> None:
-        for process in (self._send, self._sink):
-            process.kill()
-            process.communicate()
+        self._process.kill()
+        self._process.communicate()
 
-    @staticmethod
-    def _line(process: subprocess.Popen[bytes]) -> bytes:
-        assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], 60)
-        assert ready, "nothing was said"
-        return process.stdout.readline()
+
+class Flows:
+    """TCP flows from the clone to the VPC while the block runs."""
+
+    def __init__(self, rig: Rig, number: int, seconds: float, port: int = 9000) -> None:
+        self._sink = Sink(rig, port)
+        program = (sys.executable, "-m", "templated.bench.flows", "send", "172.20.0.1", str(port))
+        self._send = rig.clone.start(*program, str(number), str(seconds), stdout=subprocess.PIPE)
+        line(self._send)
+
+    def result(self) -> tuple[int, list[float], set[str]]:
+        """As `Sink.result`, once all is sent."""
+        told = json.loads(line(self._send))
+        self._send.communicate(timeout=30)
+        return self._sink.result(told["sent"])
+
+    def close(self) -> None:
+        self._send.kill()
+        self._send.communicate()
+        self._sink.close()
+
+
+def line(process: subprocess.Popen[bytes]) -> bytes:
+    """The next line that a process says."""
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], 60)
+    assert ready, "nothing was said"
+    return process.stdout.readline()

@@ -419,7 +419,7 @@ def test_interface_goes_and_comes_back(rig: Rig, tmp_path: Path) -> None:
             view = await until(made, lambda view: "interface vpc0 has gone" in view.problem)
             view = await until(made, lambda view: view.active is None)
             assert "packets are dropped" in view.problem
-            rig._join(rig.vpc, "vpc0", "eth0", "172.20.0.1/16")
+            rig.join(rig.vpc, "vpc0", "eth0", "172.20.0.1/16")
             await until(made, both)
             with server(rig):
                 assert await in_thread(answer, rig) == FIXED
@@ -456,7 +456,7 @@ def test_two_tenants_with_the_same_networks(rig: Rig, tmp_path: Path) -> None:
 
     async def scenario() -> None:
         async with daemon(rig, tmp_path) as made:
-            rig._join(other, "vpc1", "eth0", "172.20.0.1/16")
+            rig.join(other, "vpc1", "eth0", "172.20.0.1/16")
             await made.egresses.create(rig.spec(forwarders=1))
             await made.egresses.create(
                 rig.spec(name="zeta", interface="vpc1", address="172.20.0.101/16", forwarders=1)

@@ -218,9 +218,13 @@ class Egresses:
                 f"egress {name} is in use: the policy of {', '.join(users)} names it",
                 hint="give them another way out, and then: templated net apply",
             )
-        if egress.state is not EgressState.REMOVING:
-            await self._rows.state(name, EgressState.REMOVING)
-            egress.state = EgressState.REMOVING
+        before, egress.state = egress.state, EgressState.REMOVING  # no policy can name it now
+        if before is not EgressState.REMOVING:
+            try:
+                await self._rows.state(name, EgressState.REMOVING)
+            except BaseException:
+                egress.state = before
+                raise
         await self._set_exits()
         await self._take_away(egress)
         self._events.emit("egress.removed", name)
