@@ -133,7 +133,6 @@ EXAMPLES: dict[str, Any] = {
     "most": 2,
     "network": {"egress": "nat"},
     "keys": {"egress": "none", "limits": {"packets": 100}},
-    "reset": True,
 }
 # Parameters of the query that only one of the two functions of a route sends.
 ONE_OF_TWO = {"event", "tail"}
