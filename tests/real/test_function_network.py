@@ -136,8 +136,10 @@ def test_the_first_connection(walled: Daemon, world: str, tmp_path: Path) -> Non
         for number in range(TRIES):
             words = [word for tier, size in sizes.items() for word in (f"--{tier}", size)]
             walled.cli("pool", "set", "python-fn", *words, "--wait", "--timeout", "120")
+            # Of a version that had requests before, the daemon would keep an instance ready.
             deploy(walled, tmp_path, "--env", f"TRY={path}{number}")
-            answer = invoke(walled, "dial")
+            version = walled.json("function", "publish", "dial")["version"]
+            answer = invoke(walled, f"dial:{version}")
             assert answer["start"] == ("direct" if path == "direct" else "pool")
             found.setdefault(path, []).append(answer["payload"])
             walled.cli("rm", answer["instance"])
