@@ -15,6 +15,7 @@ import pytest
 
 from templated.drivers.network import Port
 from templated.drivers.network.bridge import TapNetwork
+from templated.drivers.network.nft import BURST
 from templated.model.policy import PolicyLimits
 from tests.real.test_network import BRIDGE, PLAN, Namespace, run
 from tests.real.test_network import ns as ns
@@ -26,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces"),
     pytest.mark.skipif(shutil.which("nft") is None, reason="needs nft"),
 ]
-RATE, BURST, SENT = 256 << 10, 64 << 10, 192 << 10
+RATE, SENT = 64 << 10, 224 << 10
 SERVER = f"""
 import socket, sys
 with socket.create_server((sys.argv[1], 80)) as server:
@@ -144,14 +145,14 @@ async def plugged(
 @pytest.mark.parametrize("way", ["up", "down"])
 def test_bandwidth(ns: Namespace, world: Namespace, guest: Namespace, way: str) -> None:
     """A transfer comes to its end, in each direction, and never with more than the limit gives:
-    its burst, and its rate for as long as it took."""
+    a bucket that is full at first, and its rate for as long as it took."""
 
     async def scenario() -> None:
         network = await plugged(ns, guest, bandwidth=f"{RATE >> 10}KiB")
         with serving(world, "10.1.0.5"):
             began = time.monotonic()
             assert python(guest, UPLOAD if way == "up" else DOWNLOAD) == "all"
-            allowed = BURST + RATE * (time.monotonic() - began)
+            allowed = RATE + BURST + RATE * (time.monotonic() - began)
         counted = (await network.counters())["t.web"]
         assert counted["bandwidth"].packets > 0
         if way == "up":
