@@ -73,6 +73,10 @@ FUNCTION = {
     "update": None,
     "created": "2026-01-01T00:00:00.000Z",
 }
+SAID = """egress: acme
+allow:  10.1.0.0/16:443, 10.2.0.0/16
+limits: bandwidth 10MiB, connections 5
+"""
 ANSWER = {
     "status": 200,
     "error": None,
@@ -350,37 +354,24 @@ CHANGES = [
         ("", "hello: reserved 5\n"),
     ),
     (
-        [
-            *("network", "hello", "--egress", "acme", "--allow", "10.1.0.0/16:443"),
-            *("--limit", "connections=5", "--limit", "bandwidth=10MiB"),
-        ],
+        ["network", "hello", "--allow", "10.1.0.0/16:443", "--limit", "connections=5"],
         (
             "PUT",
             "/v1/functions/hello/network",
             {},
-            (
-                b'{"egress": "acme", "allow": ["10.1.0.0/16:443"], '
-                b'"limits": {"connections": 5, "bandwidth": "10MiB"}, "reset": false}'
-            ),
+            b'{"allow": ["10.1.0.0/16:443"], "limits": {"connections": 5}, "reset": false}',
         ),
-        (
-            (
-                "egress: acme\nallow:  10.1.0.0/16:443, 10.2.0.0/16\n"
-                "limits: bandwidth 10MiB, connections 5\n"
-            ),
-            "",
-        ),
+        (SAID, ""),
     ),
     (
-        ["network", "hello", "--reset"],
-        ("PUT", "/v1/functions/hello/network", {}, b'{"reset": true}'),
+        ["network", "hello", "--egress", "none", "--limit", "bandwidth=10MiB", "--reset"],
         (
-            (
-                "egress: acme\nallow:  10.1.0.0/16:443, 10.2.0.0/16\n"
-                "limits: bandwidth 10MiB, connections 5\n"
-            ),
-            "",
+            "PUT",
+            "/v1/functions/hello/network",
+            {},
+            b'{"egress": "none", "limits": {"bandwidth": "10MiB"}, "reset": true}',
         ),
+        (SAID, ""),
     ),
     (
         ["reserve", "hello", "none"],

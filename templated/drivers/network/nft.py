@@ -33,6 +33,9 @@ _INNER: dict[str, tuple[str, ...]] = {"bridge": (), "ip": ("reach",)}
 """The chains that those jump to."""
 _SETS = {"bridge": ("members", "packets", "up", "sinks"), "ip": ("members", "flows")}
 """The sets of a group: of its ports, or their addresses, and of those that have used a limit."""
+BURST = 64 << 10
+"""Bytes that a clone may send, or be sent, at once beside a second's worth of limits.bandwidth: the
+kernel's bucket (net/netfilter/nft_limit.c) holds both, and a small one would pass no large packet."""
 _LARGEST = 1 << 17
 """Elements of a set that counts by port; there are at most 60,000 clones."""
 
@@ -198,7 +201,7 @@ def _frames(group: str, policy: Policy) -> dict[str, list[str]]:
         rate = f"{policy.packets}/second burst {policy.packets} packets"
         up.append(_over(group, "packets", "iifname", rate))
     if policy.bandwidth is not None:
-        rate = f"{policy.bandwidth} bytes/second burst {max(policy.bandwidth // 4, 65536)} bytes"
+        rate = f"{policy.bandwidth} bytes/second burst {BURST} bytes"
         up.append(_over(group, "up", "iifname", rate, "bandwidth"))
         down.append(_over(group, "sinks", "oifname", rate, "bandwidth"))
     up.append(f"udp sport 67 {_drop(group, 'dhcp')}")

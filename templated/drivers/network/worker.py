@@ -50,6 +50,18 @@ class Worker:
         await asyncio.to_thread(self._pool.shutdown)
 
 
+def in_namespace(name: str | None, call: Callable[[], T]) -> T:
+    """What `call` returns in a named namespace; None: in that of the calling thread. Blocks.
+
+    Raises OSError when the namespace cannot be entered, and what `call` raises.
+    """
+    if name is None:
+        return call()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(enter_namespace, name).result()
+        return pool.submit(call).result()
+
+
 def enter_namespace(name: str) -> None:
     """Move the calling thread, and only it, into a named namespace. Raises OSError.
 
