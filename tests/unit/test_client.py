@@ -133,6 +133,13 @@ EXAMPLES: dict[str, Any] = {
     "most": 2,
     "network": {"egress": "nat"},
     "keys": {"egress": "none", "limits": {"packets": 100}},
+    "egress": {
+        "name": "acme",
+        "interface": "eth1",
+        "address": "172.20.0.9/24",
+        "gateway": "172.20.0.1",
+        "to": ["172.20.0.0/16"],
+    },
 }
 # Parameters of the query that only one of the two functions of a route sends.
 ONE_OF_TWO = {"event", "tail"}
