@@ -2,8 +2,11 @@
 
 Run as two processes, each in a network namespace: `sink ADDRESS PORT` reads, and prints when its
 stdin closes; `send ADDRESS PORT FLOWS SECONDS` prints a line when all are connected, and what it
-has sent at its end. Both print JSON. They are plain loops over epoll: 1,000 flows that send every
-50 ms are 20,000 messages a second, on each side.
+has sent at its end. `drain ADDRESS PORT` reads one flow to its end and prints how fast it was;
+`pour ADDRESS PORT SECONDS` sends it; `shout ADDRESS PORT` sends datagrams. What is printed is JSON.
+
+They are plain loops over epoll: 1,000 flows that send every 50 ms are 20,000 messages a second, on
+each side.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ EVERY = 0.05
 _MESSAGE = struct.Struct("!II")
 _TICK = 0.002
 _DRAIN = 10.0
+_BUFFER = 1 << 20
 
 
 def sink(address: str, port: int) -> None:
@@ -113,8 +117,49 @@ def send(address: str, port: int, flows: int, seconds: float) -> None:
     print(json.dumps({"sent": sent, "failed": failed}), flush=True)
 
 
-if __name__ == "__main__":
-    if sys.argv[1] == "sink":
-        sink(sys.argv[2], int(sys.argv[3]))
+def drain(address: str, port: int) -> None:
+    """Read one flow as fast as it comes, and print its bytes and seconds."""
+    with socket.create_server((address, port)) as listener:
+        print("listening", flush=True)
+        peer, _ = listener.accept()
+    buffer, size = bytearray(_BUFFER), 0
+    began = time.monotonic()
+    with peer:
+        while count := peer.recv_into(buffer):
+            size += count
+    print(json.dumps({"bytes": size, "seconds": time.monotonic() - began}), flush=True)
+
+
+def pour(address: str, port: int, seconds: float) -> None:
+    """Send one flow as fast as it goes."""
+    data, end = bytes(_BUFFER), time.monotonic() + seconds
+    with socket.create_connection((address, port), 10) as peer:
+        while time.monotonic() < end:
+            peer.sendall(data)
+
+
+def shout(address: str, port: int) -> None:
+    """Send a datagram every millisecond, whatever becomes of them, until this is killed."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        while True:
+            with suppress(OSError):
+                sender.sendto(b"anybody?", (address, port))
+            time.sleep(0.001)
+
+
+def main(what: str, address: str, port: str, *more: str) -> None:
+    """Do what the command line says."""
+    if what == "sink":
+        sink(address, int(port))
+    elif what == "send":
+        send(address, int(port), int(more[0]), float(more[1]))
+    elif what == "drain":
+        drain(address, int(port))
+    elif what == "shout":
+        shout(address, int(port))
     else:
-        send(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))
+        pour(address, int(port), float(more[0]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -60,7 +60,7 @@ def both(view: dict[str, Any]) -> bool:
 
 def test_commands_and_restarts(bridged: Daemon, rig: Rig) -> None:
     """Made and shown by commands; killed and started again, a daemon adopts what runs."""
-    before = rig.host.shown()
+    before = rig.shown()
     made = bridged.json(*CREATE)
     assert (made["state"], made["active"], made["problem"]) == ("active", 1, "")
     assert "acme" in bridged.cli("egress", "ls") and FIXED in bridged.cli("egress", "show", "acme")
@@ -83,7 +83,7 @@ def test_commands_and_restarts(bridged: Daemon, rig: Rig) -> None:
     bridged.cli("egress", "rm", "acme")
     assert "no egress acme" in bridged.fails("egress", "rm", "acme")
     assert bridged.json("egress", "ls") == []
-    assert rig.host.shown() == before
+    assert rig.shown() == before
     assert list((bridged.places / "run/egress").iterdir()) == []
 
 
@@ -91,7 +91,7 @@ def test_a_clone_by_an_egress(bridged: Daemon, rig: Rig) -> None:
     """Its flows go on, under the fixed address, while forwarders switch and the daemon dies."""
     bridged.variant("out", "network: {egress: acme}")
     assert "no egress acme" in bridged.fails("template", "build", "out")
-    before = rig.host.shown()
+    before = rig.shown()
     bridged.cli(*CREATE)
     bridged.build("out")
     bridged.cli("clone", "c", "--template", "out")
@@ -119,7 +119,7 @@ def test_a_clone_by_an_egress(bridged: Daemon, rig: Rig) -> None:
     bridged.cli("rm", "c")
     bridged.cli("template", "rm", "out")
     bridged.cli("egress", "rm", "acme")
-    assert rig.host.shown() == before
+    assert rig.shown() == before
 
 
 def _connect(address: str, port: int) -> str:
