@@ -31,5 +31,5 @@ def run(directory: Path) -> None:
 
     from templated.drivers.egress.program import serve
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     sys.exit(serve(directory))

@@ -41,8 +41,9 @@ _ROLES = {"MASTER": Role.ACTIVE, "BACKUP": Role.STANDBY, "FAULT": Role.FAULT}
 _TICK, _REPORT = 0.5, 5.0
 _SILENCE = 3
 """Ticks without an answer of the host after which it is out of reach."""
-_SETTLED = 0.1
-"""Seconds after a takeover at which the one before must be silent."""
+_ASKED, _PAUSE = 8, 0.1
+"""How often, and with which pause in seconds, one that took over asks whether the one before still
+answers. The namespace of one that was killed may take some of these to go, and answers for so long."""
 _LISTEN = 0.3
 _HOLD = 1.0
 """Seconds times its number after which a contested one asks again: they never retry together."""
@@ -174,9 +175,12 @@ class Forwarder:
         """The flows that were copied here are this one's own now, and nobody else has them."""
         await self._conntrackd_do("-R")
         await self._conntrackd_do("-B")
-        await asyncio.sleep(_SETTLED)
-        if await self._other() and await self._other() and self._view.role is Role.ACTIVE:
-            self._contested(await self._other())
+        for _ in range(_ASKED):
+            await asyncio.sleep(_PAUSE)
+            mac = await self._other()
+            if not mac or self._view.role is not Role.ACTIVE:
+                return
+        self._contested(mac)
 
     async def _conntrackd_do(self, option: str) -> None:
         if self._conntrackd.running:
