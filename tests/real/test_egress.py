@@ -203,7 +203,7 @@ def test_refusals(rig: Rig, tmp_path: Path) -> None:
 
             await refused(HostError, "no interface eth77", interface="eth77")
             await refused(HostError, "has an address of the host", interface="templated0")
-            await refused(HostError, "is a port of templated0", interface="tp1")
+            await refused(HostError, "is a port of templated0", interface="tpclone")
             await refused(InvalidRequest, "10.78.0.0/16", to=("10.0.0.0/8",))
             await refused(InvalidRequest, "the forwarders' links", to=("100.64.0.0/10",))
             await refused(Conflict, "of its own kind", name="nat")

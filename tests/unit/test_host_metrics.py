@@ -22,6 +22,7 @@ from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.errors import HostError
 from templated.model.api import CloneRequest
 from templated.services.daemon import Services
+from templated.services.reports.egress_metrics import EgressMetrics
 from templated.services.reports.events import EventBus
 from templated.services.reports.function_metrics import FunctionMetrics
 from templated.services.reports.metrics import Metrics
@@ -213,6 +214,7 @@ def all_metrics() -> Metrics:
     FunctionMetrics(metrics.registry)
     ScalingMetrics(metrics.registry)
     PolicyMetrics(metrics.registry)
+    EgressMetrics(metrics.registry)
     return metrics
 
 
