@@ -68,11 +68,19 @@ class FunctionNetworks:
         before = PolicyKeys() if wanted.reset else self.keys(name)
         await self._apply(name, wanted.over(before), self._used(name))
 
-    async def deploy(self, name: str, wanted: DeployRequest, archive: Path | None) -> Version:
+    async def deploy(
+        self,
+        name: str,
+        wanted: DeployRequest,
+        archive: Path | None,
+        *,
+        new: bool | None = None,
+        expected: Version | None = None,
+    ) -> Version:
         """As `Registry.deploy`, with the policy ahead of the code: it holds when the first
         instance starts. When the deploy fails, what held before holds."""
         async with self._held(check_function_name(name), wanted):
-            version = await self._registry.deploy(name, wanted, archive)
+            version = await self._registry.deploy(name, wanted, archive, new=new, expected=expected)
         with contextlib.suppress(TemplatedError):  # an instance's start tries again, and tells
             await self._policies.hold(name, version.settings.template)
         return version
