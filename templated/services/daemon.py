@@ -230,7 +230,9 @@ class _Functions:
         self._registry.on_changed += [metrics.expect, self._shifts.changed]
         self._registry.on_kept.append(self._kept.changed)
         self._registry.on_removed += [self._router.removed, self._queue.removed, self._removed]
-        self._networks = FunctionNetworks(self._registry, context.policies, templates)
+        self._networks = FunctionNetworks(
+            self._registry, context.policies, templates, self._instances, self._tasks
+        )
         self._registry.on_removed += [self._shifts.removed, self._networks.removed]
         self._following: Following | None = None
         self.scaling = self._make_scaling(context, templates, pools)
@@ -253,7 +255,7 @@ class _Functions:
         self, context: Context, templates: Templates, clones: Clones, metrics: FunctionMetrics
     ) -> Router:
         limits, gateway = context.config.functions, context.config.gateway or GatewayConfig()
-        instances = Instances(
+        instances = self._instances = Instances(
             clones,
             self._cache,
             self._tasks,

@@ -141,6 +141,11 @@ def gate_of(port: Port) -> bytes:
     return answered(port, arp(port.index, PLAN.gateway))[0][6:12]
 
 
+def tagged(frame: bytes) -> bytes:
+    """The frame in a VLAN."""
+    return frame[:12] + b"\x81\0\0\x05" + frame[12:]
+
+
 async def dropped(network: TapNetwork, group: str) -> dict[str, int]:
     counted = (await network.counters())[group]
     return {name: one.packets for name, one in counted.items() if one.packets}
@@ -301,6 +306,9 @@ def test_hostile_guests(ns: Namespace, world: Namespace) -> None:
             arp(1, PLAN.gateway),
             echo(1, gate, "10.1.0.5", 1),
             advert,
+            tagged(echo(1, gate, "10.1.0.5", 1)),
+            tagged(arp(0, PLAN.gateway, ip=PLAN.gateway)),
+            tagged(tagged(echo(0, gate, "10.1.0.5", 1))),
         ]
         for frame in lies:
             send(port, frame)
@@ -432,6 +440,8 @@ def test_a_port_moves_to_the_group_of_a_function(ns: Namespace, world: Namespace
         assert not reaches(peer, gate, flow, 3)
         counted = await network.counters()
         assert counted["t.web"]["egress"].packets >= 4 and counted[function]["sent"].packets
+        send(port, arp(0, PLAN.gateway, ip=PLAN.gateway))
+        assert (await network.counters())[function]["spoofed"].packets == 1
         await network.move_port("two", (function, "t.web"))
         send(port, arp(0, PLAN.ip(1)))
         assert received(peer, 0.3), "both are of the function, which lets peers in"

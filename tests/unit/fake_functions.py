@@ -36,6 +36,7 @@ from templated.services.functions.payloads import checked
 from templated.services.functions.registry import Registry
 from templated.services.functions.uploads import Uploads
 from templated.services.reports.scaling_metrics import ScalingMetrics
+from templated.services.tasks import Tasks
 from templated.services.upkeep.scale_views import ScaleViews
 from templated.services.upkeep.scaling import Scaling, Surroundings
 
@@ -275,7 +276,7 @@ async def with_functions(running: Services) -> Services:
         uploads=uploads,
         kept=FakeKept(registry),
         shifts=FakeShifts(registry),
-        networks=FunctionNetworks(registry, context.policies, running.templates),
+        networks=FunctionNetworks(registry, context.policies, running.templates, (), Tasks()),
     )
     return dataclasses.replace(
         running, functions=functions, scaling=_scaling(running, registry, tmp=context.layout.state)

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -16,6 +17,7 @@ from templated.drivers.network.base import HostFacts
 from templated.drivers.network.user import SlirpNetwork
 from templated.errors import ConfigError, Conflict, HostError, InvalidRequest, NotFound
 from templated.journal import Journal
+from templated.model.function import DeployRequest
 from templated.model.network import AddressPlan, BridgeNetwork, UserNetwork
 from templated.model.policy import (
     NetworkRequest,
@@ -25,8 +27,11 @@ from templated.model.policy import (
     function_group,
     template_group,
 )
+from templated.services.functions.networks import FunctionNetworks
+from templated.services.functions.registry import Registry
 from templated.services.policies import Policies
 from templated.services.reports.events import EventBus
+from templated.services.tasks import Tasks
 from tests.unit.fake_daemon import configured
 
 WEB, HELLO = template_group("web"), function_group("web", "hello")
@@ -240,3 +245,82 @@ def test_a_request_says_what_changes() -> None:
         limits={"packets": 50, "connections": 5},
     )
     assert wanted.over(PolicyKeys()) == keys(peers="open", limits={"connections": 5})
+
+
+class Deploys:
+    """A registry whose deploys fail, or succeed."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, str] = {}
+        self.fails = False
+
+    def names(self) -> list[str]:
+        return list(self.found)
+
+    def latest(self, name: str) -> Any:
+        if name not in self.found:
+            raise NotFound(f"there is no function {name}")
+        return SimpleNamespace(settings=SimpleNamespace(template=self.found[name]))
+
+    def versions(self, name: str) -> list[Any]:
+        return []
+
+    async def deploy(self, name: str, wanted: DeployRequest, archive: None, **how: Any) -> Any:
+        if self.fails:
+            raise InvalidRequest("no code")
+        self.found[name] = wanted.template or self.found.get(name, "web")
+        return self.latest(name)
+
+
+class OneTemplate:
+    """A template on the daemon's network, and one on libvirt's."""
+
+    def takers(self) -> list[str]:
+        return ["web"]
+
+    def own_network(self, name: str) -> str | None:
+        return "default" if name == "stock" else None
+
+
+def test_a_deploy_with_a_policy(tmp_path: Path) -> None:
+    """It holds before the code; with a deploy that fails all is as before, and a function that is
+    gone keeps it until its last instance has ended."""
+
+    async def scenario(policies: Policies, recorded: Recorded) -> None:
+        registry, tasks = Deploys(), Tasks()
+        instances: list[Any] = []
+        networks = FunctionNetworks(
+            cast("Registry", registry), policies, OneTemplate(), instances, tasks
+        )
+        registry.fails = True
+        with pytest.raises(InvalidRequest, match="no code"):
+            await networks.deploy("hello", DeployRequest(network=keys(egress="acme")), None)
+        assert recorded.held == {} and networks.keys("hello") == PolicyKeys()
+        registry.fails = False
+        await networks.deploy("hello", DeployRequest(network=keys(egress="acme")), None)
+        assert recorded.held == {HELLO: Policy(egress="acme")}
+        wanted = msgspec.convert({"limits": {"packets": 50}}, NetworkRequest)
+        await networks.change("hello", wanted)
+        assert recorded.held == {HELLO: Policy(egress="acme", packets=50)}
+        with pytest.raises(Conflict, match="on libvirt's network default"):
+            await networks.deploy("hello", DeployRequest(template="stock"), None)
+        registry.fails = True
+        with pytest.raises(InvalidRequest, match="no code"):
+            await networks.deploy("hello", DeployRequest(template="other"), None)
+        assert set(recorded.held) == {HELLO}
+        with pytest.raises(NotFound):
+            await networks.change("nobody", wanted)
+        ended = asyncio.Event()
+        version = SimpleNamespace(function="hello")
+        instances.append(SimpleNamespace(version=version, removed=ended))
+        del registry.found["hello"]
+        await networks.removed("hello", None)
+        await asyncio.sleep(0.01)
+        assert set(recorded.held) == {HELLO}, "a request runs on"
+        instances.clear()
+        ended.set()
+        while recorded.held:
+            await asyncio.sleep(0.01)
+        await tasks.end()
+
+    play(tmp_path, scenario)

@@ -203,6 +203,8 @@ def test_no_clone_name_in_a_label() -> None:
         "start",
         "layer",
         "what",
+        "egress",
+        "forwarder",
     }
     assert labels == known
 

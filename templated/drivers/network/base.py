@@ -97,7 +97,7 @@ class Network(Protocol):
         """Find or make the parts that all ports share. Raises HostError; leaves nothing then.
 
         `ports` are those of an earlier daemon whose clones go on, by tag: policies hold for them
-        without a gap.
+        without a gap. All others of this owner are removed first, while the rules of before hold.
         """
 
     async def make_port(

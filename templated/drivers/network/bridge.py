@@ -77,7 +77,7 @@ class TapNetwork:
             _PREFIX + tag: Held(port.index, port.groups) for tag, port in (ports or {}).items()
         }
         try:
-            await self._worker.run(lambda: self._open(there))
+            await self._worker.run(lambda: self._open(there, sweep=ports is not None))
             await self._mover.run(self._enter)
         except BaseException:
             await self.close(remove=False)
@@ -184,7 +184,7 @@ class TapNetwork:
             reason = f"cannot enter namespace {self._config.netns}: {error.strerror}"
             raise HostError(reason, hint="run the daemon as root") from error
 
-    def _open(self, ports: Mapping[str, Held]) -> None:
+    def _open(self, ports: Mapping[str, Held], *, sweep: bool) -> None:
         self._enter()
         with host_errors("make tap devices", missing="modprobe tun"):
             tap.probe()
@@ -193,6 +193,9 @@ class TapNetwork:
             found = self._links.find(self._config.bridge)
             self._bridge = self._segment.open(self._links)
         try:
+            if sweep:
+                # While the rules of the daemon before still hold: none are left open meanwhile.
+                self._sweep(frozenset(name.removeprefix(_PREFIX) for name in ports))
             self._policing.open(ports)
         except BaseException:
             if found is None:

@@ -34,8 +34,10 @@ _INNER: dict[str, tuple[str, ...]] = {"bridge": (), "ip": ("reach",)}
 _SETS = {"bridge": ("members", "packets", "up", "sinks"), "ip": ("members", "flows")}
 """The sets of a group: of its ports, or their addresses, and of those that have used a limit."""
 BURST = 64 << 10
-"""Bytes that a clone may send, or be sent, at once beside a second's worth of limits.bandwidth: the
-kernel's bucket (net/netfilter/nft_limit.c) holds both, and a small one would pass no large packet."""
+"""Bytes that a clone may send, or be sent, at once beside a second's worth of limits.bandwidth.
+
+The kernel's bucket (net/netfilter/nft_limit.c) holds both; a small one would pass no large packet.
+"""
 _LARGEST = 1 << 17
 """Elements of a set that counts by port; there are at most 60,000 clones."""
 

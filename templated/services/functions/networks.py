@@ -6,15 +6,20 @@ A function has one policy, which holds for all its versions and changes under th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Protocol
 
 from templated.errors import Conflict, TemplatedError
 from templated.model.function import DeployRequest, Version, check_function_name
 from templated.model.policy import NetworkRequest, PolicyKeys, PolicyOwner
+from templated.services.functions.instance import Instance
 from templated.services.functions.registry import Registry
 from templated.services.policies import Policies
+from templated.services.tasks import Tasks
+
+log = logging.getLogger(__name__)
 
 
 class Templated(Protocol):
@@ -30,10 +35,20 @@ class Templated(Protocol):
 class FunctionNetworks:
     """Changes the policies of functions, alone and with a deploy."""
 
-    def __init__(self, registry: Registry, policies: Policies, templates: Templated) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        policies: Policies,
+        templates: Templated,
+        instances: Iterable[Instance],
+        tasks: Tasks,
+    ) -> None:
+        """`instances` are all there are, each time it is gone through."""
         self._registry = registry
         self._policies = policies
         self._templates = templates
+        self._instances = instances
+        self._tasks = tasks
 
     async def open(self) -> None:
         """Hold functions to what they have said. Raises as `Policies.settle`."""
@@ -53,25 +68,46 @@ class FunctionNetworks:
         before = PolicyKeys() if wanted.reset else self.keys(name)
         await self._apply(name, wanted.over(before), self._used(name))
 
-    async def deploy(self, name: str, wanted: DeployRequest, archive: Path | None) -> Version:
+    async def deploy(
+        self,
+        name: str,
+        wanted: DeployRequest,
+        archive: Path | None,
+        *,
+        new: bool | None = None,
+        expected: Version | None = None,
+    ) -> Version:
         """As `Registry.deploy`, with the policy ahead of the code: it holds when the first
         instance starts. When the deploy fails, what held before holds."""
         async with self._held(check_function_name(name), wanted):
-            version = await self._registry.deploy(name, wanted, archive)
+            version = await self._registry.deploy(name, wanted, archive, new=new, expected=expected)
         with contextlib.suppress(TemplatedError):  # an instance's start tries again, and tells
             await self._policies.hold(name, version.settings.template)
         return version
 
     async def removed(self, name: str, number: int | None) -> None:
-        """Give up the policy of a function that is gone. Raises HostError."""
-        if number is None:
+        """Give up the policy of a function that is gone, once its last instance has ended: until
+        then requests that run go on, and it must hold."""
+        if number is None and self.keys(name).any:
+            self._tasks.spawn(self._forget(name), f"forgetting the network policy of {name}")
+
+    async def _forget(self, name: str) -> None:
+        while left := [one for one in self._instances if one.version.function == name]:
+            await left[0].removed.wait()  # at the latest when its request's time is over
+        if name in self._registry.names():  # it was deployed anew
+            return
+        try:
             await self._policies.apply_function(name, PolicyKeys(), ())
+        except TemplatedError as error:  # the daemon's next start forgets it
+            log.warning("the network policy of %s stays for now: %s", name, error.message)
 
     @contextlib.asynccontextmanager
     async def _held(self, name: str, wanted: DeployRequest) -> AsyncIterator[None]:
         before, used = self.keys(name), self._used(name)
-        keys = before if wanted.network is None else wanted.network.over(before)
-        if not keys.any:
+        known = name in self._registry.names()
+        said = before if known else PolicyKeys()  # not that of one that had its name
+        keys = said if wanted.network is None else wanted.network.over(said)
+        if not keys.any and not before.any:
             yield
             return
         await self._apply(name, keys, used | self._asked(name, wanted))

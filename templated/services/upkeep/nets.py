@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv4Network
@@ -71,6 +72,17 @@ class PolicyMetrics:
             else:
                 self.dropped.labels(*owner, name).inc(packets)
 
+    def forget(self, ruled: Ruled) -> None:
+        """Show nothing more of a policy that is gone."""
+        for names, metric in (
+            (PASSED, self.packets),
+            (PASSED, self.bytes),
+            (REASONS, self.dropped),
+        ):
+            for name in names:
+                with contextlib.suppress(KeyError):
+                    metric.remove(ruled.template, ruled.function, name)
+
 
 class PolicyMeter:
     """Reads the kernel's counters now and then, beside all that starts."""
@@ -79,6 +91,7 @@ class PolicyMeter:
         self._context = context
         self._metrics = PolicyMetrics(context.metrics.registry)
         self._seen: dict[str, Counts] = {}
+        self._owners: dict[str, Ruled] = {}
 
     async def run(self) -> None:
         """Read and publish, until cancelled. Raises nothing."""
@@ -94,10 +107,13 @@ class PolicyMeter:
 
     async def look(self) -> None:
         """Read them once. Raises HostError."""
-        counters = await self._context.network.counters()
-        for group, ruled in self._context.policies.all().items():
+        counters, policies = await self._context.network.counters(), self._context.policies.all()
+        for group in self._seen.keys() - policies.keys():
+            self._metrics.forget(self._owners.pop(group))
+        for group, ruled in policies.items():
             self._metrics.add(ruled, counters.get(group, {}), self._seen.get(group, {}))
-        self._seen = {group: counters.get(group, {}) for group in self._context.policies.all()}
+            self._owners[group] = ruled
+        self._seen = {group: counters.get(group, {}) for group in policies}
 
 
 class Nets:
