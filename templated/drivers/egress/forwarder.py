@@ -43,7 +43,7 @@ _SILENCE = 3
 """Ticks without an answer of the host after which it is out of reach."""
 _ASKED, _PAUSE = 8, 0.1
 """How often, and with which pause in seconds, one that took over asks whether the one before still
-answers. The namespace of one that was killed may take some of these to go, and answers for so long."""
+answers: the namespace of one that was killed does, until it has gone."""
 _LISTEN = 0.3
 _HOLD = 1.0
 """Seconds times its number after which a contested one asks again: they never retry together."""
