@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
+from templated.drivers.egress import counters
 from templated.drivers.egress.programs import Files, conntrackd_config, keepalived_config
 from templated.drivers.egress.rules import DROPS, counter_names, guard, ruleset
 from templated.errors import InvalidRequest
@@ -25,7 +26,10 @@ from templated.model.egress import (
     check_overlap,
     link_plan,
 )
+from templated.model.network import BridgeNetwork
+from templated.services import doctor
 from templated.services.reports.egress_metrics import EgressMetrics
+from tests.unit.fake_daemon import configured
 
 LINKS = IPv4Network("100.127.0.0/16")
 GOOD: dict[str, Any] = {
@@ -186,3 +190,25 @@ def _egress(*forwarders: ForwarderView) -> EgressView:
         link="100.127.0.16/28",
         created="",
     )
+
+
+def test_flows_that_found_no_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all processors; a kernel that says nothing says none."""
+    stat = tmp_path / "nf_conntrack"
+    monkeypatch.setattr(counters, "_STAT", stat)
+    assert counters.flows_without_port() == 0
+    stat.write_text(
+        "entries  insert_failed drop\n00000004 00000008 00000009\n00000004 0 00000010\n"
+    )
+    assert counters.flows_without_port() == 25
+
+
+def test_doctor_names_what_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And its package."""
+    config = msgspec.structs.replace(configured(tmp_path), network=BridgeNetwork())
+    monkeypatch.setattr(doctor, "find", lambda name: None if name == "conntrackd" else name)
+    (check,) = doctor._egresses(config)
+    assert (check.status, check.fix) == ("WARN", "apt install conntrackd")
+    assert "conntrackd not installed" in check.detail
+    monkeypatch.setattr(doctor, "find", lambda name: name)
+    assert [one.status for one in doctor._egresses(config)] == ["PASS"]

@@ -30,12 +30,12 @@ def _counters(family: str, table: str) -> dict[str, tuple[int, int]]:
 
 
 def flows_without_port() -> int:
-    """Flows that got no place in the table: all ports of the fixed address were taken, by a flow to
-    the same destination (`insert_failed` and `drop` of the kernel's statistics)."""
+    """Packets that began a flow for which there was no place: neither a port of the fixed address
+    that no flow to the same destination has, nor one in the table (`drop` of the kernel's
+    statistics, nf_conntrack_core.c)."""
     try:
         lines = _STAT.read_text().splitlines()
-    except OSError:
+        column = lines[0].split().index("drop")
+        return sum(int(line.split()[column], 16) for line in lines[1:])
+    except (OSError, ValueError, IndexError):
         return 0
-    names = lines[0].split()
-    wanted = [names.index(name) for name in ("insert_failed", "drop") if name in names]
-    return sum(int(line.split()[i], 16) for line in lines[1:] for i in wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import AsyncIterator
@@ -107,6 +108,11 @@ def run_here(*arguments: str, stdin: str, timeout: float = _TIMEOUT, hint: str =
     if done.returncode != 0:
         raise _failed(arguments[0], done.returncode, _lines(done.stderr)[:1], hint)
     return done.stdout.decode(errors="replace")
+
+
+def find(program: str) -> str | None:
+    """Where a program is; also beside PATH, where Debian has those of root. None: nowhere."""
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
 def missing(program: str) -> HostError:

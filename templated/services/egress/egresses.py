@@ -19,7 +19,7 @@ import msgspec
 
 from templated.drivers.egress.host import Ways
 from templated.drivers.egress.remote import Remote
-from templated.drivers.host.programs import missing
+from templated.drivers.host.programs import find, missing
 from templated.drivers.network import Network
 from templated.errors import Conflict, HostError, NotFound, TemplatedError
 from templated.journal import EgressRow, EgressRows
@@ -39,7 +39,6 @@ from templated.services.tasks import Tasks
 
 log = logging.getLogger(__name__)
 PROGRAMS = ("ip", "nft", "keepalived", "conntrackd")
-_BESIDE = "/usr/sbin:/sbin"
 
 
 class Egresses:
@@ -266,7 +265,7 @@ class Egresses:
                     hint="take another one, such as a VLAN of it",
                 )
         for program in PROGRAMS:
-            if shutil.which(program) is None and shutil.which(program, path=_BESIDE) is None:
+            if find(program) is None:
                 raise missing(program)
 
     # --- inside -------------------------------------------------------------------------------
