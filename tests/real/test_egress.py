@@ -447,3 +447,44 @@ def test_two_tenants_with_the_same_networks(rig: Rig, tmp_path: Path) -> None:
                 await made.egresses.remove(name)
 
     asyncio.run(scenario())
+
+
+def test_programs_that_end(rig: Rig, tmp_path: Path) -> None:
+    """They are started again, which is counted, and the active one stays the active one."""
+
+    async def scenario() -> None:
+        async with daemon(rig, tmp_path) as made:
+            await made.egresses.create(rig.spec())
+            rig.mark(made.egresses._egresses["acme"].plan.mark)
+            one, two = (str(forwarder.pid) for forwarder in made.egresses.view("acme").forwarders)
+            for pid in (one, two):
+                run("pkill", "-9", "-P", pid, "conntrackd")
+            run("pkill", "-9", "-P", two, "keepalived")
+            view = await until(made, lambda v: [f.restarts for f in v.forwarders] == [1, 2])
+            view = await until(made, lambda v: both(v) and not v.problem)
+            assert (view.active, view.failovers) == (1, 0)
+            with server(rig):
+                assert await in_thread(answer, rig) == FIXED
+            await made.egresses.remove("acme")
+
+    asyncio.run(scenario())
+
+
+def test_one_without_a_standby(rig: Rig, tmp_path: Path) -> None:
+    """Killed, it is started again; until then packets are dropped."""
+
+    async def scenario() -> None:
+        async with daemon(rig, tmp_path) as made:
+            pid = (await made.egresses.create(rig.spec(forwarders=1))).forwarders[0].pid
+            rig.mark(made.egresses._egresses["acme"].plan.mark)
+            rig.watch()
+            run("kill", "-9", str(pid))
+            await until(made, lambda view: view.active is None)
+            view = await until(made, lambda view: view.active == 1)
+            assert view.forwarders[0].pid != pid
+            with server(rig):
+                assert await in_thread(answer, rig) == FIXED
+            assert rig.wrong() == 0
+            await made.egresses.remove("acme")
+
+    asyncio.run(scenario())

@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 LINGER = 2.0
 """Seconds for which packets that are on their way still leave after a planned switch."""
 _ROLES = {"MASTER": Role.ACTIVE, "BACKUP": Role.STANDBY, "FAULT": Role.FAULT}
-_TICK, _REPORT = 0.5, 5.0
+_TICK, _REPORT = 0.5, 2.0
 _SILENCE = 3
 """Ticks without an answer of the host after which it is out of reach."""
 _ASKED, _PAUSE = 8, 0.1
@@ -287,7 +287,7 @@ class Forwarder:
                     arp.announce(ip)
 
     async def _watch(self) -> None:
-        """Every half second: are the host and the interface there? Every five: count."""
+        """Every half second: are the host and the interface there? Every two: count."""
         ticks = 0
         while True:
             await asyncio.sleep(_TICK)
