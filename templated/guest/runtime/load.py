@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import _imp
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, SourceFileLoader
+from types import ModuleType
 from typing import Any
 
+BEFORE = ("", *EXTENSION_SUFFIXES)
+"""What would be imported before NAME.py, behind its name: a package, and modules in C."""
+CACHED = f".{sys.implementation.cache_tag}.pyc"
 Handler = Callable[[Any, Any], Any]
 
 
@@ -19,8 +26,9 @@ class LoadError(Exception):
         self.kind, self.trace = kind, trace
 
 
-def load(name: str) -> Handler:
-    """The function that `MODULE.FUNCTION` names; a module may be `package/module`.
+def load(name: str, root: str) -> Handler:
+    """The function that `MODULE.FUNCTION` names; a module may be `package/module`. `root` is the
+    folder of the code, and the first of sys.path.
 
     Raises LoadError, and what the module raises itself.
     """
@@ -31,7 +39,7 @@ def load(name: str) -> Handler:
         )
     module_name = module_name.replace("/", ".")
     try:
-        module = importlib.import_module(module_name)
+        module = plain(module_name, root) or importlib.import_module(module_name)
     except ImportError as error:
         message = f"Unable to import module '{module_name}': {error}"
         raise LoadError("Runtime.ImportModuleError", message, stack(error)) from error
@@ -44,6 +52,49 @@ def load(name: str) -> Handler:
         message = f"Handler '{function}' missing on module '{module_name}'"
         raise LoadError("Runtime.HandlerNotFound", message, [])
     return handler  # type: ignore[no-any-return]
+
+
+def plain(name: str, root: str) -> ModuleType | None:
+    """Import NAME.py of `root` as importlib would, in a third of the code: where nothing has been
+    translated yet, code is what a first request waits for. None when it is not as plain as that.
+
+    Raises what the module raises, and leaves nothing of it then.
+    """
+    path = f"{root}/{name}.py"
+    known = name in sys.modules or name in sys.builtin_module_names or _imp.is_frozen(name)
+    if known or "." in name or not os.access(path, os.R_OK):
+        return None
+    for suffix in BEFORE:
+        if os.access(f"{root}/{name}{suffix}", os.F_OK):
+            return None
+    loader = SourceFileLoader(name, path)
+    cached = f"{root}/__pycache__/{name}{CACHED}"
+    if os.access(cached, os.F_OK):
+        code = loader.get_code(name)
+    else:
+        code = compile(_content(path), path, "exec", dont_inherit=True)
+    spec = ModuleSpec(name, loader, origin=path)
+    spec.has_location, spec.cached = True, cached
+    module = ModuleType(name)
+    module.__spec__, module.__loader__, module.__package__ = spec, loader, ""
+    module.__file__, module.__cached__ = path, cached  # type: ignore[attr-defined]
+    sys.modules[name] = module
+    try:
+        exec(code, module.__dict__)  # type: ignore[arg-type]  # there is a source
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    return sys.modules.pop(name, module)
+
+
+def _content(path: str) -> bytes:
+    descriptor, pieces = os.open(path, os.O_RDONLY | os.O_CLOEXEC), []
+    try:
+        while piece := os.read(descriptor, 1 << 16):
+            pieces.append(piece)
+    finally:
+        os.close(descriptor)
+    return b"".join(pieces)
 
 
 def stack(error: BaseException) -> list[str]:
