@@ -41,7 +41,16 @@ QUICK_HEAD = QUICK_DATA - len(QUICK)
 join = b"".join
 _DECODER, _ENCODER = json.JSONDecoder(), json.JSONEncoder()
 scan = _DECODER.scan_once
-_PARTS = (_ENCODER.default, json.encoder.encode_basestring_ascii, None, ":", ",", False, False, True)
+_PARTS = (
+    _ENCODER.default,
+    json.encoder.encode_basestring_ascii,
+    None,
+    ":",
+    ",",
+    False,
+    False,
+    True,
+)
 
 
 # Both without what json does around the same code in C each time, which takes longer than that.

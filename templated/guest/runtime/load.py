@@ -84,7 +84,7 @@ def plain(name: str, root: str) -> ModuleType | None:
     except BaseException:
         sys.modules.pop(name, None)
         raise
-    return sys.modules.pop(name, module)
+    return sys.modules.get(name, module)  # some put another one in their place
 
 
 def _content(path: str) -> bytes:
