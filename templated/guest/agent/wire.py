@@ -40,7 +40,7 @@ QUICK_HEAD = QUICK_DATA - len(QUICK)
 
 join = b"".join
 _DECODER, _ENCODER = json.JSONDecoder(), json.JSONEncoder()
-scan = _DECODER.scan_once
+scan = _DECODER.scan_once  # type: ignore[attr-defined]
 _PARTS = (
     _ENCODER.default,
     json.encoder.encode_basestring_ascii,

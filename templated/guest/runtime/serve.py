@@ -42,7 +42,7 @@ FACTS = (
 TRACE = "_X_AMZN_TRACE_ID"
 join = b"".join
 _DECODER, _ENCODER = json.JSONDecoder(), json.JSONEncoder()
-scan = _DECODER.scan_once
+scan = _DECODER.scan_once  # type: ignore[attr-defined]
 _PARTS = (_ENCODER.default, json.encoder.encode_basestring, None, ": ", ", ", False, False, False)
 
 
