@@ -117,9 +117,9 @@ class Connection:
             return False
         except OSError:
             data = b""
-        if self.quick is not None and not (self._input or self._served or self._output):
-            if self.quick(self, data):
-                return True
+        between = not (self._input or self._served or self._output)
+        if self.quick is not None and between and self.quick(self, data):
+            return True
         self._input += data
         if not data or (len(self._input) > MAX_HEAD + CHUNK and self._served):
             self.close()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import _imp
 import importlib
+import marshal
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, SourceFileLoader
-from types import ModuleType
+from importlib.util import MAGIC_NUMBER
+from types import CodeType, ModuleType
 from typing import Any
 
 BEFORE = ("", *EXTENSION_SUFFIXES)
 """What would be imported before NAME.py, behind its name: a package, and modules in C."""
 CACHED = f".{sys.implementation.cache_tag}.pyc"
+UNCHECKED = MAGIC_NUMBER + b"\1\0\0\0"
 Handler = Callable[[Any, Any], Any]
 
 
@@ -69,10 +72,9 @@ def plain(name: str, root: str) -> ModuleType | None:
             return None
     loader = SourceFileLoader(name, path)
     cached = f"{root}/__pycache__/{name}{CACHED}"
-    if os.access(cached, os.F_OK):
+    code = _compiled(cached, path) if os.access(cached, os.R_OK) else _source(path)
+    if code is None:
         code = loader.get_code(name)
-    else:
-        code = compile(_content(path), path, "exec", dont_inherit=True)
     spec = ModuleSpec(name, loader, origin=path)
     spec.has_location, spec.cached = True, cached
     module = ModuleType(name)
@@ -80,11 +82,26 @@ def plain(name: str, root: str) -> ModuleType | None:
     module.__file__, module.__cached__ = path, cached  # type: ignore[attr-defined]
     sys.modules[name] = module
     try:
-        exec(code, module.__dict__)  # type: ignore[arg-type]  # there is a source
+        exec(code, module.__dict__)  # type: ignore[arg-type]  # noqa: S102 - there is a source
     except BaseException:
         sys.modules.pop(name, None)
         raise
     return sys.modules.get(name, module)  # some put another one in their place
+
+
+def _source(path: str) -> CodeType:
+    """What is in a file of source, compiled."""
+    return compile(_content(path), path, "exec", dont_inherit=True)
+
+
+def _compiled(cached: str, path: str) -> CodeType | None:
+    """What was compiled to be taken as it is, by this version of Python (PEP 552)."""
+    content = _content(cached)
+    if not content.startswith(UNCHECKED):
+        return None
+    code = marshal.loads(content[16:])  # noqa: S302 - it is run anyway
+    _imp._fix_co_filename(code, path)  # type: ignore[attr-defined]
+    return code  # type: ignore[no-any-return]
 
 
 def _content(path: str) -> bytes:
