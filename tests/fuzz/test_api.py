@@ -27,8 +27,9 @@ from urllib3.connectionpool import HTTPConnectionPool
 from templated.api import server
 from templated.api.routes import ROUTES
 from templated.drivers.hypervisor.fake import FakeHypervisor
-from templated.errors import HostError
+from templated.errors import HostError, InvalidRequest
 from templated.model.api import CloneRequest, ErrorBody
+from templated.model.names import check_clone_name
 from templated.services.daemon import Services
 from templated.services.templates.catalog import Templates
 from tests.fuzz import SECONDS
@@ -39,8 +40,10 @@ from tests.unit.fake_functions import with_functions
 _TIMEOUT = 30.0
 _CHECKS = [content_type_conformance, response_schema_conformance, status_code_conformance]
 _STREAMS = {route.handler.__name__: route.answer for route in ROUTES if "ndjson" in route.stream}
-# The fake guest runs no commands, and has no files.
+# The fake guest runs no commands and has no files, and would be waited for. A name of a case may be
+# drawn again, and be a clone's by then: these have none that a clone can have but this one.
 _INSIDE = ("exec_in_clone", "get_file", "put_file")
+_ABSENT = "no-case-creates-this"
 _SETTINGS = ['{"handler":"a.b"}', '{"handler":"a.b","env":{"A":"x"},"timeout":"1m"}', "{}"]
 
 
@@ -121,6 +124,13 @@ def _check(session: requests.Session, case: schemathesis.Case[Any]) -> None:
     case.validate_response(response, checks=_CHECKS)
 
 
+def _is_clone_name(text: str) -> bool:
+    try:
+        return bool(check_clone_name(text))
+    except InvalidRequest:
+        return False
+
+
 @st.composite
 def _cases(draw: st.DrawFn, schema: Any) -> schemathesis.Case[Any]:
     operations = [result.ok() for result in schema.get_all_operations()]
@@ -132,8 +142,10 @@ def _cases(draw: st.DrawFn, schema: Any) -> schemathesis.Case[Any]:
     )
     case: schemathesis.Case[Any] = draw(operation.as_strategy(generation_mode=mode))
     inside = operation.definition.raw["operationId"] in _INSIDE
-    for name in case.path_parameters or {}:
-        if not inside and draw(st.booleans()):
+    for name, value in (case.path_parameters or {}).items():
+        if inside and _is_clone_name(str(value)):
+            case.path_parameters[name] = _ABSENT
+        elif not inside and draw(st.booleans()):
             case.path_parameters[name] = draw(st.sampled_from(["c", "t", "d"]))
     if operation.definition.raw["operationId"] == "deploy_function" and draw(st.booleans()):
         case.query = {"settings": draw(st.sampled_from(_SETTINGS))}
