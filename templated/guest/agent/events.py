@@ -25,14 +25,6 @@ def order_of(request: dict[str, Any]) -> dict[str, Any]:
     return {"runtime": runtime, "handler": handler, "env": env}
 
 
-def order_text(order: dict[str, Any], root: str) -> bytes:
-    """An order as the resident Python is told it; ValueError for what has no UTF-8. Texts hold no
-    zero bytes, and need not be quoted for them.
-    """
-    variables = [f"{name}={value}" for name, value in order["env"].items()]
-    return "\0".join([root, order["handler"], *variables]).encode()
-
-
 def event_of(request: dict[str, Any], size: int) -> bytes:
     """The head of the answer to `next`, before a payload of `size` bytes.
 

@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 
 from .code import Drive
 from .commands import Agent
-from .events import event_of, exit_failure, failure, order_of, order_text
+from .events import event_of, exit_failure, failure, order_of
 from .execution import ENVIRONMENT
 from .http import Connection, Request, Server
 from .port import QUEUE_LIMIT, Source
 from .runtimes import NOBODY, RESIDENT, Process
-from .wire import MAX_PAYLOAD, PART, WHOLE, Refused, join
+from .wire import MAX_PAYLOAD, PART, WHOLE, Refused, encode, join
 
 TYPE_CHECKING = False  # a module less in every guest
 if TYPE_CHECKING:
@@ -178,7 +178,6 @@ class Functions(Source):
         """
         begin = time.monotonic()
         try:
-            told = order_text(order, self._drive.root)
             if self.process is None:
                 self.start_resident()
             self._drive.attach(uuid)
@@ -190,7 +189,7 @@ class Functions(Source):
         self.state, self._done, self._how = STARTING, done, ""
         self.wait_until(now + seconds)
         if order["runtime"] == "python":
-            self._order = told
+            self._order = encode({**order, "root": self._drive.root}).encode()
             self._give_order()
         else:
             self._start_bootstrap(order)

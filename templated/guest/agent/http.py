@@ -117,8 +117,7 @@ class Connection:
             return False
         except OSError:
             data = b""
-        between = not (self._input or self._served or self._output)
-        if self.quick is not None and between and self.quick(self, data):
+        if self.quick is not None and self._rests() and self.quick(self, data):
             return True
         self._input += data
         if not data or (len(self._input) > MAX_HEAD + CHUNK and self._served):
@@ -126,6 +125,9 @@ class Connection:
             return False
         self._advance()
         return True
+
+    def _rests(self) -> bool:
+        return not (self._request or self._served or self._input or self._output)
 
     def _advance(self) -> None:
         try:

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, SourceFileLoader
-from importlib.util import MAGIC_NUMBER
+from importlib.util import MAGIC_NUMBER, module_from_spec
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -70,38 +70,33 @@ def plain(name: str, root: str) -> ModuleType | None:
     for suffix in BEFORE:
         if os.access(f"{root}/{name}{suffix}", os.F_OK):
             return None
-    loader = SourceFileLoader(name, path)
-    cached = f"{root}/__pycache__/{name}{CACHED}"
-    code = _compiled(cached, path) if os.access(cached, os.R_OK) else _source(path)
-    if code is None:
-        code = loader.get_code(name)
+    loader = Loader(name, path)
     spec = ModuleSpec(name, loader, origin=path)
-    spec.has_location, spec.cached = True, cached
-    module = ModuleType(name)
-    module.__spec__, module.__loader__, module.__package__ = spec, loader, ""
-    module.__file__, module.__cached__ = path, cached  # type: ignore[attr-defined]
-    sys.modules[name] = module
+    spec.has_location, spec.cached = True, f"{root}/__pycache__/{name}{CACHED}"
+    module = sys.modules[name] = module_from_spec(spec)
     try:
-        exec(code, module.__dict__)  # type: ignore[arg-type]  # noqa: S102 - there is a source
+        loader.exec_module(module)
     except BaseException:
         sys.modules.pop(name, None)
         raise
     return sys.modules.get(name, module)  # some put another one in their place
 
 
-def _source(path: str) -> CodeType:
-    """What is in a file of source, compiled."""
-    return compile(_content(path), path, "exec", dont_inherit=True)
+class Loader(SourceFileLoader):
+    """The usual one, with a shorter way to the code."""
 
-
-def _compiled(cached: str, path: str) -> CodeType | None:
-    """What was compiled to be taken as it is, by this version of Python (PEP 552)."""
-    content = _content(cached)
-    if not content.startswith(UNCHECKED):
-        return None
-    code = marshal.loads(content[16:])  # noqa: S302 - it is run anyway
-    _imp._fix_co_filename(code, path)  # type: ignore[attr-defined]
-    return code  # type: ignore[no-any-return]
+    def get_code(self, fullname: str) -> CodeType | None:
+        """What was compiled to be taken as it is (PEP 552), or the source, compiled."""
+        folder, _, name = self.path.rpartition("/")
+        cached = f"{folder}/__pycache__/{name[:-3]}{CACHED}"
+        if not os.access(cached, os.R_OK):
+            return compile(_content(self.path), self.path, "exec", dont_inherit=True)
+        content = _content(cached)
+        if not content.startswith(UNCHECKED):
+            return super().get_code(fullname)
+        code = marshal.loads(content[16:])  # noqa: S302 - it is run anyway
+        _imp._fix_co_filename(code, self.path)  # type: ignore[attr-defined]
+        return code  # type: ignore[no-any-return]
 
 
 def _content(path: str) -> bytes:

@@ -43,7 +43,23 @@ TRACE = "_X_AMZN_TRACE_ID"
 join = b"".join
 _DECODER, _ENCODER = json.JSONDecoder(), json.JSONEncoder()
 scan = _DECODER.scan_once  # type: ignore[attr-defined]
-_PARTS = (_ENCODER.default, json.encoder.encode_basestring, None, ": ", ", ", False, False, False)
+
+
+def _default(value: object) -> object:
+    # Looked up each time: some put one of their own into JSONEncoder.
+    return _ENCODER.default(value)
+
+
+_PARTS = (
+    _default,
+    json.encoder.encode_basestring,
+    None,
+    ": ",
+    ", ",
+    False,
+    False,
+    False,
+)
 
 
 def encode(value: object) -> str:
@@ -115,7 +131,7 @@ class Runtime:
         while True:
             self._send(ORDER)
             _, order = self._read()
-            handler = self._load(*order.decode().split("\0"))
+            handler = self._load(decode(order.decode()))
             if handler is not None:
                 try:
                     self._serve(handler)
@@ -124,16 +140,13 @@ class Runtime:
             handler = None
             self._forget()
 
-    def _load(self, root: str, name: str, *variables: str) -> Handler | None:
-        """Take what an order has, NAME=VALUE for each variable among it, and load the handler."""
+    def _load(self, order: dict[str, Any]) -> Handler | None:
+        root, given, environment = order["root"], order["env"], os.environ
         # It was seeded before the freeze, and all clones would go on alike.
         random.seed()
-        environment, given = os.environ, {}
-        for variable in variables:
-            key, _, value = variable.partition("=")
-            given[key] = environment[key] = value
+        environment.update(given)
         environment["LAMBDA_TASK_ROOT"] = root
-        environment["_HANDLER"] = name
+        environment["_HANDLER"] = order["handler"]
         self._facts = tuple([given.get(*fact) for fact in FACTS])
         os.chdir(root)
         more = given.get("PYTHONPATH", "").split(":")
@@ -141,7 +154,7 @@ class Runtime:
         # No invalidate_caches(): it imports a dozen modules. What is stale `_forget` has dropped.
         kind, message, trace = "", "", []
         try:
-            return load(name, root)
+            return load(order["handler"], root)
         except LoadError as error:
             kind, message, trace = error.kind, str(error), error.trace
         except Exception as error:  # noqa: BLE001 - whatever users' code raises
