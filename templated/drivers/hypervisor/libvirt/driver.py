@@ -124,6 +124,7 @@ class Libvirt:
         lent, label = self._places.of(uuid), Label(places.directory.name, "", "")
         # Which QEMU it is nobody needs to know any more: it neither loads nor saves a state.
         machine = LibvirtMachine(self._asks, uuid, label, features(""), lent, None)
+        machine.asked = True
         machine.found(found)
         return machine
 

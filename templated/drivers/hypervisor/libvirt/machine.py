@@ -79,7 +79,8 @@ class LibvirtMachine(Life):
         self._taken_back: asyncio.Future[None] | None = None
         self._announcing: asyncio.Task[None] | None = None
         self.asked = False
-        """Whether libvirt was asked to start it, so that it may come up whatever we heard."""
+        """Whether libvirt was asked to start it, so that it may come up whatever we heard; of one
+        that was found, it was."""
         self._killed = self._behind = False
         self._file_size: int | None = None
         self.nic = OUR_NIC
@@ -282,21 +283,38 @@ class LibvirtMachine(Life):
             if not self._creation.done():
                 raise Timeout("libvirt is still starting the VM", hint="see whether libvirtd hangs")
         self.kill()
-        if self._process is None and not self.exited.done():
-            await self._make_sure("libvirt did not answer")
+        if self._process is None:
+            if not self.exited.done():
+                await self._make_sure("libvirt did not answer")
+            await self._end(_REPLY_TIMEOUT)
+            return
         await self._end(_REPLY_TIMEOUT)
+        try:
+            await self._destroy_domain()
+        except TemplatedError as error:
+            # No end depends on libvirtd, and the process was the domain's by all that we can see.
+            log.warning("libvirt does not say that %s has ended: %s", self._uuid, error)
 
     async def _make_sure(self, why: str) -> None:
         """A start failed, and libvirt may have the domain all the same: see that it has not."""
+        await self._destroy_domain()
+        self._ended(f"was not started: {why}")
 
-        with contextlib.suppress(NotFound):
+    async def _destroy_domain(self) -> None:
+        """Have libvirt end the domain, unless it knows of none that runs. Raises as `Link.ask`.
+
+        Asked of a process that has ended, too: we know it by its arguments, libvirt by its own
+        child.
+        """
+        if not self.asked:
+            return
+        with contextlib.suppress(NotFound, Conflict):
             await self._link.ask_domain(
                 self._uuid,
                 "the domain's end",
                 lambda domain: domain.destroy(),
                 bound=_REPLY_TIMEOUT,
             )
-        self._ended(f"was not started: {why}")
 
     async def release(self) -> None:
         if self.state not in (MachineState.ENDED, MachineState.RELEASED):
