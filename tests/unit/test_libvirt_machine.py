@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from templated.drivers.hypervisor.base import SavedState
+from templated.drivers.hypervisor.libvirt import machine as libvirt_machine
 from templated.drivers.hypervisor.libvirt.domain import Label
 from templated.drivers.hypervisor.libvirt.lending import Held, Lent
 from templated.drivers.hypervisor.libvirt.link import Link
@@ -108,8 +109,11 @@ def test_a_start_that_fails_in_an_unknown_way(
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_the_end_is_libvirts_too(tmp_path: Path, *, asked: bool) -> None:
+def test_the_end_is_libvirts_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, asked: bool
+) -> None:
     """Whatever process was taken for the domain's: libvirt ends its own, if it ever started one."""
+    monkeypatch.setattr(libvirt_machine, "_FORGETS_WITHIN", 0.02)
 
     async def scenario() -> None:
         link = Domain()
@@ -118,6 +122,8 @@ def test_the_end_is_libvirts_too(tmp_path: Path, *, asked: bool) -> None:
         with sleeper() as child:
             one.found(Process(child.pid, None))
             await one.destroy()
+        if one._confirming is not None:
+            await one._confirming
         assert link.destroyed == ["u"] * asked
         await one.destroy()
         await one.release()
@@ -134,6 +140,8 @@ def test_an_end_without_libvirt(tmp_path: Path, caplog: pytest.LogCaptureFixture
         with sleeper() as child:
             one.found(Process(child.pid, None))
             await one.destroy()
+        assert one._confirming is not None
+        await one._confirming
         await one.release()
 
     asyncio.run(scenario())
