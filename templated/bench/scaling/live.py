@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -122,7 +123,7 @@ def _rehearse(functions: Functions) -> tuple[float, float]:
             raise GuestError(f"{name} answered {bytes(view.payload)[:200]!r}")
         found.append(sum(view.phases_ms.get(phase, 0.0) for phase in _STARTED))
         client.remove_function(name, version)
-    return sorted(found)[len(found) // 2] / 1000, client.show_scaling(name).instance_mib
+    return statistics.median(found) / 1000, client.show_scaling(name).instance_mib
 
 
 def _cold_starts(session: Session) -> dict[str, int]:
