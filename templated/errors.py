@@ -13,6 +13,7 @@
     ├── Timeout                 a bounded wait ended
     ├── HypervisorError         QEMU refused, or ended
     ├── GuestError              the agent in the guest answered wrongly or not at all
+    │   └── UnfitAgent          it lacks or forbids what is needed: waiting will not help
     ├── IdentityError           the guest did not confirm the identity it was given
     ├── StartError              a clone did not come up: which phase failed, and why
     ├── BuildError              an image or a template build failed
@@ -127,6 +128,10 @@ class GuestError(TemplatedError):
     """The guest's agent answered wrongly or not at all."""
 
     code = "guest"
+
+
+class UnfitAgent(GuestError):
+    """The guest's agent lacks or forbids what is needed: it helps nothing to ask it again."""
 
 
 class IdentityError(TemplatedError):

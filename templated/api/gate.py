@@ -15,7 +15,7 @@ from templated.api.errors import ErrorAnswer, Handler
 from templated.api.route import Route
 from templated.errors import Forbidden
 from templated.journal import now
-from templated.model.access import describe
+from templated.model.access import Need, describe
 from templated.model.api import AuditEntry
 from templated.services.reports.audit import AuditLog
 
@@ -41,6 +41,11 @@ def note(*, target: str = "", detail: str = "") -> None:
     """Say what the request is about where its path does not. Nothing that can be a secret."""
     passage = _PASSAGE.get()
     passage.target, passage.detail = target, detail
+
+
+def allowed(need: Need) -> bool:
+    """Whether the caller may have what `need` stands for."""
+    return _PASSAGE.get().caller.grant.allows(need)
 
 
 def guarded(route: Route) -> Handler:

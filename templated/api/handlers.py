@@ -12,8 +12,9 @@ from prometheus_client.aiohttp import make_aiohttp_handler
 from templated import __version__
 from templated.api.answers import NDJSON, SERVICES, each, flag, json_answer, lines, number, stream
 from templated.api.errors import body_of
-from templated.api.gate import note
+from templated.api.gate import allowed, note
 from templated.errors import HostError, InvalidRequest
+from templated.model.access import Role
 from templated.model.api import (
     BuildRequest,
     CloneRequest,
@@ -139,7 +140,8 @@ async def list_templates(request: web.Request) -> web.Response:
 
 async def show_template(request: web.Request) -> web.Response:
     name = request.match_info["name"]
-    return json_answer(await request.app[SERVICES].templates.view(name, full=True))
+    view = await request.app[SERVICES].templates.view(name, full=True)
+    return json_answer(view if allowed(Role.ADMIN) else view.hidden())
 
 
 async def remove_template(request: web.Request) -> web.Response:

@@ -38,7 +38,7 @@ from templated.services.machines.generation import STATE, Generation
 BOUND = 30.0
 """Seconds that any single answer may take."""
 _SLOT, _INDEX = "bench", 0
-_PLAN = AddressPlan(UserNetwork().subnet, b"bench")
+PLAN = AddressPlan(UserNetwork().subnet, b"bench")
 Arguments = Callable[[list[str]], list[str]]
 
 
@@ -262,11 +262,11 @@ class Stage:
     def _launch(
         self, places: Places, memory: Path | None, control: socket.socket, agent: socket.socket
     ) -> Launch:
-        network = make_network(UserNetwork(), _PLAN, "bench")
+        network = make_network(UserNetwork(), PLAN, "bench")
         return Launch(
             slot=_SLOT,
             uuid=str(uuid.uuid4()),
-            mac=_PLAN.mac(_INDEX),
+            mac=PLAN.mac(_INDEX),
             hardware=self.generation.hardware,
             places=places,
             memory=memory,
@@ -283,6 +283,11 @@ class Stage:
 def identity(
     vm: str, mac: str, step: Step = Step.IDENTIFY, hostname: str = "bench"
 ) -> dict[str, str]:
+    """A new identity for the guest of the VM with this UUID, as a request has it."""
+    return order(vm, mac, step, hostname).fields()
+
+
+def order(vm: str, mac: str, step: Step = Step.IDENTIFY, hostname: str = "bench") -> IdentityOrder:
     """A new identity for the guest of the VM with this UUID."""
     return IdentityOrder(
         step=step,
@@ -291,13 +296,13 @@ def identity(
         boot_id=str(uuid.uuid4()),
         uuid=vm,
         mac=mac,
-        ip=_PLAN.ip(_INDEX),
-        prefix=_PLAN.prefix,
-        gateway=_PLAN.gateway,
+        ip=PLAN.ip(_INDEX),
+        prefix=PLAN.prefix,
+        gateway=PLAN.gateway,
         dns=(),
         time=time.time(),
         entropy=secrets.token_bytes(ENTROPY_BYTES),
-    ).fields()
+    )
 
 
 @contextmanager

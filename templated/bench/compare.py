@@ -8,6 +8,7 @@ from typing import Any
 
 from templated.bench.contenders.base import Contender, Once
 from templated.bench.contenders.kata import Kata
+from templated.bench.contenders.libvirt import LibvirtDriver
 from templated.bench.contenders.loadvm import LoadVm
 from templated.bench.contenders.ours import BareLoop, Ours
 from templated.bench.contenders.talk import FullStream
@@ -17,7 +18,8 @@ from templated.bench.stats import summarize_rows
 from templated.errors import TemplatedError
 
 NAMES = (
-    *("cold", "virsh-restore", "loadvm", "incoming-cat", "kata-recipe"),
+    *("cold", "virsh-restore", "libvirt-direct", "loadvm", "incoming-cat", "kata-recipe"),
+    "libvirt-standby",
     *("floor", "direct", "standby", "warm"),
 )
 """From the slowest to the fastest."""
@@ -28,9 +30,11 @@ def contenders(session: Session, names: Sequence[str] = NAMES) -> list[Contender
     made: list[Contender] = [
         Ours(session, "cold"),
         VirshRestore(session),
+        LibvirtDriver(session, "direct"),
         LoadVm(session),
         FullStream(session),
         Kata(session),
+        LibvirtDriver(session, "standby"),
         BareLoop(session),
         *(Ours(session, path) for path in ("direct", "standby", "warm")),
     ]

@@ -23,6 +23,7 @@ from templated.errors import HostError, HypervisorError, Timeout
 # Its first look at a QEMU tries KVM too, which can hang for a minute where no guest runs.
 _STARTS_WITHIN = 180.0
 _ENDS_WITHIN = 10.0
+_PAUSE = 0.05
 # Each is mounted over the place that libvirtd would use. /run is a fresh one: without
 # the system's D-Bus nothing is registered there either.
 _PLACES = {
@@ -41,12 +42,18 @@ mount --bind "$base/run" /run/libvirt
 for place; do
     mount --bind "$base/${place%%:*}" "${place#*:}"
 done
+# A KVM that root may open and QEMU's user not makes libvirt look at QEMU again before each VM.
+if [ -e /dev/kvm ]; then
+    mknod "$base/kvm" c 10 232
+    chmod 666 "$base/kvm"
+    mount --bind "$base/kvm" /dev/kvm
+fi
 exec libvirtd --config "$base/libvirtd.conf" --pid-file "$base/pid"
 """
 _QEMU_CONF = """
-user = "root"
-group = "root"
-dynamic_ownership = 0
+user = "{user}"
+group = "{user}"
+dynamic_ownership = {changes_owners}
 remember_owner = 0
 security_driver = "none"
 namespaces = []
@@ -61,12 +68,16 @@ class Libvirtd:
 
     base: Path
 
+    @property
+    def uri(self) -> str:
+        """How to connect to it."""
+        return f"qemu+unix:///system?socket={self.base}/run/libvirt-sock"
+
     def virsh(self, *arguments: str, timeout: float = _STARTS_WITHIN) -> str:
         """Run virsh and return its output; HypervisorError with its last line, or Timeout."""
-        uri = f"qemu+unix:///system?socket={self.base}/run/libvirt-sock"
         try:
             done = subprocess.run(
-                ["virsh", "--quiet", "--connect", uri, *arguments],
+                ["virsh", "--quiet", "--connect", self.uri, *arguments],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 timeout=timeout,
@@ -82,12 +93,15 @@ class Libvirtd:
 
 
 @contextlib.contextmanager
-def private_libvirtd() -> Iterator[Libvirtd]:
-    """A libvirtd, ended with all its VMs at the end. HostError with the reason where none runs."""
+def private_libvirtd(user: str = "root") -> Iterator[Libvirtd]:
+    """A libvirtd, ended with all its VMs at the end. HostError with the reason where none runs.
+
+    It runs QEMU as `user`, which has a group of the same name.
+    """
     check_host()
     base = Path(tempfile.mkdtemp(prefix="tpl.", dir="/tmp"))
     try:
-        _furnish(base)
+        _furnish(base, user)
         with contextlib.ExitStack() as stack:
             with deferred():
                 child = _spawn(base)
@@ -112,10 +126,13 @@ def check_host() -> None:
         raise HostError("a private libvirtd needs root", hint="run the bench as root")
 
 
-def _furnish(base: Path) -> None:
-    for name in (*_PLACES, "run"):
+def _furnish(base: Path, user: str) -> None:
+    # Its package has the last one, and networks need it.
+    for name in (*_PLACES, "run", "lib/dnsmasq"):
         (base / name).mkdir()
-    (base / "etc/qemu.conf").write_text(_QEMU_CONF)
+    (base / "etc/qemu.conf").write_text(
+        _QEMU_CONF.format(user=user, changes_owners=int(user != "root"))
+    )
     (base / "libvirtd.conf").write_text(
         f'unix_sock_dir = "{base}/run"\nauth_unix_rw = "none"\nlog_outputs = "3:stderr"\n'
     )
@@ -146,11 +163,12 @@ def _answering(daemon: Libvirtd, child: subprocess.Popen[bytes]) -> None:
                 raise HostError(f"libvirtd ended at once: {_last_line(daemon.base)}") from error
             if time.monotonic() > deadline:
                 raise Timeout(f"libvirtd did not answer in {_STARTS_WITHIN:g} s") from error
-        time.sleep(0.05)
+        time.sleep(_PAUSE)
 
 
 def _end(child: subprocess.Popen[bytes], base: Path) -> None:
-    """End libvirtd, and then the VMs whose pids it wrote down: they would outlive it."""
+    """End libvirtd, and then all that it has started: VMs and QEMUs that it asks what they can do,
+    all of which would outlive it, and what serves its networks."""
     with uninterrupted():
         child.terminate()
         try:
@@ -158,11 +176,24 @@ def _end(child: subprocess.Popen[bytes], base: Path) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-        for pid in base.glob("run/qemu/*.pid"):
-            # driver.pid is libvirtd's own.
-            if pid.name != "driver.pid":
-                with contextlib.suppress(OSError, ValueError):
-                    os.kill(int(pid.read_text()), signal.SIGKILL)
+        deadline = time.monotonic() + _ENDS_WITHIN
+        # Again, for what one of them started before its own end.
+        while (left := _inside(base)) and time.monotonic() < deadline:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(_PAUSE)
+
+
+def _inside(base: Path) -> list[int]:
+    """The processes that have our places mounted, as nobody outside has."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            mounted = (process / "mountinfo").read_text()
+            if f"{base}/run " in mounted or f"/{base.name}/run " in mounted:
+                found.append(int(process.name))
+    return found
 
 
 def _last_line(base: Path) -> str:

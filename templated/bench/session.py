@@ -86,7 +86,10 @@ class Session:
         return self.client.info()
 
     def generation(self) -> Generation:
-        """The active generation's files; HostError when they cannot be read."""
+        """The active generation's files, for who speaks with its guests without the daemon.
+
+        Raises HostError when they cannot be read, InvalidRequest for guests with another agent.
+        """
         active = str(self.client.show_template(self.template).active)
         info = self.client.info()
         directory = Path(info.state_dir) / "generations" / self.template / active
@@ -95,6 +98,11 @@ class Session:
             manifest = read_manifest(directory)
         except HostError as error:
             raise HostError(error.message, hint=hint) from error
+        if manifest.spec.identity.agent != "templated":
+            raise InvalidRequest(
+                f"guests of {self.template} have qemu-ga, and this speaks our own agent's protocol",
+                hint="take --paths direct,standby,warm,cold, or another template",
+            )
         found = Generation(
             manifest=manifest,
             directory=directory,

@@ -55,6 +55,20 @@ def code_digests(context: click.Context, parameter: click.Parameter, incomplete:
     return _names(context, requests.list_code(), incomplete, "digest")
 
 
+def domain_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Names of libvirt's domains that are shut off; none when libvirt does not say."""
+    try:
+        from templated.drivers.libvirt.address import SYSTEM
+        from templated.drivers.libvirt.connection import connect
+        from templated.drivers.libvirt.domains import names
+
+        uri = context.params.get("connect") or SYSTEM
+        connection = connect(uri, read_only=True, bound=_SECONDS)
+        return [name for name in names(connection) if name.startswith(incomplete)]
+    except Exception:
+        return []
+
+
 def _names(
     context: click.Context, request: Request[Any], incomplete: str, key: str = "name"
 ) -> list[str]:

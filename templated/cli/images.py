@@ -77,6 +77,7 @@ def ls(settings: Settings) -> None:
             "mib": view["size"] >> 20,
             "suite": view["suite"],
             "packages": view["packages"],
+            "path": view.get("path"),
             "templates": view["templates"],
         }
         for view in views

@@ -1,4 +1,4 @@
-"""`template build | ls | show | rm | rollback`."""
+"""`template build | import | ls | show | rm | rollback`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import click
 
 from templated.cli import render
 from templated.cli.completion import template_names
+from templated.cli.import_cmd import import_
 from templated.cli.options import Group, Settings
 from templated.client import requests
 from templated.errors import InvalidRequest
 
 GROUP_EXAMPLES = """
 templated template build python-fn
+templated template import --domain web
 templated template ls
 templated template show python-fn
 """
@@ -75,6 +77,9 @@ def _spec(file: str) -> tuple[str, str]:
             return stream.read(), file
     except UnicodeDecodeError:
         raise InvalidRequest(f"{file} is not UTF-8 text") from None
+
+
+template.add_command(import_)
 
 
 LS_EXAMPLES = """

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import enum
 import itertools
 import math
 import secrets
 import struct
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -32,19 +32,20 @@ from templated.drivers.guest_functions import (
     keep_part,
 )
 from templated.drivers.pace import MAX_LINE, READ, TURN, Lines, Pace
+from templated.drivers.port import close_port, open_port
 from templated.errors import Busy, GuestError, InvalidRequest, TemplatedError, Timeout
 from templated.guest.agent.wire import CLAIM, IDENTIFY, PACKED, REHEARSAL, SEEN
 
 CHUNK = 32768
 MAX_FILE = 64 << 20
 ENTROPY_BYTES = 64
-_CONNECT_TRIES, _CONNECT_PAUSE = 20, 0.05
 # Output, in bytes, that waits for a slow reader before it is given up; a piece has its own size.
 MAX_UNREAD = 32 << 20
 _PIECE = 64
 # Seconds for all parts of a file; each has the caller's bound.
 _WHOLE_FILE = 600.0
-_Sink = Callable[["Output"], None]
+Sink = Callable[["Output"], None]
+"""Gets the output of a command, or of a function, as it comes."""
 
 
 class Output(msgspec.Struct, frozen=True):
@@ -89,6 +90,8 @@ class Confirmation:
     prefix: int
     time: float
     """The guest's wall clock at its answer, seconds since the epoch."""
+    asked: float = 0.0
+    """The host's, when the guest was asked for that; 0: when it was asked for all of it."""
 
     @classmethod
     def of(cls, raw: msgspec.Raw) -> Confirmation:
@@ -111,6 +114,15 @@ class Confirmation:
             prefix=int.from_bytes(netmask).bit_count(),
             time=clock,
         )
+
+
+@dataclass(frozen=True)
+class HostKey:
+    """A key of an SSH server: `kind` as in ssh_host_KIND_key, and its two files."""
+
+    kind: str
+    private: str = field(repr=False)
+    public: str
 
 
 class Step(enum.Enum):
@@ -140,6 +152,8 @@ class IdentityOrder:
     dns: Sequence[str]
     time: float
     entropy: bytes
+    host_keys: Sequence[HostKey] = ()
+    """For a guest with an SSH server, as far as its agent can replace them."""
 
     def fields(self) -> dict[str, str]:
         """The request's only field; PACKED says what it holds."""
@@ -192,7 +206,7 @@ class _Reply(msgspec.Struct, frozen=True):
 class _Pending:
     """A request under way: its reply, and where its output goes, and the parts of a payload."""
 
-    def __init__(self, sink: _Sink | None, parts: bytearray | None) -> None:
+    def __init__(self, sink: Sink | None, parts: bytearray | None) -> None:
         self.reply: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
         # It may come when nobody waits for it any more, and is no news then.
         self.reply.add_done_callback(lambda reply: reply.cancelled() or reply.exception())
@@ -216,34 +230,28 @@ class Agent:
         self._pending: dict[int, _Pending] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._receiver: asyncio.Task[None] | None = None
+        self.marked = time.monotonic()
+        self.asked = time.time()
         self._broken: str = "the agent's connection is closed"
 
     async def connect(self) -> None:
         """Connect to QEMU's end of the port; GuestError when it is not there."""
-        try:
-            reader, self._writer = await self._open()
-        except OSError as error:
-            raise GuestError(f"the agent's port is not there: {error}") from error
+        reader, self._writer = await open_port(self._path)
         # The first newline ends a line that an earlier connection left half-written. The second
         # tells the agent that this connection is new.
         self._writer.write(b"\n\n")
         work = self._receive(reader, cast(asyncio.Transport, self._writer.transport))
         self._receiver = asyncio.create_task(work, name=f"agent {self._path}")
 
-    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        if failpoints.armed:
-            await failpoints.reach("agent.connect")
-        for _ in range(_CONNECT_TRIES):
-            try:
-                return await asyncio.open_unix_connection(self._path, limit=READ)
-            except BlockingIOError:  # QEMU has not yet noticed that the last one was closed
-                await asyncio.sleep(_CONNECT_PAUSE)
-        return await asyncio.open_unix_connection(self._path, limit=READ)
-
     @property
     def connected(self) -> bool:
         """Whether its end of the port is open, as far as is known."""
         return self._receiver is not None and not self._receiver.done()
+
+    @property
+    def absence(self) -> str:
+        """What may be wrong with a guest whose agent never answers."""
+        return ""
 
     async def close(self) -> None:
         """End the connection; requests under way fail with GuestError."""
@@ -251,13 +259,7 @@ class Agent:
             self._receiver.cancel()
             await asyncio.wait({self._receiver})
         if self._writer is not None:
-            if self._writer.transport.get_write_buffer_size():
-                # What a guest has not taken it may never take. The next connection's newline ends
-                # a line of which it has a part.
-                self._writer.transport.abort()
-            self._writer.close()
-            with contextlib.suppress(OSError):
-                await self._writer.wait_closed()
+            await close_port(self._writer)
             self._writer = None
 
     async def request(
@@ -265,7 +267,7 @@ class Agent:
         command: str,
         timeout: float,
         arguments: dict[str, Any] | None = None,
-        sink: _Sink | None = None,
+        sink: Sink | None = None,
         parts: bytearray | None = None,
     ) -> msgspec.Raw:
         """Send one request and wait for its reply, at most `timeout` seconds.
@@ -303,18 +305,25 @@ class Agent:
     async def ping(self, timeout: float) -> None:
         await self.request("ping", timeout)
 
+    async def settle(self, timeout: float) -> None:
+        """Nothing: it starts when all of that is done."""
+
     async def identify(self, timeout: float, identity: IdentityOrder) -> Confirmation:
         """Give the guest its identity; returns the identity that it then reads back."""
-        return Confirmation.of(await self.request("identify", timeout, identity.fields()))
+        raw = await self.request("identify", timeout, identity.fields())
+        self.marked = time.monotonic()
+        return Confirmation.of(raw)
 
     async def adjust_clock(self, seconds: float, timeout: float) -> float:
         """Shift the guest's wall clock; returns its time after that."""
+        self.asked = time.time()
         raw = await self.request("clock", timeout, {"adjust": seconds})
         return converted(raw, _Clock).time
 
     async def quiesce(self, timeout: float) -> None:
         """Prepare the guest to be frozen: address dropped, file systems synced."""
         await self.request("quiesce", timeout)
+        self.marked = time.monotonic()
 
     async def exec(
         self,
@@ -398,7 +407,7 @@ class Agent:
         content += data
         return chunk.eof
 
-    async def load(self, order: LoadOrder, timeout: float, sink: _Sink | None = None) -> Loaded:
+    async def load(self, order: LoadOrder, timeout: float, sink: Sink | None = None) -> Loaded:
         """Attach a function's code and start it; `sink` gets what it prints meanwhile.
 
         Raises InitFailed when the function did not come up, and what `request` raises, also when
@@ -407,7 +416,7 @@ class Agent:
         parts = bytearray()
         return Loaded.of(await self.request("load", timeout, order.fields(), sink, parts), parts)
 
-    async def invoke(self, order: InvokeOrder, timeout: float, sink: _Sink | None = None) -> Answer:
+    async def invoke(self, order: InvokeOrder, timeout: float, sink: Sink | None = None) -> Answer:
         """Give the function one request, and wait for its answer, at most `timeout` seconds.
 
         `sink` gets what was printed since the last one. Raises InvalidRequest for a payload that

@@ -68,7 +68,8 @@ class Work:
 class Lines:
     """Makes lines of what comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest: int = MAX_LINE) -> None:
+        self._longest = longest
         self._rest = b""
         self._skipping = False
 
@@ -79,7 +80,7 @@ class Lines:
             self._skipping = False
             del lines[0]
         whole: list[bytes | None] = [line for line in lines if line and not line.isspace()]
-        if len(self._rest) >= MAX_LINE or (self._skipping and self._rest):
+        if len(self._rest) >= self._longest or (self._skipping and self._rest):
             whole.append(None)
             self._rest, self._skipping = b"", True
         return whole

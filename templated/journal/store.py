@@ -14,10 +14,12 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
+
+from msgspec import structs
 
 from templated import failpoints
 from templated.errors import Busy, Conflict, Defect, HostError
@@ -27,6 +29,7 @@ from templated.model.clone import TRANSITIONS as CLONE_TRANSITIONS
 from templated.model.clone import CloneState, Key, Slot
 from templated.model.generation import TRANSITIONS as GENERATION_TRANSITIONS
 from templated.model.generation import GenerationState
+from templated.model.network import Elsewhere
 from templated.model.spec import PoolSpec
 
 T = TypeVar("T")
@@ -64,13 +67,23 @@ class Journal:
 
     # --- slots and clones -------------------------------------------------------------------
 
-    def new_slot(self, generation: str, make: Callable[[int], Slot], capacity: int) -> Slot:
+    def new_slot(
+        self,
+        generation: str,
+        make: Callable[[int], Slot],
+        capacity: int,
+        elsewhere: Elsewhere | None = None,
+    ) -> Slot:
         """Take the next free index, and write the slot that `make` builds for it.
 
-        Indexes go round, so that an address that was given back is the last to be used again.
+        Its address is that of the index, or the next free one of the network `elsewhere`. Both go
+        round, so that an address that was given back is the last to be used again; no two slots
+        have the same, whatever their networks. Raises Busy when there is none; writes nothing then.
         Blocks, so it must run in a thread.
         """
-        return self._transaction("new_slot", lambda db: _new_slot(db, generation, make, capacity))
+        return self._transaction(
+            "new_slot", lambda db: _new_slot(db, generation, make, capacity, elsewhere)
+        )
 
     def drop_slot(self, slot_id: str) -> None:
         """Forget a slot that has been taken down, and its clone. Blocks."""
@@ -298,28 +311,54 @@ def _executor(sql: str, *values: object) -> Callable[[sqlite3.Connection], None]
 
 
 def _new_slot(
-    db: sqlite3.Connection, generation: str, make: Callable[[int], Slot], capacity: int
+    db: sqlite3.Connection,
+    generation: str,
+    make: Callable[[int], Slot],
+    capacity: int,
+    elsewhere: Elsewhere | None,
 ) -> Slot:
-    index = _next_index(db, capacity)
-    slot = make(index)
-    values = (slot.id, index, generation, slot.uuid, slot.mac, slot.ip, slot.machine_id)
-    db.execute("INSERT INTO slots VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*values, slot.boot_id))
-    return slot
-
-
-def _next_index(db: sqlite3.Connection, capacity: int) -> int:
-    row = db.execute("SELECT value FROM counters WHERE name = 'slot'").fetchone()
-    start = row["value"] % capacity if row else 0
-    taken = {r["idx"] for r in db.execute("SELECT idx FROM slots")}
-    for step in range(capacity):
-        index = (start + step) % capacity
-        if index not in taken:
-            db.execute("INSERT OR REPLACE INTO counters VALUES ('slot', ?)", (index + 1,))
-            return index
+    rows = db.execute("SELECT idx, ip FROM slots").fetchall()
+    indexes, addresses = {row["idx"] for row in rows}, {row["ip"] for row in rows}
+    given = None if elsewhere is None else _next_address(db, elsewhere, addresses)
+    for index in _round(db, "slot", capacity):
+        if index in indexes:
+            continue
+        slot = make(index)
+        if given is not None:
+            slot = structs.replace(slot, ip=given)
+        elif slot.ip in addresses:  # of a slot on another network with the same subnet
+            continue
+        _pass(db, "slot", index)
+        values = (slot.id, index, generation, slot.uuid, slot.mac, slot.ip, slot.machine_id)
+        db.execute("INSERT INTO slots VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*values, slot.boot_id))
+        return slot
     raise Busy(
         f"all {capacity} slots are in use, by the addresses of the subnet or by the uids",
         hint="remove clones, or configure a larger network.subnet, or more `uids`",
     )
+
+
+def _next_address(db: sqlite3.Connection, elsewhere: Elsewhere, taken: set[str]) -> str:
+    counter, plan = f"network {elsewhere.name}", elsewhere.plan
+    for offset in _round(db, counter, plan.capacity):
+        if (ip := plan.ip(offset)) not in taken:
+            _pass(db, counter, offset)
+            return ip
+    raise Busy(
+        f"all {plan.capacity} addresses of libvirt's network {elsewhere.name} are in use",
+        hint=f"remove clones, or let DHCP have fewer: virsh net-edit {elsewhere.name}, and build",
+    )
+
+
+def _round(db: sqlite3.Connection, counter: str, capacity: int) -> Iterator[int]:
+    """The numbers below `capacity`, each once, from the one after that which was given last."""
+    row = db.execute("SELECT value FROM counters WHERE name = ?", (counter,)).fetchone()
+    start = row["value"] if row else 0
+    return ((start + step) % capacity for step in range(capacity))
+
+
+def _pass(db: sqlite3.Connection, counter: str, number: int) -> None:
+    db.execute("INSERT OR REPLACE INTO counters VALUES (?, ?)", (counter, number + 1))
 
 
 def _move_generation(db: sqlite3.Connection, generation_id: str, state: GenerationState) -> None:

@@ -65,7 +65,10 @@ class ImageView(Struct, frozen=True, kw_only=True):
 
     digest: str
     suite: str
+    """Empty for a copied file."""
     packages: tuple[str, ...]
+    path: str | None = None
+    """The file that it is a copy of."""
     size: int
     """Bytes that its disk takes on the host."""
     built_at: str

@@ -36,6 +36,15 @@ class RestoreConfig(_Section, frozen=True, kw_only=True):
     transport: Literal["exec", "fd"] = "fd"
 
 
+class LibvirtConfig(_Section, frozen=True, kw_only=True):
+    """Where VMs of templates with `hypervisor: libvirt` are started. Connected to when needed."""
+
+    uri: Annotated[
+        str, Meta(pattern=r"^qemu(\+unix)?:///(system|session)(\?socket=/[ -~]{1,200})?$(?!\n)")
+    ] = "qemu:///system"
+    """Of this host: VMs are handed descriptors."""
+
+
 class SocketConfig(_Section, frozen=True, kw_only=True):
     """Who may connect to the daemon; `access` says what they may do then."""
 
@@ -237,6 +246,7 @@ class Config(_Section, frozen=True, kw_only=True):
     qemu: str = "qemu-system-x86_64"
     network: UserNetwork | BridgeNetwork = UserNetwork()
     restore: RestoreConfig = RestoreConfig()
+    libvirt: LibvirtConfig = LibvirtConfig()
     confine: bool = True
     """Take from hypervisors what they do not need; false exists to compare with."""
     uids: UidRange | None = None

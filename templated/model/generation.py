@@ -6,7 +6,9 @@ import enum
 from typing import Annotated
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
+from templated.model.network import Addresses
 from templated.model.spec import TemplateSpec
 
 GenerationId = Annotated[str, Meta(pattern=r"^[0-9]{8}t[0-9]{6}-[0-9a-f]{6}$(?!\n)")]
@@ -102,6 +104,8 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     phases_s: dict[str, float]
     freeze_lag_s: float
     """Guest seconds between the agent's clock mark and the stop of its vCPU."""
+    addresses: Addresses | None = None
+    """Those of its VMs, of a template that names a network of libvirt."""
     clone_bytes: int = 0
     """Memory of the host that the canary held for itself once it was identified; 0: unknown."""
 
@@ -128,3 +132,12 @@ class TemplateView(Struct, frozen=True, kw_only=True):
     manifest: Manifest | None = None
     problem: str = ""
     """Why the template cannot serve now, in one line; empty when it can."""
+
+    def hidden(self) -> TemplateView:
+        """The same for who may not read what may be secret: see `SeedSpec.hidden`."""
+        manifest = self.manifest
+        return replace(
+            self,
+            spec=self.spec and self.spec.hidden(),
+            manifest=manifest and replace(manifest, spec=manifest.spec.hidden()),
+        )

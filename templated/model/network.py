@@ -3,6 +3,7 @@ NIC is connected."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import ipaddress
 from dataclasses import dataclass
@@ -102,7 +103,14 @@ class Slirp:
     forwards: tuple[Forward, ...] = ()
 
 
-Attachment: TypeAlias = Tap | Slirp
+@dataclass(frozen=True)
+class OfLibvirt:
+    """A NIC on a network of libvirt, which makes its tap."""
+
+    name: str
+
+
+Attachment: TypeAlias = Tap | Slirp | OfLibvirt
 """How a VM's NIC is connected; the hypervisor's driver turns it into its own options."""
 
 
@@ -117,6 +125,15 @@ def parse_subnet(text: str) -> ipaddress.IPv4Network:
     if network.is_loopback or network.is_multicast or network.is_reserved or text[:2] == "0.":
         raise ValueError(f"subnet {text!r} is a range that hosts cannot have")
     return network
+
+
+class Addresses(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What VMs may have of a network that is not the daemon's: IPv4, as text."""
+
+    subnet: str
+    gateway: str
+    first: str
+    last: str
 
 
 class AddressPlan:
@@ -134,8 +151,22 @@ class AddressPlan:
         Raises ValueError as `parse_subnet` does.
         """
         self.network = parse_subnet(subnet)
-        self._base = int(self.network.network_address)
+        self._first = int(self.network.network_address) + _FRONT
+        self.capacity = self.network.num_addresses - _RESERVED
+        """Number of clones that there are addresses for."""
+        self.gateway = str(self.network[1])
         self._mac_prefix = b"\x02" + hashlib.sha256(host_tag).digest()[:2]
+
+    def elsewhere(self, given: Addresses) -> AddressPlan:
+        """The plan of another network, whose numbers are not a slot's indexes: MACs are still ours.
+
+        Raises ValueError for a subnet that is not usable.
+        """
+        plan = copy.copy(self)
+        plan.network, plan.gateway = parse_subnet(given.subnet), given.gateway
+        plan._first = int(ipaddress.IPv4Address(given.first))
+        plan.capacity = int(ipaddress.IPv4Address(given.last)) - plan._first + 1
+        return plan
 
     @property
     def prefix(self) -> int:
@@ -143,26 +174,17 @@ class AddressPlan:
         return self.network.prefixlen
 
     @property
-    def gateway(self) -> str:
-        return str(self.network[1])
-
-    @property
     def dns(self) -> str:
         """Where slirp answers DNS. In bridge mode nothing answers there."""
         return str(self.network[2])
 
-    @property
-    def capacity(self) -> int:
-        """Number of clones that the subnet has addresses for."""
-        return self.network.num_addresses - _RESERVED
-
     def ip(self, index: int) -> str:
         """The clone's IPv4 address. Raises ValueError when the index is out of range."""
-        return str(ipaddress.IPv4Address(self._base + _FRONT + self._checked(index)))
+        return str(ipaddress.IPv4Address(self._first + self._checked(index)))
 
     def index(self, ip: str) -> int:
         """The index whose address is `ip`. Raises ValueError when no clone can have it."""
-        return self._checked(int(ipaddress.IPv4Address(ip)) - self._base - _FRONT)
+        return self._checked(int(ipaddress.IPv4Address(ip)) - self._first)
 
     def mac(self, index: int) -> str:
         """The clone's MAC: 02 (locally administered, unicast), 16 bits of host, 24 of index.
@@ -175,3 +197,11 @@ class AddressPlan:
         if not 0 <= index < self.capacity:
             raise ValueError(f"no address {index} in {self.network}: it has {self.capacity}")
         return index
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A network that is not the daemon's: its name, and which addresses of it slots may have."""
+
+    name: str
+    plan: AddressPlan

@@ -14,7 +14,8 @@ from pathlib import Path
 from templated.drivers.accounts import range_problem
 from templated.drivers.cgroups import ControlGroups, control_groups
 from templated.drivers.hypervisor.base import Hypervisor
-from templated.drivers.hypervisor.qemu.driver import Qemu
+from templated.drivers.hypervisor.chosen import QemuOrLibvirt
+from templated.drivers.hypervisor.libvirt.driver import LentPlaces, Libvirt
 from templated.drivers.image.store import ImageStore
 from templated.drivers.network import Network, make_network
 from templated.drivers.objectstore import connect
@@ -337,7 +338,9 @@ def _subscribe(slots: Slots, templates: Templates, pools: Pools) -> None:
 
 def make_hypervisor(config: Config) -> Hypervisor:
     """The hypervisor that the configuration names. The only place that knows them all."""
-    return Qemu(config.qemu, Layout(config).kvm_proof)
+    layout = Layout(config)
+    libvirt = Libvirt(config.libvirt.uri, LentPlaces(layout.lent, layout.lent_memory))
+    return QemuOrLibvirt(config.qemu, layout.kvm_proof, libvirt)
 
 
 def _context(installation: Installation, journal: Journal) -> Context:
@@ -359,7 +362,6 @@ def _context(installation: Installation, journal: Journal) -> Context:
     starter = Starter(
         installation.hypervisor,
         installation.network,
-        installation.plan,
         config.restore.transport,
         config.confine,
         installation.uids,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from templated.drivers.cgroups import CONTROLLERS, offered
 from templated.drivers.configfile import load_template, template_files
@@ -20,22 +19,13 @@ from templated.errors import HostError, TemplatedError
 from templated.model.config import Config
 from templated.model.network import BridgeNetwork
 from templated.services.daemon import make_hypervisor, uid_range, uids_problem
+from templated.services.findings import Check, Status
+from templated.services.libvirt_checks import libvirt_checks
 from templated.services.places import Layout
 
-Status = Literal["PASS", "WARN", "FAIL"]
 _MIN_SHM = 256 << 20
 _MIN_DISK = 2 << 30
 _MIN_FILES = 4096
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding."""
-
-    name: str
-    status: Status
-    detail: str
-    fix: str = ""
 
 
 def run_checks(config: Config) -> list[Check]:
@@ -154,10 +144,9 @@ def _accelerator(config: Config) -> Iterator[Check]:
 def _kvm_proof(config: Config, hypervisor: Hypervisor) -> Check:
     try:
         asyncio.run(hypervisor.version())
-        images = ImageStore(Path(config.state_dir)).list()
         proof = hypervisor.remembered_proof()
-        if proof is None and images:
-            proof = asyncio.run(hypervisor.prove_kvm(images[-1].kernel, images[-1].initrd))
+        if proof is None and (kernel := ImageStore(Path(config.state_dir)).any_kernel()):
+            proof = asyncio.run(hypervisor.prove_kvm(*kernel))
     except (TemplatedError, OSError) as error:
         return Check("accelerator", "WARN", f"KVM could not be proven: {error}", "see `qemu`")
     if proof is None:
@@ -177,6 +166,9 @@ def _tools(config: Config) -> Iterator[Check]:
         "mmdebstrap": "mmdebstrap",
         "mkfs.ext4": "e2fsprogs",
         "mkfs.erofs": "erofs-utils",
+        "mkfs.vfat": "dosfstools",
+        "mcopy": "mtools",
+        "ssh-keygen": "openssh-client",
     }
     for tool, package in packages.items():
         found = shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
@@ -273,9 +265,19 @@ def _nftables(config: Config) -> Iterator[Check]:
 
 
 def _libvirt(config: Config) -> Iterator[Check]:
-    found = shutil.which("libvirtd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    detail = found or "not installed; nothing here needs it"
-    yield Check("libvirt", "PASS", detail)
+    yield from libvirt_checks(
+        needed=_needs_libvirt(config), kvm=config.accel == "kvm", uri=config.libvirt.uri
+    )
+
+
+def _needs_libvirt(config: Config) -> bool:
+    """Whether a template runs on it. One that is broken is reported as such elsewhere."""
+    for name in template_files(config.template_dirs):
+        with contextlib.suppress(TemplatedError):
+            spec = load_template(config.template_dirs, name)
+            if spec.hypervisor == "libvirt":
+                return True
+    return False
 
 
 def _limits(config: Config) -> Iterator[Check]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from templated.drivers.hypervisor.base import Hypervisor
-from templated.drivers.image.store import Image
+from templated.drivers.image.store import Image, ImageStore
 from templated.errors import HostError
 from templated.model.config import Config
 from templated.model.generation import Manifest
@@ -19,11 +20,14 @@ class Host:
     def __init__(self, config: Config, hypervisor: Hypervisor) -> None:
         self._wanted = config.accel
         self._hypervisor = hypervisor
+        self._images = ImageStore(Path(config.state_dir))
 
     async def accelerator(self, image: Image) -> str:
         """`kvm` or `tcg`, as configured; `auto` takes KVM only when a guest runs under it.
 
-        The proof runs once and is remembered. Raises HostError when KVM is demanded and not there.
+        The proof runs once and is remembered. An image that boots itself cannot give it: then
+        another one does, which is made for it when there is none. Raises HostError when KVM is
+        demanded and not there, BuildError when that image cannot be made.
         """
         if self._wanted == "tcg":
             return "tcg"
@@ -40,7 +44,8 @@ class Host:
             if proven is not None and proven.works:
                 log.warning("guests ran under KVM here, but now %s: VMs get TCG", problem)
             return "tcg"
-        proof = await self._hypervisor.prove_kvm(image.kernel, image.initrd)
+        kernel, initrd = await self._images.kernel_for(image)
+        proof = await self._hypervisor.prove_kvm(kernel, initrd)
         return "kvm" if proof.works else "tcg"
 
     async def check(self, generation: str, manifest: Manifest) -> None:

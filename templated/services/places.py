@@ -32,6 +32,9 @@ class Layout:
         self.incoming = self.code / "incoming"
         self.scaling = self.state / "scaling.learned"
         self.lock = self.state / "lock"
+        # What libvirt's QEMU is lent. No template's name begins with a dot.
+        self.lent = self.state / "libvirt"
+        self.lent_memory = self.shm / ".libvirt"
         self.kvm_proof = self.state / "kvm-proof.json"
 
     def create(self) -> None:
@@ -76,6 +79,10 @@ class Layout:
     def image_disk(self, digest: str) -> Path:
         """Disk layer 1."""
         return image_disk(self.state, digest)
+
+    def imported(self, template: str) -> Path:
+        """The copy of a domain's disk that `template import --copy` makes."""
+        return self.state / "imported" / f"{template}.qcow2"
 
     def image_overlay(self, digest: str) -> Path:
         """An empty layer over an image, for cold boots."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from hypothesis import strategies as st
 
 from templated.drivers.configfile import load_config, parse_template
+from templated.drivers.libvirt.domainxml import translate
 from templated.errors import TemplatedError
 from templated.services.templates.probes import check_patterns
 from tests.fuzz.cases import check_error, fuzz
@@ -125,3 +127,41 @@ def test_configurations(tmp_path: Path) -> None:
     mutations = mutated(_CONFIGS)
     junk = st.one_of(_BUILT, _TEXT, _HUGE, st.binary(max_size=60))
     fuzz("configuration files", st.one_of(mutations, mutations, junk), case)
+
+
+_DOMAINS = sorted((ROOT / "tests/unit/domains").glob("*.xml"))
+
+
+@st.composite
+def _domains(draw: st.DrawFn) -> str:
+    """Domains with some of their values and elements otherwise, which are XML still."""
+    text = draw(st.sampled_from(_DOMAINS)).read_text()
+    for _ in range(draw(st.integers(1, 4))):
+        places = [*re.finditer(r"'[^'<>]*'|(?<=>)[^<>]+(?=<)|<[^<>]*/>", text)]
+        place = draw(st.sampled_from(places))
+        values = st.sampled_from(
+            ["", "-1", "9" * 5000, "\u0663", "hostdev", "block", "/x", "a&#10;b"]
+        )
+        value = draw(values)
+        old = place[0]
+        new = f"'{value}'" if old.startswith("'") else value
+        if old.startswith("<"):
+            new = draw(st.sampled_from(["", "<new x='1'/>", old * 3]))
+        text = text[: place.start()] + new + text[place.end() :]
+    return text
+
+
+def test_domains() -> None:
+    """Of libvirt: what a template can have of them and what not, each on a line."""
+
+    def case(data: bytes | str) -> None:
+        text = data if isinstance(data, str) else data.decode(errors="replace")
+        _usable(lambda: check(text))
+
+    def check(text: str) -> None:
+        found = translate(text)
+        assert found.memory > 0 and 1 <= found.vcpus <= 64
+        assert all(f"{one.what}{one.why}".isprintable() for one in found.leftovers)
+
+    mutations = mutated(st.sampled_from([path.read_bytes() for path in _DOMAINS]))
+    fuzz("domains of libvirt", st.one_of(_domains(), mutations), case)

@@ -27,7 +27,7 @@ from templated.drivers.hypervisor.qemu.machine import QemuMachine
 from templated.drivers.image.store import Image
 from templated.errors import GuestError, HostError, HypervisorError, Timeout
 from templated.model.spec import TemplateSpec
-from templated.services.machines.boot import boot_kernel
+from templated.services.machines.boot import full_boot
 from tests.hypervisor_contract import BOUND, Frozen, HypervisorContract, Rig
 
 pytestmark = pytest.mark.real
@@ -45,7 +45,9 @@ class QemuRig(Rig):
         await disk.create_overlay(target, backing or self._image.disk)
 
     def kernel(self) -> Kernel:
-        return boot_kernel(self.hypervisor, self._image, TemplateSpec(name="t"), "tcg")
+        boot = full_boot(self.hypervisor, self._image, TemplateSpec(name="t"), "tcg")
+        assert isinstance(boot, Kernel)
+        return boot
 
     def missing(self) -> Hypervisor:
         return Qemu("no-such-qemu", self.directory / "kvm-proof.json")

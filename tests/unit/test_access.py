@@ -164,6 +164,30 @@ def test_openapi_shows_it() -> None:
 
 
 @needs_root
+def test_the_texts_of_a_seed(tmp_path: Path) -> None:
+    """They may have passwords in them, and are for admins."""
+    (tmp_path / "t.yaml").write_text(
+        "name: t\nmachine: {type: q35}\nidentity: {agent: qemu-ga}\n"
+        "image: {path: /a, seed: {user_data: hunter2, meta_data: hunter2}}\n"
+    )
+    shown = {}
+
+    async def work(path: Path, running: Services) -> None:
+        generation = running.templates.active("t")
+        spec = await running.templates.spec("t")
+        generation.manifest = msgspec.structs.replace(generation.manifest, spec=spec)
+        for user in (User(40001, 40001), User(40010, DAEMON), User(NOBODY, 40010)):
+            (answer,) = await ask(user, path, ("GET", "/v1/templates/t", ""))
+            assert answer.status == 200
+            shown[user.uid] = str(answer.body)
+
+    serve(tmp_path, work)
+    for uid in (40001, 40010):
+        assert "hunter2" not in shown[uid] and shown[uid].count("sha256:") == 4
+    assert shown[NOBODY].count("hunter2") == 4
+
+
+@needs_root
 def test_the_refusal(tmp_path: Path) -> None:
     """One line that says what is needed and what the caller has, and whom to ask."""
     found = []

@@ -18,7 +18,9 @@ from templated.model.api import CloneRequest
 from templated.model.clone import CloneState, StartPath
 from templated.model.spec import AgentProbe, ExecProbe, ImageSpec, MachineSpec, SerialProbe
 from templated.services.daemon import Services
+from templated.services.machines import generation as generations
 from templated.services.reports.operations import Progress
+from templated.services.templates import build
 from tests.unit.fake_daemon import GENERATION, SPEC, play, until
 
 pytestmark = pytest.mark.usefixtures("no_qemu_img")
@@ -96,6 +98,28 @@ def test_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert fake.running() == [] and await slots_in_use(running) == 0
         (clone,) = await running.clones.create(CloneRequest(name="a"))
         assert clone.generation == generation.id
+
+    play(tmp_path, scenario)
+
+
+def test_files_that_libvirts_user_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are copied once the base VM has ended; those of our own VMs need not be."""
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        await asyncio.to_thread(with_image, running, tmp_path, monkeypatch)
+        renewed: list[str] = []
+
+        def renew(path: Path) -> None:
+            assert all(machine.exited.done() for machine in fake.machines.values())
+            generations.renew(path)
+            renewed.append(path.name)
+
+        monkeypatch.setattr(build, "renew", renew)
+        await running.templates.build(BUILT, Progress())
+        assert not renewed
+        spec = msgspec.structs.replace(BUILT, hypervisor="libvirt")
+        await running.templates.build(spec, Progress())
+        assert sorted(renewed) == ["disk.qcow2", "memory"]
 
     play(tmp_path, scenario)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from templated.drivers.hypervisor.base import Hardware, Kernel, Launch, Places
+from templated.drivers.hypervisor.base import Hardware, Kernel, Launch, OwnLoader, Places
 from templated.drivers.hypervisor.qemu.command import inherited, qemu_arguments
 from templated.model.network import Forward, Slirp, Tap
 
@@ -32,6 +32,7 @@ LAUNCH = Launch(
     agent_fd=8,
 )
 NEW = replace(LAUNCH.hardware, version="10.0.13")
+GA = replace(LAUNCH.hardware, type="q35", vcpus=2, agent="qemu-ga", firmware="bios")
 BOOT = Kernel(Path("/images/i/vmlinuz"), Path("/images/i/initrd"), "console=ttyS0 quiet")
 CASES = {
     "microvm-restore": LAUNCH,
@@ -89,6 +90,21 @@ CASES = {
             BOOT.initrd: 21,
             LAUNCH.memory or Path(): 14,
             Path("/code.img"): 22,
+        },
+    ),
+    "qemu-ga": replace(LAUNCH, hardware=GA, boot=OwnLoader(), memory_shared=True),
+    "qemu-ga-restore": replace(LAUNCH, hardware=GA, state_fd=9),
+    "uefi": replace(
+        LAUNCH,
+        hardware=replace(GA, firmware="uefi"),
+        boot=OwnLoader(),
+        memory_shared=True,
+        variables=Path("/state/slots/0123456789/variables.fd"),
+        seed=Path("/images/i/seed.img"),
+        opened={
+            LAUNCH.disk: 10,
+            Path("/state/slots/0123456789/variables.fd"): 11,
+            Path("/images/i/seed.img"): 12,
         },
     ),
     "commas": replace(LAUNCH, disk=Path("/a,b/disk.qcow2"), memory=Path("/c,d/memory")),

@@ -11,11 +11,13 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from templated.errors import Busy, Conflict, HostError
 from templated.journal import CloneRow, Journal, now, schema
 from templated.model.clone import CloneState, Slot, StartPath
 from templated.model.generation import GenerationState
+from templated.model.network import Addresses, AddressPlan, Elsewhere
 from templated.model.spec import PoolSpec
 
 
@@ -254,7 +256,7 @@ def test_a_failed_transaction_leaves_nothing(tmp_path: Path) -> None:
             with pytest.raises(RuntimeError):
                 journal.new_slot("g", broken, 9)
             with pytest.raises(sqlite3.IntegrityError):
-                journal.new_slot("g", lambda _: first, 9)
+                journal.new_slot("g", lambda _: replace(first, ip="10.0.0.9"), 9)
             assert await journal.free_slots() == [first]
             assert journal.new_slot("g", make, 9).index == 1
 
@@ -289,6 +291,46 @@ def test_a_freed_address_is_the_last_to_come_back(tmp_path: Path) -> None:
             with pytest.raises(Busy) as caught:
                 journal.new_slot("g", make, 5)
             assert "network.subnet" in caught.value.hint
+
+    asyncio.run(main())
+
+
+def elsewhere(name: str, first: int, last: int) -> Elsewhere:
+    """A network of libvirt, of which slots may have these addresses."""
+    ends = f"10.0.0.{first}", f"10.0.0.{last}"
+    given = Addresses(subnet="10.0.0.0/24", gateway="10.0.0.1", first=ends[0], last=ends[1])
+    return Elsewhere(name, AddressPlan("10.77.0.0/16", b"host").elsewhere(given))
+
+
+def test_addresses_of_other_networks(tmp_path: Path) -> None:
+    """Each network goes round by itself, and no address is had twice where two have a subnet."""
+
+    async def main() -> None:
+        async with opened(tmp_path) as journal:
+            ours = [journal.new_slot("g", make, 200) for _ in range(12)]
+            two = elsewhere("two", 100, 101)
+            lent = [journal.new_slot("g", make, 200, two) for _ in range(2)]
+            assert [slot.ip for slot in lent] == ["10.0.0.100", "10.0.0.101"]
+            assert [slot.index for slot in lent] == [12, 13]
+            with pytest.raises(Busy, match="all 2 addresses of libvirt's network two"):
+                journal.new_slot("g", make, 200, two)
+            assert journal.new_slot("g", make, 200).index == 14
+            journal.drop_slot(ours[0].id)
+            # Built again, after a change of the network; and another network with its subnet.
+            assert journal.new_slot("g", make, 200, elsewhere("two", 101, 103)).ip == "10.0.0.103"
+            assert journal.new_slot("g", make, 200, elsewhere("three", 100, 103)).ip == "10.0.0.102"
+            assert journal.new_slot("g", make, 200).index == 17
+
+    asyncio.run(main())
+
+
+def test_an_index_whose_address_another_network_has(tmp_path: Path) -> None:
+    """It is passed over, as the address is that of a VM."""
+
+    async def main() -> None:
+        async with opened(tmp_path) as journal:
+            assert journal.new_slot("g", make, 9, elsewhere("one", 1, 1)).index == 0
+            assert journal.new_slot("g", make, 9).index == 2
 
     asyncio.run(main())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -11,7 +12,7 @@ from templated.drivers.host.pressure import Pressure
 from templated.drivers.host.procfs import Memory
 from templated.drivers.hypervisor.fake import FakeHypervisor, FakeMachine
 from templated.drivers.hypervisor.states import MachineState
-from templated.errors import Busy, HostError, InvalidRequest, NotFound, StartError
+from templated.errors import Busy, HostError, InvalidRequest, NotFound, StartError, Timeout
 from templated.model.api import CloneRequest, PoolRequest
 from templated.model.clone import CloneView, StartPath
 from templated.services.daemon import Services
@@ -264,6 +265,26 @@ def test_members_that_do_not_answer_are_replaced(
         await until(lambda: not pools.missing(WARM) and not pools.missing(STANDBY))
         lost = {"template": "t", "tier": "warm", "reason": "unhealthy"}
         assert counted(running, "templated_pool_refill_failures_total", **lost) == 2
+
+    play(tmp_path, scenario)
+
+
+def test_members_of_a_libvirt_that_hangs_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can be asked how they are; those that say that they are ill go all the same."""
+    monkeypatch.setattr(refill, "_HEALTH_TIMEOUT", 0.05)
+
+    async def scenario(running: Services, fake: FakeHypervisor) -> None:
+        await fill(running, warm=3)
+        hanging, slow, ill = machines = waiting(running, fake, WARM)
+        for machine in machines:
+            machine.placed = True
+        ill.says = MachineState.RUNNING
+        monkeypatch.setattr(hanging, "status", asyncio.Event().wait)
+        monkeypatch.setattr(slow, "status", AsyncMock(side_effect=Timeout("libvirt hangs")))
+        await running.refill.check(WARM)
+        assert [machine.exited.done() for machine in machines] == [False, False, True]
 
     play(tmp_path, scenario)
 

@@ -56,6 +56,41 @@ def test_everything() -> None:
     assert forwarded_ports(spec.probes) == [8080]
 
 
+OWN = "name: t\nmachine: {type: q35}\nidentity: {agent: qemu-ga}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("name: t\nimage: {boot: disk}\n", "needs machine.type: q35"),
+        ("name: t\nmachine: {type: q35}\nimage: {path: /a}\n", "needs identity.agent: qemu-ga"),
+        ("name: t\nidentity: {agent: qemu-ga}\n", "go with an image that boots itself"),
+        ("name: t\nmachine: {type: q35, firmware: uefi}\n", "go with an image that boots itself"),
+        (OWN + "code: true\nimage: {boot: disk}\n", "code: true needs our agent"),
+        (OWN + "image: {path: /a, boot: disk}\n", "neither boot, packages nor mirror"),
+        (OWN + "image: {path: /a, packages: [b]}\n", "neither boot, packages nor mirror"),
+        (OWN + "image: {seed: {}, boot: disk}\n", "seed is for an image that has a path"),
+        (OWN + "image: {path: a.qcow2}\n", "path"),
+        (OWN + "image: {path: /a, seed: {user-data: x}}\n", "unknown field `user-data`"),
+        (OWN.replace("q35}", 'q35, cmdline: "a=1"}') + "image: {path: /a}\n", "cmdline has no use"),
+    ],
+)
+def test_images_that_boot_themselves(text: str, what: str) -> None:
+    """What does not go together is refused when it is read."""
+    assert what in refused(text).message
+
+
+def test_an_image_of_ones_own() -> None:
+    """A file, a seed, UEFI."""
+    spec = parse_template(
+        OWN.replace("q35", "q35, firmware: uefi")
+        + "image: {path: /a.qcow2, seed: {user_data: '#cloud-config'}}\n",
+        "here",
+    )
+    assert spec.image.boots_itself and spec.identity.agent == "qemu-ga"
+    assert spec.image.seed is not None and spec.image.seed.user_data == "#cloud-config"
+
+
 def test_a_name_is_enough() -> None:
     """All else has a default."""
     spec = parse_template("name: t", "here")

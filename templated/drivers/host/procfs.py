@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 _PROC = Path("/proc")
@@ -83,6 +84,20 @@ def with_argument(words: set[str]) -> list[tuple[str, int]]:
         return []
     pids = [int(name) for name in os.listdir(_PROC) if name.isdigit()]
     return [(word, pid) for pid in pids for word in words.intersection(command_line(pid))]
+
+
+def has_option(pid: int, option: str, value: str, uid: int) -> bool:
+    """Whether a process is a user's, and has an option with this value among its arguments."""
+    return (option, value) in pairwise(command_line(pid)) and user(pid) == uid
+
+
+def newest_with_option(option: str, value: str, uid: int) -> int | None:
+    """The process with the highest pid of which `has_option` holds; None when there is none.
+
+    One that has just started is found without a look at most of /proc.
+    """
+    pids = sorted((int(name) for name in os.listdir(_PROC) if name.isdigit()), reverse=True)
+    return next((pid for pid in pids if has_option(pid, option, value, uid)), None)
 
 
 def mapped_bytes(pid: int, proc: Path = _PROC) -> Mapped | None:

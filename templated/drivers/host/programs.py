@@ -21,8 +21,11 @@ PACKAGES = {
     "mmdebstrap": "mmdebstrap",
     "newuidmap": "uidmap",
     "nft": "nftables",
+    "mcopy": "mtools",
+    "mkfs.vfat": "dosfstools",
     "qemu-img": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
+    "ssh-keygen": "openssh-client",
     "unshare": "util-linux",
 }
 """The Debian packages of the programs that this project runs."""

@@ -10,14 +10,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
 from templated.drivers.hypervisor.states import MachineState
 from templated.errors import HostError
 from templated.model.generation import QemuVersion
-from templated.model.network import Attachment
+from templated.model.network import Addresses, Attachment
+from templated.model.spec import AgentKind
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Hardware:
     cpu: str
     version: str
     """The hypervisor's: its devices, and thus their saved state, are those of its version."""
+    hypervisor: str = "qemu"
+    """Who starts QEMU, which gives a VM its devices: we (`qemu`), or `libvirt`."""
+    agent: AgentKind = "templated"
+    """Whose port there is."""
+    firmware: Literal["", "bios", "uefi"] = ""
+    """What starts the boot loader on the disk; empty: there is none, and a kernel is given."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,11 @@ class Places:
         return self.directory / "serial.log"
 
     @property
+    def variables(self) -> Path:
+        """The VM's own store of UEFI's variables, where it has one."""
+        return self.directory / "variables.fd"
+
+    @property
     def log(self) -> Path:
         """The output of the hypervisor itself."""
         return self.directory / "qemu.log"
@@ -68,6 +80,19 @@ class Kernel:
     kernel: Path
     initrd: Path
     cmdline: str
+
+    def files(self) -> tuple[Path, ...]:
+        """What the VM reads of the host's for that."""
+        return self.kernel, self.initrd
+
+
+@dataclass(frozen=True)
+class OwnLoader:
+    """A full boot by the boot loader on the VM's disk."""
+
+    def files(self) -> tuple[Path, ...]:
+        """What the VM reads of the host's for that: nothing."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -96,7 +121,11 @@ class Launch:
     code: Path | None = None
     """A second, read-only disk: a raw image. It is part of the hardware: a clone has one if and
     only if its template had one; the content may differ."""
-    boot: Kernel | None = None
+    seed: Path | None = None
+    """A third, read-only disk: what cloud-init reads at the first boot. Hardware, as `code` is."""
+    variables: Path | None = None
+    """The VM's own store of UEFI's variables, for `hardware.firmware` uefi."""
+    boot: Kernel | OwnLoader | None = None
     """None: start waiting for state."""
     opened: Mapping[Path, int] = field(default_factory=dict)
     """Of the files above and of `places.serial_log`: those that the VM inherits, by a descriptor,
@@ -106,6 +135,9 @@ class Launch:
     uid: int | None = None
     """The user and the group that the hypervisor runs as, with no privileges; it must then
     inherit all its files. None: this process's own."""
+    template: str = ""
+    generation: str = ""
+    """Both for people who look at the hypervisor."""
     confined: bool = True
     """The kernel refuses the hypervisor what no VM needs, above all to start programs. One that
     waits for state starts a program for it, unless it has `state_fd`."""
@@ -151,7 +183,10 @@ class Machine(Protocol):
     process has ended, it raises HypervisorError.
     """
 
+    placed: bool
+    """The hypervisor keeps it in a control group of its own, which it must not be taken out of."""
     pid: int
+    """0 before it is known, which it is once the machine is connected."""
     exited: asyncio.Future[str]
     """Done when the process has ended; its result says how, in one line."""
 
@@ -230,6 +265,12 @@ class Machine(Protocol):
 
     async def release(self) -> None:
         """Release a process that must outlive the daemon. Idempotent, always allowed."""
+
+    def announce(self, name: str) -> None:
+        """Show the clone's name to people who look at the hypervisor, where that is possible.
+
+        Returns at once. `running`, once.
+        """
 
     def last_words(self) -> str:
         """The last line that the hypervisor wrote to its log; empty when there is none."""
@@ -317,11 +358,20 @@ class Hypervisor(Protocol):
     def clock_problem(self, accelerator: str) -> str:
         """Why a guest's clock may drift; empty when it keeps time."""
 
+    def uefi_variables(self) -> Path:
+        """An empty store of UEFI's variables, to copy. Raises HostError when there is no UEFI."""
+
     def cpu(self, accelerator: str) -> str:
         """The CPU model that guests get."""
 
     def kernel_arguments(self, accelerator: str) -> str:
         """Arguments for a Linux guest's kernel that this hypervisor needs."""
+
+    async def addresses(self, network: str) -> Addresses:
+        """What VMs may have of a network of libvirt: what its DHCP does not hand out.
+
+        Raises HostError when there is none of that name, or it has no address to give.
+        """
 
     def describe(self, launch: Launch) -> tuple[str, ...]:
         """The command line of a launch, for people to read."""
@@ -329,7 +379,8 @@ class Hypervisor(Protocol):
     def spawn(self, launch: Launch) -> Machine:
         """Start a VM and return at once. Raises HostError when that fails; nothing runs then.
 
-        The descriptors that the launch names may be closed afterwards.
+        A hypervisor that takes longer to know says so in `connect`: it raises HostError, and the
+        machine has ended. The descriptors that the launch names may be closed afterwards.
         """
 
     def adopt(

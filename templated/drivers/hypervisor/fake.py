@@ -27,6 +27,7 @@ from templated.drivers.hypervisor.states import (
 )
 from templated.errors import HostError, HypervisorError, Timeout
 from templated.model.generation import QemuVersion
+from templated.model.network import Addresses
 
 REPLY_TIMEOUT = 10.0
 """Seconds that a machine may be held at a step."""
@@ -93,6 +94,12 @@ class FakeHypervisor:
     def clock_problem(self, accelerator: str) -> str:
         return ""
 
+    def uefi_variables(self) -> Path:
+        raise HostError("the fake has no UEFI", hint="this is a test")
+
+    async def addresses(self, network: str) -> Addresses:
+        raise HostError("the fake knows no networks", hint="this is a test")
+
     def cpu(self, accelerator: str) -> str:
         return "fake"
 
@@ -157,6 +164,8 @@ class FakeHypervisor:
 class FakeMachine(Life):
     """One machine; see `templated.drivers.hypervisor.base.Machine`."""
 
+    placed = False
+
     def __init__(
         self, pid: int, launch: Launch, fail: str, mismatch: str, holds: dict[str, asyncio.Event]
     ) -> None:
@@ -169,6 +178,7 @@ class FakeMachine(Life):
         self._holds = holds
         self.exited: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.link_up = False
+        self.announced = ""
         self.priorities: list[bool] = []
         """Whether it was put into the background, in turn."""
         self.code = launch.code
@@ -268,6 +278,10 @@ class FakeMachine(Life):
     async def release(self) -> None:
         if self.state not in (MachineState.ENDED, MachineState.RELEASED):
             self._move(MachineState.RELEASED)
+
+    def announce(self, name: str) -> None:
+        """Remember it."""
+        self.announced = name
 
     def last_words(self) -> str:
         return ""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 from templated.errors import Defect, HypervisorError
 from templated.model.lifecycle import Table, move
@@ -90,3 +92,21 @@ class Life(ABC):
         """How the process ended, in one line."""
         words = self.last_words()
         return f"the VM {self.exited.result()}" + (f": {words}" if words else "")
+
+    @contextlib.contextmanager
+    def _exit_expires(self, bound: asyncio.Timeout) -> Iterator[None]:
+        """End the wait when the process ends. Without a task, as every start waits here."""
+
+        def expire(_: asyncio.Future[str]) -> None:
+            with contextlib.suppress(RuntimeError):  # it has been left meanwhile
+                bound.reschedule(0.0)
+
+        self.exited.add_done_callback(expire)
+        try:
+            yield
+        finally:
+            self.exited.remove_done_callback(expire)
+
+    async def _ends_soon(self) -> bool:
+        await asyncio.wait({self.exited}, timeout=0.5)
+        return self.exited.done()

@@ -12,12 +12,12 @@ import re
 import shlex
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from templated.drivers.image.initramfs import build_initramfs, driver_order
-from templated.drivers.image.namespaces import check_tools, start
+from templated.drivers.image.namespaces import Progress, check_tools, start
 from templated.errors import BuildError
 from templated.model.spec import ImageSpec
 from templated.model.units import size_bytes
@@ -32,7 +32,6 @@ APPLETS = (
     "ping pkill pmap ps route sysctl telnet top traceroute tree udhcpc umount unzip uptime vi "
     "watch wget xxd"
 )
-Progress = Callable[[str], None]
 
 # Fetches the kernel without installing it: that would pull initramfs-tools into the guest. Runs
 # outside the new root, with its apt configuration (mmdebstrap(1), HOOKS).
@@ -81,7 +80,11 @@ class ImageBuild:
             folder.mkdir(mode=0o755)
         with self._log.open("wb") as log:
             self._progress("packages")
-            await self._bootstrap(log)
+            package, target = shlex.quote(self._spec.kernel), shlex.quote(str(self._kernel))
+            hook = _KERNEL_HOOK.format(package=package, folder=target)
+            small = [f"--dpkgopt=path-exclude=/usr/share/{pattern}" for pattern in _EXCLUDED]
+            small.append("--dpkgopt=path-include=/usr/share/doc/*/copyright")
+            await self._bootstrap(log, "essential", PACKAGES, *small, f"--customize-hook={hook}")
             self._progress("kernel")
             await self._unpack_kernel(log)
             await asyncio.to_thread(self._customize)
@@ -91,24 +94,23 @@ class ImageBuild:
             self._progress("root disk")
             await self._write_disk(log)
 
-    async def _bootstrap(self, log: IO[bytes]) -> None:
-        package = shlex.quote(self._spec.kernel)
-        folder = shlex.quote(str(self._kernel))
+    async def _bootstrap(
+        self, log: IO[bytes], variant: str, packages: Sequence[str], *options: str
+    ) -> None:
+        """Make the root of a Debian with these packages and the spec's."""
         command = [
             "mmdebstrap",
             "--mode=root",  # of the namespace
-            "--variant=essential",
+            f"--variant={variant}",
             "--format=dir",
             "--skip=output/mknod",  # not allowed in a user namespace; the guest has a devtmpfs
-            f"--include={','.join((*PACKAGES, *self._spec.packages))}",
+            f"--include={','.join((*packages, *self._spec.packages))}",
             # The user _apt cannot reach into a private directory.
             '--aptopt=APT::Sandbox::User "root"',
             '--aptopt=Acquire::Languages "none"',
             '--aptopt=Acquire::Retries "2"',
             '--aptopt=Acquire::http::Timeout "30"',
-            *(f"--dpkgopt=path-exclude=/usr/share/{pattern}" for pattern in _EXCLUDED),
-            "--dpkgopt=path-include=/usr/share/doc/*/copyright",
-            f"--customize-hook={_KERNEL_HOOK.format(package=package, folder=folder)}",
+            *options,
             self._spec.suite,
             str(self._root),
             *([self._spec.mirror] if self._spec.mirror else []),
@@ -150,13 +152,18 @@ class ImageBuild:
             path.chmod(0o755)
         for program in programs:
             for path in (GUEST_FILES / program.name).glob("*.py"):
-                _install(program / path.name, path.read_bytes(), 0o644)
-        _install(folder / "rcS", (GUEST_FILES / "rcS").read_bytes(), 0o755)
-        _install(root / "etc/inittab", (GUEST_FILES / "inittab").read_bytes(), 0o644)
-        _install(root / "etc/hosts", b"127.0.0.1 localhost\n", 0o644)
-        _install(root / "etc/hostname", b"templated\n", 0o644)
+                install(program / path.name, path.read_bytes(), 0o644)
+        install(folder / "rcS", (GUEST_FILES / "rcS").read_bytes(), 0o755)
+        install(root / "etc/inittab", (GUEST_FILES / "inittab").read_bytes(), 0o644)
+        install(root / "etc/hosts", b"127.0.0.1 localhost\n", 0o644)
+        install(root / "etc/hostname", b"templated\n", 0o644)
         for name in ("etc/machine-id", "etc/resolv.conf"):
-            _install(root / name, b"", 0o644)
+            install(root / name, b"", 0o644)
+        self._remove_unique()
+        self._link_applets()
+
+    def _remove_unique(self) -> None:
+        """Remove what packages made for this root alone, and what they left behind."""
         for pattern in (
             "etc/ssh/ssh_host_*",
             "var/lib/dbus/machine-id",
@@ -165,9 +172,8 @@ class ImageBuild:
             "var/cache/debconf/*-old",
             "var/log/*.log",
         ):
-            for path in root.glob(pattern):
+            for path in self._root.glob(pattern):
                 path.unlink()
-        self._link_applets()
 
     async def _compile_programs(self, log: IO[bytes]) -> None:
         """Compile our programs by the guest's Python, which would else do so at each slow boot."""
@@ -191,24 +197,36 @@ class ImageBuild:
 
     async def _write_disk(self, log: IO[bytes]) -> None:
         raw = self._work / "disk.raw"
+        await self._write_root(raw, size_bytes(self._spec.size), "^has_journal", log)
+        await self._convert(raw, log)
+
+    async def _write_root(self, raw: Path, size: int, features: str, log: IO[bytes]) -> None:
+        """Make an ext4 of `size` bytes with the root in it."""
         with raw.open("wb") as file:
-            file.truncate(size_bytes(self._spec.size))
+            file.truncate(size)
         # No journal: an overlay never outlives the memory of its machine, and the journal's
         # thread would wake an idle guest. No lazy tables, as the guest would write them later.
-        options = ["-q", "-F", "-m", "0", "-O", "^has_journal", "-L", "templated"]
+        options = ["-q", "-F", "-m", "0", "-O", features, "-L", "templated"]
         options += [
             "-E",
             "lazy_itable_init=0",
             "-U",
-            str(uuid.uuid5(uuid.NAMESPACE_OID, self._digest)),
+            self._root_id,
         ]
         await self._do(
             ["mkfs.ext4", *options, "-d", str(self._root), str(raw)],
             log,
             namespace=True,
         )
+
+    async def _convert(self, raw: Path, log: IO[bytes]) -> None:
         target = str(self.out / "disk.qcow2")
         await self._do(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), target], log)
+
+    @property
+    def _root_id(self) -> str:
+        """The UUID of the root's file system."""
+        return str(uuid.uuid5(uuid.NAMESPACE_OID, self._digest))
 
     async def _do(self, command: list[str], log: IO[bytes], *, namespace: bool = False) -> None:
         async for _ in self._lines(command, log, namespace=namespace):
@@ -267,7 +285,8 @@ def _in_root(root: Path, name: str) -> Path:
     return path
 
 
-def _install(path: Path, content: bytes, mode: int) -> None:
+def install(path: Path, content: bytes, mode: int) -> None:
+    """Write a file of a root, in place of whatever has its name."""
     path.unlink(missing_ok=True)  # it may be a link that leads out of the root
     path.write_bytes(content)
     path.chmod(mode)

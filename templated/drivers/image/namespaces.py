@@ -11,21 +11,29 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 from templated.drivers.host.programs import missing, started
 from templated.errors import HostError
 
+Progress = Callable[[str], None]
+"""Called with a line for people whenever a build has come further."""
 _TOOLS = ("mmdebstrap", "unshare", "mkfs.ext4", "qemu-img", "dpkg-deb")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
+def check_programs(*names: str) -> None:
+    """Raises HostError, with the package's name, when a program is missing."""
+    for name in names:
+        if shutil.which(name, path=_PATH) is None:
+            raise missing(name)
+
+
 def check_tools() -> None:
     """Raises HostError, with the package's name, when a program of the build is missing."""
-    for tool in _TOOLS:
-        if shutil.which(tool, path=_PATH) is None:
-            raise missing(tool)
+    check_programs(*_TOOLS)
     if os.geteuid() != 0 and shutil.which("newuidmap", path=_PATH) is None:
         raise HostError(
             "newuidmap is not installed, which a build without root needs",
@@ -57,6 +65,14 @@ def start(
         pass_fds=keep,
         limit=1 << 20,
     )
+
+
+async def ended(command: list[str], folder: Path) -> tuple[int | None, str]:
+    """Run a program of the build to its end: its exit code, and the last line that it printed."""
+    async with start(command, namespace=False, folder=folder) as process:
+        out, _ = await process.communicate()
+    lines = out.decode(errors="replace").strip().splitlines()
+    return process.returncode, lines[-1] if lines else ""
 
 
 async def remove_tree(path: Path) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from templated.drivers.guest import Agent, ExecResult, Output
+from templated.drivers.agent import GuestAgent
+from templated.drivers.guest import ExecResult, Output
 from templated.drivers.hypervisor.states import MachineState
 from templated.errors import Conflict, TemplatedError
 from templated.model.api import ExecFrame
@@ -62,7 +63,7 @@ class Guests:
         """The last lines of a console, then new ones, until the clone is removed."""
         return _follow(self._clones.running(name).places.serial_log, lines)
 
-    def _agent(self, name: str) -> Agent:
+    def _agent(self, name: str) -> GuestAgent:
         vm = self._clones.running(name)
         if vm.machine.state is MachineState.PAUSED:
             raise Conflict(

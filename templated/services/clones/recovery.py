@@ -19,7 +19,6 @@ from templated.drivers.hypervisor.base import Machine
 from templated.errors import HostError, TemplatedError, host_errors
 from templated.journal import CloneRow
 from templated.model.clone import CloneState, Slot
-from templated.model.limits import Limits
 from templated.model.spec import TemplateSpec
 from templated.model.uids import UidRange
 from templated.model.units import seconds
@@ -48,8 +47,7 @@ async def recover(context: Context, clones: Clones) -> None:
             context.admission.hold(row.slot.id, Promise.of(specs[row.slot.id]))
         if row.state is CloneState.DEAD:
             context.admission.died(row.slot.id)
-    limits = {slot_id: Limits.of(spec) for slot_id, spec in specs.items()}
-    orphans = await clones.adopt(rows, limits)
+    orphans = await clones.adopt(rows, specs)
     if failpoints.armed:
         failpoints.hit("recover.adopted")
     kept = set(slots) - set(orphans)

@@ -18,6 +18,7 @@ from templated.model.api import CloneRequest
 from templated.model.clone import CloneState, CloneView, StartPath
 from templated.model.limits import UNLIMITED, Limits
 from templated.model.names import check_clone_name, numbered
+from templated.model.spec import TemplateSpec
 from templated.services.clones.clone import Clone, Running, Started, Starting, adopted, known
 from templated.services.clones.start import Start, Turns, over_memory
 from templated.services.context import Context
@@ -67,7 +68,8 @@ class Clones:
         """Start one clone, or NAME-1 to NAME-count side by side.
 
         All or nothing: when one fails, the others of the request are removed again. Raises
-        InvalidRequest for a bad name, NotFound for a template, Conflict when a name is taken,
+        InvalidRequest for a bad name, NotFound for a template, Conflict when a name is taken or the
+        template has no cold starts,
         Busy beyond limits.clones, HostError when the template cannot serve, and StartError when
         a phase failed; leaves nothing of the request then.
         """
@@ -114,6 +116,12 @@ class Clones:
                     f"a clone named {name} exists already",
                     hint=f"take another name, or: templated rm {name}",
                 )
+        if demanded is StartPath.COLD and generation.manifest.spec.image.seed is not None:
+            raise Conflict(
+                f"cloud-init would run again in a cold start of {generation.template}: its image "
+                "has a seed",
+                hint="take --path direct, or none",
+            )
         limit = self._context.config.limits.clones
         if len(self._clones) + len(names) > limit:
             raise Busy(f"the limit of {limit} clones is reached", hint="see limits.clones")
@@ -252,7 +260,7 @@ class Clones:
     def _limit(self, clone: Running) -> None:
         """Set the limits that would have made the start longer, beside requests."""
         group = self._context.groups.group(clone.slot.id)
-        if group is not None:
+        if group is not None and not clone.vm.machine.placed:
             self._tasks.spawn(self._hold(clone, group), f"limits of {clone.name}")
 
     async def _hold(self, clone: Running, group: Group) -> None:
@@ -321,8 +329,8 @@ class Clones:
 
     # --- restart of the daemon --------------------------------------------------------------
 
-    async def adopt(self, rows: list[CloneRow], limits: Mapping[str, Limits]) -> list[str]:
-        """Take over the clones that an earlier daemon left running, with limits by slot.
+    async def adopt(self, rows: list[CloneRow], specs: Mapping[str, TemplateSpec]) -> list[str]:
+        """Take over the clones that an earlier daemon left running, with their templates by slot.
 
         Returns the ids of slots whose VM must not be kept: removals under way, and instances of
         functions, whose requests ended with that daemon. The caller destroys those. Raises
@@ -333,13 +341,18 @@ class Clones:
         at_once = asyncio.Semaphore(_ADOPTIONS)
         for row in kept:
             lease = self._templates.lease(row.slot.generation, Holder.CLONE)
-            self._clones[row.name] = known(row, lease, limits.get(row.slot.id, UNLIMITED))
+            spec = specs.get(row.slot.id)
+            self._clones[row.name] = known(row, lease, Limits.of(spec) if spec else UNLIMITED)
         # Side by side: one that does not answer must not hold up all others.
         running = [row for row in kept if row.state is CloneState.RUNNING]
-        await asyncio.gather(*(self._adopt_one(row, at_once) for row in running))
+        await asyncio.gather(
+            *(self._adopt_one(row, specs.get(row.slot.id), at_once) for row in running)
+        )
         return [row.slot.id for row in rows if row.name not in self._clones]
 
-    async def _adopt_one(self, row: CloneRow, at_once: asyncio.Semaphore) -> None:
+    async def _adopt_one(
+        self, row: CloneRow, spec: TemplateSpec | None, at_once: asyncio.Semaphore
+    ) -> None:
         places = self._context.layout.vm(row.slot.id)
         found = self._clones[row.name]
         assert isinstance(found, Started)
@@ -359,7 +372,8 @@ class Clones:
             self._context.admission.died(row.slot.id)
             await self._context.journal.clone_state(row.slot.id, CloneState.DEAD, found.reason)
             return
-        clone = self._clones[row.name] = adopted(found, Vm(row.slot, places, machine))
+        vm = Vm(row.slot, places, machine, agent=spec.identity.agent if spec else "templated")
+        clone = self._clones[row.name] = adopted(found, vm)
         self._limit(clone)
         try:
             async with at_once, within(_ADOPTION_TIMEOUT, "its connection"):

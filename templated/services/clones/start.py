@@ -37,7 +37,7 @@ from templated.model.clone import CloneState, Phase, StartPath
 from templated.model.limits import Limits
 from templated.services.clones.clone import Running, Starting, started
 from templated.services.context import Context
-from templated.services.machines.boot import boot_kernel, image_overlay
+from templated.services.machines.boot import full_boot, image_overlay, image_parts
 from templated.services.machines.clock import PhaseClock
 from templated.services.machines.slots import Layer, PreparedSlot
 from templated.services.machines.vm import Vm
@@ -179,13 +179,14 @@ class Start:
                 generation=f"cold-{image.digest}",
                 empty=empty,
                 backing=(image.disk,),
+                guest=image_parts(self.context.hypervisor, image, manifest.spec),
             )
             prepared = await self._slot(layer, undo)
             code = self._code or generation.code
-            launch = starter.launch(prepared, generation.hardware, code=code)
-            kernel = boot_kernel(self.context.hypervisor, image, manifest.spec, manifest.accel)
+            launch = starter.launch(prepared, generation.hardware, generation.template, code=code)
+            boot = full_boot(self.context.hypervisor, image, manifest.spec, manifest.accel)
             self.clock.allotted()
-            return await starter.boot(prepared, launch, kernel, terms, self.clone.name, self.clock)
+            return await starter.boot(prepared, launch, boot, terms, self.clone.name, self.clock)
 
     @property
     def _code(self) -> Path | None:

@@ -29,13 +29,14 @@ from templated.drivers.code.image import placeholder
 from templated.drivers.host.files import Stamp, fsync, remove_directory, stamp
 from templated.drivers.host.procfs import read_memory
 from templated.drivers.hypervisor.base import Hardware, Hypervisor, SavedState
-from templated.errors import HostError
+from templated.drivers.image.store import image_seed
+from templated.errors import HostError, host_errors
 from templated.model.generation import FileDigest, Manifest
 from templated.model.limits import Limits
-from templated.model.spec import TemplateSpec
+from templated.model.spec import TemplateSpec, stored
 from templated.model.units import seconds, size_bytes
 from templated.services.machines.admission import Promise
-from templated.services.machines.slots import Layer
+from templated.services.machines.slots import GuestParts, Layer, OwnNetwork
 from templated.services.machines.vm import require_space
 from templated.services.places import Layout
 
@@ -43,12 +44,13 @@ log = logging.getLogger(__name__)
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 MANIFEST_FORMAT = 3
 """2: the frozen agent takes its identity in one packed field."""
-DISK, EMPTY, MANIFEST, MEMORY, STATE = (
+DISK, EMPTY, MANIFEST, MEMORY, STATE, VARIABLES = (
     "disk.qcow2",
     "empty.qcow2",
     "manifest.json",
     "memory",
     "state",
+    "variables.fd",
 )
 _FROZEN = 0o444
 _FLUSHED = 64 << 20
@@ -188,6 +190,12 @@ class Generation:
         """Seconds that the guest ran after it set its clock's mark, before it was frozen."""
         return self.manifest.freeze_lag_s
 
+    @property
+    def own_network(self) -> OwnNetwork | None:
+        """The network of libvirt that its VMs are on; None: the daemon's."""
+        name, addresses = self.manifest.spec.network.name, self.manifest.addresses
+        return OwnNetwork(name, addresses) if name is not None and addresses is not None else None
+
     @functools.cached_property
     def layer(self) -> Layer:
         """What slots are made from."""
@@ -197,6 +205,8 @@ class Generation:
             (self.directory / DISK, self.image),
             self.limits,
             Promise.of(self.manifest.spec),
+            guest_parts(self.manifest.spec, self.image, self.directory / VARIABLES),
+            self.own_network,
         )
 
     @functools.cached_property
@@ -212,15 +222,8 @@ class Generation:
     @functools.cached_property
     def hardware(self) -> Hardware:
         """The hardware that the template had, and every clone must have."""
-        machine = self.manifest.spec.machine
-        return Hardware(
-            type=machine.type,
-            memory_bytes=size_bytes(machine.memory),
-            vcpus=machine.vcpus,
-            accel=self.manifest.accel,
-            cpu=self.manifest.cpu,
-            version=self.manifest.qemu.version,
-        )
+        manifest = self.manifest
+        return hardware(manifest.spec, manifest.accel, manifest.cpu, manifest.qemu.version)
 
     def state(self, transport: str) -> SavedState:
         """The saved device state; for the transport `fd` its file is opened by the caller."""
@@ -229,6 +232,8 @@ class Generation:
     def files(self) -> dict[str, Path]:
         """The frozen files, by their names in the manifest."""
         names = {MEMORY: self.frozen, STATE: self.frozen, DISK: self.directory}
+        if self.manifest.spec.machine.firmware == "uefi":
+            names[VARIABLES] = self.directory
         return {name: directory / name for name, directory in names.items()}
 
     def changed(self) -> list[str]:
@@ -332,6 +337,31 @@ class Generation:
         return descriptor
 
 
+def hardware(spec: TemplateSpec, accel: str, cpu: str, version: str) -> Hardware:
+    """What all VMs of a template have; `version` is the hypervisor's."""
+    machine = spec.machine
+    return Hardware(
+        type=machine.type,
+        memory_bytes=size_bytes(machine.memory),
+        vcpus=machine.vcpus,
+        accel=accel,
+        cpu=cpu,
+        version=version,
+        agent=spec.identity.agent,
+        firmware=machine.firmware if spec.image.boots_itself else "",
+        hypervisor=spec.hypervisor,
+    )
+
+
+def guest_parts(spec: TemplateSpec, image_disk: Path, variables: Path) -> GuestParts:
+    """What the VMs of a template have beside their disk; `variables` is copied for each."""
+    return GuestParts(
+        seed=image_seed(image_disk) if spec.image.seed else None,
+        variables=variables if spec.machine.firmware == "uefi" else None,
+        host_keys=spec.identity.agent == "qemu-ga",
+    )
+
+
 def _damaged(generation: Generation, what: str) -> HostError:
     template = generation.manifest.template
     return HostError(
@@ -403,6 +433,17 @@ def _copy_file(source: Path, target: Path, *, durable: bool) -> None:
         partial.unlink(missing_ok=True)
 
 
+def renew(path: Path) -> None:
+    """Put a read-only copy in a file's place, so that who has it open writes the old one.
+
+    For what a VM wrote as a user whom others share, as libvirt's. Blocks. Raises HostError; leaves
+    the old one then.
+    """
+    with host_errors(f"cannot take {path} back"):
+        os.chown(path, os.geteuid(), os.getegid())
+    _copy_file(path, path, durable=False)
+
+
 def _require_memory(source: Path, needed: int) -> None:
     """The kernel gives what it has not got, and ends somebody for it later."""
     available = read_memory().available
@@ -472,7 +513,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         failpoints.hit("build.manifest")
     partial = directory / (MANIFEST + ".part")
     with open(partial, "wb") as out:
-        out.write(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+        out.write(msgspec.json.format(msgspec.json.encode(_stored(manifest))) + b"\n")
         out.flush()
         if failpoints.armed:
             failpoints.hit("build.manifest-fsync")
@@ -481,6 +522,14 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         failpoints.hit("build.manifest-rename")
     partial.rename(directory / MANIFEST)
     freeze_file(directory / MANIFEST)
+
+
+def _stored(manifest: Manifest) -> dict[str, object]:
+    """What is written: the version before reads it too, where it has nothing of this one."""
+    fields = {**msgspec.to_builtins(manifest), "spec": stored(manifest.spec)}
+    if manifest.addresses is None:
+        del fields["addresses"]
+    return fields
 
 
 async def load(

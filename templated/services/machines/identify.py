@@ -11,7 +11,6 @@ import time
 
 from templated.drivers.guest import ENTROPY_BYTES, Confirmation, IdentityOrder, Step
 from templated.errors import IdentityError
-from templated.model.network import AddressPlan
 from templated.services.machines.generation import Terms
 from templated.services.machines.vm import Vm
 
@@ -21,7 +20,6 @@ _CORRECTIONS = 3
 
 async def identify(
     vm: Vm,
-    plan: AddressPlan,
     terms: Terms,
     hostname: str,
     time_at_mark: float,
@@ -33,18 +31,17 @@ async def identify(
     set its mark. The guest adds those seconds itself, so this message may take any time. Raises
     IdentityError, GuestError or Timeout; leaves a VM that must be destroyed.
     """
-    order = _order(vm, plan, terms, hostname, time_at_mark, step)
+    order = _order(vm, terms, hostname, time_at_mark, step)
     sent = time.time()
     confirmed = await vm.agent.identify(terms.identify_s, order)
     received = time.time()
     _compare(order, confirmed)
-    await _confirm_clock(vm, confirmed.time, sent, received, terms)
+    await _confirm_clock(vm, confirmed.time, confirmed.asked or sent, received, terms)
 
 
-def _order(
-    vm: Vm, plan: AddressPlan, terms: Terms, hostname: str, time_at_mark: float, step: Step
-) -> IdentityOrder:
-    slot = vm.slot
+def _order(vm: Vm, terms: Terms, hostname: str, time_at_mark: float, step: Step) -> IdentityOrder:
+    slot, plan = vm.slot, vm.plan
+    assert plan is not None
     return IdentityOrder(
         hostname=hostname,
         machine_id=slot.machine_id,
@@ -58,6 +55,7 @@ def _order(
         step=step,
         time=time_at_mark,
         entropy=secrets.token_bytes(ENTROPY_BYTES),
+        host_keys=vm.host_keys,
     )
 
 
@@ -100,9 +98,8 @@ async def _confirm_clock(
 
 async def _shift_clock(vm: Vm, terms: Terms, shift: float) -> tuple[float, float, float]:
     """Shift a guest's clock; returns the time of asking, the guest's, and that of its answer."""
-    sent = time.time()
     guest_time = await vm.agent.adjust_clock(shift, terms.identify_s)
-    return sent, guest_time, time.time()
+    return vm.agent.asked, guest_time, time.time()
 
 
 def _clock_error(guest_time: float, sent: float, received: float) -> float:

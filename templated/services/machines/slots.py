@@ -12,22 +12,25 @@ import logging
 import os
 import secrets
 import socket
+import time
 import uuid
 from collections import defaultdict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from templated import failpoints
 from templated.drivers import disk
 from templated.drivers.cgroups import ControlGroups, Group
+from templated.drivers.guest import HostKey
 from templated.drivers.host.files import remove_directory
+from templated.drivers.hostkeys import make_host_keys
 from templated.drivers.hypervisor.base import Places
 from templated.drivers.network import Network, Port
 from templated.errors import HostError, TemplatedError
 from templated.journal import Journal
 from templated.model.clone import Slot
 from templated.model.limits import UNLIMITED, Limits
-from templated.model.network import AddressPlan
+from templated.model.network import Addresses, AddressPlan, Elsewhere
 from templated.services.machines.admission import Admission, Promise
 from templated.services.machines.vm import Vm
 from templated.services.places import Layout
@@ -41,6 +44,26 @@ _LATE = 2.0
 
 
 @dataclass(frozen=True)
+class OwnNetwork:
+    """A network of libvirt that a template names, and what its VMs may have of it."""
+
+    name: str
+    addresses: Addresses
+
+
+@dataclass(frozen=True)
+class GuestParts:
+    """What the guests of some templates have beside their disk."""
+
+    seed: Path | None = None
+    """A read-only disk for cloud-init, the same for all."""
+    variables: Path | None = None
+    """A store of UEFI's variables, of which each VM gets a copy."""
+    host_keys: bool = False
+    """Each VM gets keys for its SSH server."""
+
+
+@dataclass(frozen=True)
 class Layer:
     """What a slot is made from: an empty overlay to copy, the layers below it, and limits."""
 
@@ -51,6 +74,9 @@ class Layer:
     limits: Limits = UNLIMITED
     promise: Promise | None = None
     """What the slot's VM counts for; None: for nothing, as one of a build."""
+    guest: GuestParts = GuestParts()
+    own_network: OwnNetwork | None = None
+    """None: the daemon's."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +111,13 @@ class PreparedSlot:
     backing: tuple[Path, ...]
     group: Group | None
     limits: Limits
+    plan: AddressPlan
+    """Of the network that it is on."""
+    network_name: str | None = None
+    """Of libvirt's network; None: it is on the daemon's, by its port."""
+    guest: GuestParts = GuestParts()
+    """With the VM's own store of variables."""
+    host_keys: tuple[HostKey, ...] = ()
     vm: Vm | None = None
 
     def close(self) -> None:
@@ -123,6 +156,8 @@ class Slots:
         self._left: dict[str, Vm | None] = {}
         self._ready: dict[str, deque[PreparedSlot]] = defaultdict(deque)
         self._layers: dict[str, Layer] = {}
+        self._resting: dict[str, float] = {}
+        """Generations whose slots could not be made, and when to try again."""
         self._wanted = asyncio.Event()
 
     async def take(self, layer: Layer) -> PreparedSlot:
@@ -174,15 +209,34 @@ class Slots:
         slot, files = await asyncio.to_thread(self._numbered, layer)
         with contextlib.ExitStack() as undo:
             undo.callback(files.close)
+            places, overlay = self._layout.vm(slot.id), self._layout.overlay(slot.id)
             try:
-                port = await self._network.make_port(slot.id, slot.index)
+                keys = await make_host_keys(places.sockets) if layer.guest.host_keys else ()
+                if layer.own_network is None:
+                    port = await self._network.make_port(slot.id, slot.index)
+                else:
+                    port = Port(slot.id)
             except BaseException:
                 await self.give_up(slot.id)
                 raise
             undo.pop_all()
-        places, overlay = self._layout.vm(slot.id), self._layout.overlay(slot.id)
-        group = self._groups.group(slot.id)
-        return PreparedSlot(slot, places, overlay, port, files, layer.backing, group, layer.limits)
+        guest = layer.guest
+        if guest.variables is not None:
+            guest = replace(guest, variables=places.variables)
+        return PreparedSlot(
+            slot=slot,
+            places=places,
+            overlay=overlay,
+            port=port,
+            files=files,
+            backing=layer.backing,
+            group=self._groups.group(slot.id),
+            limits=layer.limits,
+            plan=self._plan_of(layer),
+            network_name=layer.own_network.name if layer.own_network else None,
+            guest=guest,
+            host_keys=keys,
+        )
 
     async def drop(self, slot_id: str) -> None:
         """Give back everything that a slot holds, its journal rows last. Idempotent.
@@ -234,6 +288,7 @@ class Slots:
         Raises nothing; leaves the rows of slots that cannot be given back now.
         """
         self._layers.pop(generation, None)
+        self._resting.pop(generation, None)
         for prepared in self._ready.pop(generation, ()):
             await self.give_back(prepared)
 
@@ -251,21 +306,29 @@ class Slots:
             try:
                 for slot_id, vm in list(self._left.items()):
                     await self.give_up(slot_id, vm)
-                await self._fill()
-            except Exception as error:  # whatever it is, requests still make their own slots
-                known = isinstance(error, TemplatedError)
-                log.warning("cannot make slots ready: %s", error, exc_info=not known)
+                for layer in list(self._layers.values()):
+                    if self._resting.get(layer.generation, 0.0) <= time.monotonic():
+                        await self._fill(layer)
+            except Exception:  # whatever it is, requests still make their own slots
+                log.exception("cannot look after the slots")
                 await asyncio.sleep(_RETRY_AFTER)
                 self._wanted.set()
 
-    async def _fill(self) -> None:
-        for generation, layer in list(self._layers.items()):
-            while len(self._ready[generation]) < self._target:
+    async def _fill(self, layer: Layer) -> None:
+        """Make a generation's slots ready; one whose slots fail rests, and keeps up no other."""
+        generation = layer.generation
+        self._resting.pop(generation, None)
+        try:
+            while generation in self._layers and len(self._ready[generation]) < self._target:
                 prepared = await self._prepare(layer)
                 if generation not in self._layers:  # retired meanwhile
                     await self.give_back(prepared)
-                    break
-                self._ready[generation].append(prepared)
+                else:
+                    self._ready[generation].append(prepared)
+        except Exception as error:  # whatever it is, requests still make their own slots
+            known = isinstance(error, TemplatedError)
+            log.warning("cannot make slots of %s ready: %s", generation, error, exc_info=not known)
+            self._resting[generation] = time.monotonic() + _RETRY_AFTER
 
     async def close(self) -> None:
         """Give back all ready slots, as `retire` does. Raises nothing."""
@@ -274,6 +337,10 @@ class Slots:
         if self._late:
             await asyncio.wait(set(self._late), timeout=_LATE)
 
+    def _plan_of(self, layer: Layer) -> AddressPlan:
+        own = layer.own_network
+        return self._plan if own is None else self._plan.elsewhere(own.addresses)
+
     def _numbers(self, index: int, layer: Layer) -> Slot:
         return Slot(
             id=secrets.token_hex(5),
@@ -281,15 +348,19 @@ class Slots:
             generation=layer.generation,
             uuid=str(uuid.uuid4()),
             mac=self._plan.mac(index),
-            ip=self._plan.ip(index),
+            ip=self._plan.ip(index),  # on another network the journal's, who knows what is free
             machine_id=uuid.uuid4().hex,
             boot_id=str(uuid.uuid4()),
         )
 
     def _numbered(self, layer: Layer) -> tuple[Slot, Inheritance]:
         """A slot's row, and its files; on failure `refill` removes what cannot be removed here."""
+        own = layer.own_network
         slot = self._journal.new_slot(
-            layer.generation, lambda index: self._numbers(index, layer), self._capacity
+            layer.generation,
+            lambda index: self._numbers(index, layer),
+            self._capacity,
+            None if own is None else Elsewhere(own.name, self._plan_of(layer)),
         )
         try:
             places, overlay = self._layout.vm(slot.id), self._layout.overlay(slot.id)
@@ -325,8 +396,11 @@ def _files(places: Places, layer: Layer, overlay: Path) -> Inheritance:
             if failpoints.armed:
                 failpoints.hit("slot.open")
             files.opened[overlay] = os.open(overlay, os.O_RDWR | os.O_CLOEXEC)
-            for lower in layer.backing:
+            for lower in (*layer.backing, *([layer.guest.seed] if layer.guest.seed else [])):
                 files.opened[lower] = os.open(lower, os.O_RDONLY | os.O_CLOEXEC)
+            if layer.guest.variables is not None:
+                disk.copy_overlay(layer.guest.variables, places.variables)
+                files.opened[places.variables] = os.open(places.variables, os.O_RDWR | os.O_CLOEXEC)
             files.opened[places.serial_log] = os.open(places.serial_log, _APPENDED, 0o600)
         except OSError as error:
             raise HostError(

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from templated.drivers.guest import Step
-from templated.drivers.hypervisor.base import Hardware, Hypervisor, Kernel, Launch
+from templated.drivers.hypervisor.base import Hardware, Hypervisor, Kernel, Launch, OwnLoader
 from templated.drivers.network import Network
 from templated.errors import HostError
 from templated.model.clone import Phase, Slot
-from templated.model.network import AddressPlan, Forward
+from templated.model.network import Forward, OfLibvirt
 from templated.model.uids import UidRange
 from templated.services.machines.clock import PhaseClock
 from templated.services.machines.generation import Generation, Terms
@@ -47,7 +47,6 @@ class Starter:
 
     hypervisor: Hypervisor
     network: Network
-    plan: AddressPlan
     transport: str
     confine: bool
     uids: UidRange | None
@@ -57,6 +56,7 @@ class Starter:
         self,
         prepared: PreparedSlot,
         hardware: Hardware,
+        template: str = "",
         *,
         forwards: tuple[Forward, ...] = (),
         code: Path | None = None,
@@ -72,14 +72,20 @@ class Starter:
             memory=None,
             memory_shared=False,
             disk=prepared.overlay,
-            network=self.network.attach(prepared.port, slot.index, forwards),
+            network=OfLibvirt(prepared.network_name)
+            if prepared.network_name
+            else self.network.attach(prepared.port, slot.index, forwards),
             control_fd=prepared.files.control.fileno(),
             agent_fd=prepared.files.agent.fileno(),
             code=code,
+            seed=prepared.guest.seed,
+            variables=prepared.guest.variables,
             confined=self.confine,
             opened=dict(prepared.files.opened),
             backing=prepared.backing,
             uid=None if self.uids is None else self.uids[slot.index],
+            template=template,
+            generation=slot.generation,
         )
 
     def user(self, slot: Slot) -> int | None:
@@ -103,7 +109,9 @@ class Starter:
         Timeout.
         """
         code = code or generation.code
-        launch = self.launch(prepared, generation.hardware, forwards=forwards, code=code)
+        launch = self.launch(
+            prepared, generation.hardware, generation.template, forwards=forwards, code=code
+        )
         opened = {**launch.opened, generation.memory: generation.memory_fd}
         launch = replace(launch, memory=generation.memory, opened=opened)
         state = generation.state(self.transport)
@@ -165,6 +173,7 @@ class Starter:
         await self._wake(vm, generation.terms, hostname, generation.lag, clock)
         with clock(Phase.LINK):
             await vm.machine.set_link(True)
+        vm.machine.announce(hostname)
 
     async def warm(self, vm: Vm, generation: Generation, hostname: str) -> float:
         """From a hypervisor that waits for its state to a paused VM that only lacks its name.
@@ -180,11 +189,11 @@ class Starter:
         if generation.code is not None:
             await vm.agent.rehearse_code(terms.start_s)
         for name in REHEARSED * REHEARSALS:
-            await identify(vm, self.plan, terms, name, time.time(), Step.REHEARSAL)
-        marked = time.monotonic()
+            at_mark = time.time() - (time.monotonic() - vm.agent.marked)
+            await identify(vm, terms, name, at_mark, Step.REHEARSAL)
         await asyncio.sleep(REST)
         await vm.machine.pause()
-        return time.monotonic() - marked
+        return time.monotonic() - vm.agent.marked
 
     async def claim(
         self, vm: Vm, terms: Terms, hostname: str, lag: float, clock: PhaseClock
@@ -196,39 +205,52 @@ class Starter:
         await self._wake(vm, terms, hostname, lag, clock, Step.CLAIM)
         with clock(Phase.LINK):
             await vm.machine.set_link(True)
+        vm.machine.announce(hostname)
 
     async def boot(
         self,
         prepared: PreparedSlot,
         launch: Launch,
-        kernel: Kernel,
+        boot: Kernel | OwnLoader,
         terms: Terms,
         hostname: str,
         clock: PhaseClock,
+        *,
+        linked: bool = False,
     ) -> Vm:
         """The path `cold`, also of the base VM.
 
-        Raises HostError, HypervisorError, GuestError, IdentityError or Timeout.
+        `linked`: its link is up while it boots, and not only once it is confirmed. Raises
+        HostError, HypervisorError, GuestError, IdentityError or Timeout.
         """
         with clock(Phase.SPAWN):
             with contextlib.ExitStack() as files:
-                paths = [kernel.kernel, kernel.initrd, *([launch.code] if launch.code else [])]
+                paths = [*boot.files(), *([launch.code] if launch.code else [])]
                 parts = {path: _opened(path, files) for path in paths}
-                launch = replace(launch, boot=kernel, opened={**launch.opened, **parts})
+                launch = replace(launch, boot=boot, opened={**launch.opened, **parts})
                 vm = self._spawn(prepared, launch)
             await self._connect(vm, prepared, terms.start_s)
-        await vm.machine.set_link(False)
+        if not linked:
+            await vm.machine.set_link(False)
         with clock(Phase.BOOT):
             await vm.boot(terms.boot_s)
         with clock(Phase.IDENTIFY):
-            await identify(vm, self.plan, terms, hostname, time.time())
+            await identify(vm, terms, hostname, time.time())
         with clock(Phase.LINK):
             await vm.machine.set_link(True)
+        vm.machine.announce(hostname)
         return vm
 
     def _spawn(self, prepared: PreparedSlot, launch: Launch) -> Vm:
         machine = self.hypervisor.spawn(launch)
-        prepared.vm = Vm(prepared.slot, launch.places, machine)
+        prepared.vm = Vm(
+            prepared.slot,
+            launch.places,
+            machine,
+            agent=launch.hardware.agent,
+            host_keys=prepared.host_keys,
+            plan=prepared.plan,
+        )
         if prepared.limits.disk is not None:
             machine.limit_files(prepared.limits.disk)
         prepared.close()
@@ -243,7 +265,7 @@ class Starter:
         and memory of a VM that is in no group yet would count for nobody.
         """
         group = prepared.group
-        if group is None:
+        if group is None or vm.machine.placed:
             await vm.connect(timeout)
             return
         async with _one_failure(), asyncio.TaskGroup() as tasks:
@@ -272,7 +294,7 @@ class Starter:
         """
         async with _one_failure(), asyncio.TaskGroup() as group:
             stopped = time.time()
-            work = identify(vm, self.plan, terms, hostname, stopped - lag, step)
+            work = identify(vm, terms, hostname, stopped - lag, step)
             asking = group.create_task(work)
             with clock(Phase.RESUME):
                 await vm.machine.resume()

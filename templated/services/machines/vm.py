@@ -9,20 +9,35 @@ import time
 from pathlib import Path
 from typing import Any
 
-from templated.drivers.guest import Agent
+from templated.drivers.agent import guest_agent
+from templated.drivers.guest import HostKey
 from templated.drivers.hypervisor.base import Machine, Places, SavedState
-from templated.errors import GuestError, HostError, TemplatedError
+from templated.errors import GuestError, HostError, TemplatedError, Timeout, UnfitAgent
 from templated.model.clone import Slot
+from templated.model.network import AddressPlan
+from templated.model.spec import AgentKind
 
 
 class Vm:
     """A process, its control channel and its agent. `destroy` or `release` ends the handle."""
 
-    def __init__(self, slot: Slot, places: Places, machine: Machine) -> None:
+    def __init__(
+        self,
+        slot: Slot,
+        places: Places,
+        machine: Machine,
+        *,
+        agent: AgentKind = "templated",
+        host_keys: tuple[HostKey, ...] = (),
+        plan: AddressPlan | None = None,
+    ) -> None:
+        """`plan` is of the network that it is on; one that has its identity needs none."""
         self.slot = slot
+        self.plan = plan
+        self.host_keys = host_keys
         self.places = places
         self.machine = machine
-        self.agent = Agent(places.agent)
+        self.agent = guest_agent(agent, places.agent)
         self.state: SavedState | None = None
         """The state that it must restore, while it waits to do so."""
 
@@ -46,21 +61,29 @@ class Vm:
         await self.machine.connect(timeout)
 
     async def boot(self, timeout: float) -> None:
-        """Wait until the agent of a booting guest answers.
+        """Wait until the agent of a booting guest answers, and the guest has settled.
 
-        Raises GuestError after `timeout` seconds, or when the VM ended; leaves the VM as it is.
+        Raises GuestError after `timeout` seconds, or when the VM ended, Timeout when the guest does
+        not settle, and UnfitAgent at once; leaves the VM as it is.
         """
         deadline = time.monotonic() + timeout
+        await self._answers(timeout, deadline)
+        await self.agent.settle(max(deadline - time.monotonic(), 0.0))
+
+    async def _answers(self, timeout: float, deadline: float) -> None:
         last = "its agent never answered"
         while (left := deadline - time.monotonic()) > 0:
             try:
                 async with asyncio.timeout(left):
                     await self._ping_or_exit(min(left, 1.0))
                 return
+            except UnfitAgent:
+                raise
             except (TimeoutError, TemplatedError) as error:
                 if self.machine.exited.done():
                     raise
-                last = str(error) or last
+                silent = isinstance(error, TimeoutError | Timeout)
+                last = (self.agent.absence if silent else "") or str(error) or last
                 await asyncio.sleep(0.02)
         raise GuestError(f"the guest did not boot within {timeout:g} s ({last})")
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from templated import failpoints
 from templated.drivers.host.pressure import RESOURCES
 from templated.drivers.hypervisor.states import MachineState
-from templated.errors import Busy, HostError, TemplatedError
+from templated.errors import Busy, HostError, TemplatedError, Timeout
 from templated.model.clone import StartPath
 from templated.model.units import seconds
 from templated.services.context import Context
@@ -271,5 +271,9 @@ class Refill:
         try:
             async with asyncio.timeout(_HEALTH_TIMEOUT):
                 return await member.vm.machine.status() == _WELL[member.tier]
-        except (TemplatedError, TimeoutError):
+        except HostError:  # there is nobody to ask, as while libvirtd is away: it may be well
+            return True
+        except (Timeout, TimeoutError):  # so it is when libvirtd hangs, and not the VM
+            return member.vm.machine.placed
+        except TemplatedError:
             return False

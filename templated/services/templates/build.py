@@ -22,9 +22,10 @@ import msgspec
 
 from templated import failpoints
 from templated.drivers import disk
+from templated.drivers.cgroups import ControlGroups
 from templated.drivers.code.image import placeholder
 from templated.drivers.host.files import fsync
-from templated.drivers.hypervisor.base import Hardware, Kernel, Launch
+from templated.drivers.hypervisor.base import Hardware, Kernel, Launch, OwnLoader
 from templated.drivers.image.store import Image, image_digest, lacks_rights
 from templated.errors import BuildError, HostError, TemplatedError
 from templated.journal import now
@@ -32,10 +33,9 @@ from templated.model.generation import Manifest, ProbeResult, QemuVersion
 from templated.model.limits import UNLIMITED, Limits
 from templated.model.network import BridgeNetwork, Forward
 from templated.model.spec import SerialProbe, TemplateSpec
-from templated.model.units import size_bytes
 from templated.services.context import Context
 from templated.services.machines import generation as generations
-from templated.services.machines.boot import boot_kernel, image_overlay
+from templated.services.machines.boot import full_boot, image_overlay, image_parts
 from templated.services.machines.clock import PhaseClock
 from templated.services.machines.generation import (
     Generation,
@@ -43,8 +43,9 @@ from templated.services.machines.generation import (
     Terms,
     digest_file,
     freeze_file,
+    renew,
 )
-from templated.services.machines.slots import Layer, PreparedSlot
+from templated.services.machines.slots import Layer, OwnNetwork, PreparedSlot
 from templated.services.machines.vm import Vm, require_space, tail
 from templated.services.reports.operations import Progress
 from templated.services.templates.probes import Target, forwarded_ports, run_probes
@@ -53,7 +54,7 @@ from templated.timing import within
 _SAVE_TIMEOUT = 120.0
 _QUIT_TIMEOUT = 30.0
 _REHEARSAL_TIMEOUT = 60.0
-_QUIESCE_TIMEOUT = 30.0
+_QUIESCE_TIMEOUT = 60.0
 _SETTLE = 0.5
 _HINT = "the console lines show how far the guest got; see boot_timeout and the hooks of the image"
 # What QEMU and the state need beside the guest's memory.
@@ -77,6 +78,7 @@ class Build:
         self.frozen = context.layout.frozen(spec.name, self.id)
         self.phases_s: dict[str, float] = {}
         self.clone_bytes = 0
+        self._own: OwnNetwork | None = None
 
     async def run(self) -> Generation:
         """Build and prove, once.
@@ -109,6 +111,8 @@ class Build:
         if self.spec.code:
             await placeholder(self.context.layout.code)
         groups = self.context.groups
+        if self.spec.hypervisor == "libvirt":
+            groups = ControlGroups("libvirt keeps its VMs in groups of its own")
         for name in groups.missing(Limits.of(self.spec)):
             why = groups.problem or "the host does not offer it"
             self.progress.log(f"warning: limits.{name} will not hold: {why}")
@@ -140,8 +144,10 @@ class Build:
         return generation
 
     def _require_rights(self) -> None:
+        if self.spec.image.path is not None or not lacks_rights():  # a copy needs none
+            return
         present = self.context.images.get(image_digest(self.spec.image))
-        if present is None and lacks_rights():
+        if present is None:
             raise HostError(
                 f"the image of {self.spec.name} is missing, and this daemon has not the rights "
                 "to make images",
@@ -150,31 +156,28 @@ class Build:
 
     async def _hardware(self, image: Image, qemu: QemuVersion) -> Hardware:
         accel = await self.context.host.accelerator(image)
-        machine = self.spec.machine
-        return Hardware(
-            type=machine.type,
-            memory_bytes=size_bytes(machine.memory),
-            vcpus=machine.vcpus,
-            accel=accel,
-            cpu=self.context.hypervisor.cpu(accel),
-            version=qemu.version,
-        )
+        cpu = self.context.hypervisor.cpu(accel)
+        return generations.hardware(self.spec, accel, cpu, qemu.version)
 
     async def _base(self, image: Image, hardware: Hardware, qemu: QemuVersion) -> Manifest:
         """Boot, probe and freeze the base VM."""
-        kernel = boot_kernel(self.context.hypervisor, image, self.spec, hardware.accel)
+        boot = full_boot(self.context.hypervisor, image, self.spec, hardware.accel)
         empty = await image_overlay(self.context.layout, image)
         memory = self.frozen / generations.MEMORY
-        layer = Layer(self.id, empty, (image.disk,))
+        guest = image_parts(self.context.hypervisor, image, self.spec)
+        self._own = await self._own_network()
+        layer = Layer(self.id, empty, (image.disk,), guest=guest, own_network=self._own)
         async with self._slot(layer) as prepared, _memory_file(memory) as descriptor:
             forwards, ports = self._forwards()
             code = self.context.layout.placeholder if self.spec.code else None
-            launch = self.context.starter.launch(prepared, hardware, forwards=forwards, code=code)
+            launch = self.context.starter.launch(
+                prepared, hardware, self.spec.name, forwards=forwards, code=code
+            )
             opened = {**launch.opened, memory: descriptor}
             launch = replace(launch, memory=memory, memory_shared=True, opened=opened)
             async with self._tail_on_failure(prepared):
                 with self._phase("boot"):
-                    vm = await self._boot(prepared, launch, kernel)
+                    vm = await self._boot(prepared, launch, boot)
                 if failpoints.armed:
                     failpoints.hit("build.booted")
                 with self._phase("probes"):
@@ -184,19 +187,23 @@ class Build:
             if failpoints.armed:
                 failpoints.hit("build.disk")
             prepared.overlay.rename(self.directory / generations.DISK)
-        return self._manifest(image, launch, kernel, qemu, probes, lag)
+            if prepared.guest.variables is not None:
+                prepared.guest.variables.rename(self.directory / generations.VARIABLES)
+        return self._manifest(image, replace(launch, boot=boot), qemu, probes, lag)
 
-    async def _boot(self, prepared: PreparedSlot, launch: Launch, kernel: Kernel) -> Vm:
+    async def _boot(self, prepared: PreparedSlot, launch: Launch, boot: Kernel | OwnLoader) -> Vm:
         terms = Terms.of(self.spec)
+        # What cloud-init installs comes by the network. This is no clone: its MAC is its own.
+        linked = self.spec.image.seed is not None
         async with within(terms.booted_s, "its start", hint=_HINT):
             return await self.context.starter.boot(
-                prepared, launch, kernel, terms, self.spec.name, PhaseClock()
+                prepared, launch, boot, terms, self.spec.name, PhaseClock(), linked=linked
             )
 
     async def _probe(
         self, vm: Vm, ports: dict[int, tuple[str, int]], *, canary: bool = False
     ) -> tuple[ProbeResult, ...]:
-        if isinstance(self.context.config.network, BridgeNetwork):
+        if self._reaches_guests:
             ports = {port: (vm.slot.ip, port) for port in ports}
         # A console does not show its boot messages again after a restore.
         probes = [p for p in self.spec.probes if not (canary and isinstance(p, SerialProbe))]
@@ -214,11 +221,10 @@ class Build:
             # What clones do first is slow the first time; some of that stays in the frozen memory.
             await vm.agent.rehearse_code(_REHEARSAL_TIMEOUT)
         await vm.agent.quiesce(_QUIESCE_TIMEOUT)
-        marked = time.monotonic()
         # The agent goes back to waiting, and the kernel finishes work that it put off.
         await asyncio.sleep(_SETTLE)
         await machine.pause()
-        lag = time.monotonic() - marked
+        lag = time.monotonic() - vm.agent.marked
         await machine.detach_network()
         await machine.save(self.frozen / generations.STATE, _SAVE_TIMEOUT)
         await machine.quit(_QUIT_TIMEOUT)
@@ -227,18 +233,25 @@ class Build:
     async def _seal(self, manifest: Manifest) -> Manifest:
         """Make the layers read-only, digest them, and make the empty layer 3 that clones copy."""
         layer2 = self.directory / generations.DISK
-        await asyncio.to_thread(fsync, layer2)
         files = {}
         paths = {
             generations.MEMORY: self.frozen / generations.MEMORY,
             generations.STATE: self.frozen / generations.STATE,
             generations.DISK: layer2,
         }
+        if self.spec.machine.firmware == "uefi":
+            paths[generations.VARIABLES] = self.directory / generations.VARIABLES
+        if self.spec.hypervisor == "libvirt":
+            for name in paths.keys() - {generations.STATE}:
+                await asyncio.to_thread(renew, paths[name])
+        await asyncio.to_thread(fsync, layer2)
         for name, path in paths.items():
             freeze_file(path)
             files[name] = await digest_file(path)
         await disk.create_overlay(self.directory / generations.EMPTY, layer2)
         freeze_file(self.directory / generations.EMPTY)
+        if not manifest.kernel:
+            return _with(manifest, files=files)
         kernel = await digest_file(Path(manifest.kernel))
         return _with(manifest, files=files, kernel_sha256=kernel.sha256)
 
@@ -285,10 +298,22 @@ class Build:
             cause = clock.failure(error)
             raise BuildError(f"the canary: {cause.message}", hint=cause.hint or _HINT) from error
 
+    async def _own_network(self) -> OwnNetwork | None:
+        name = self.spec.network.name
+        if name is None:
+            return None
+        return OwnNetwork(name, await self.context.hypervisor.addresses(name))
+
+    @property
+    def _reaches_guests(self) -> bool:
+        """Whether the host reaches a guest at its own address."""
+        own = self.spec.network.mode == "libvirt"
+        return own or isinstance(self.context.config.network, BridgeNetwork)
+
     def _forwards(self) -> tuple[tuple[Forward, ...], dict[int, tuple[str, int]]]:
         """Forwards for the probes that come from the host, and where they are."""
         ports = {p: ("127.0.0.1", _free_port()) for p in forwarded_ports(self.spec.probes)}
-        if isinstance(self.context.config.network, BridgeNetwork):
+        if self._reaches_guests:
             return (), ports
         return tuple(Forward(guest, host) for guest, (_, host) in ports.items()), ports
 
@@ -331,12 +356,12 @@ class Build:
         self,
         image: Image,
         launch: Launch,
-        kernel: Kernel,
         qemu: QemuVersion,
         probes: tuple[ProbeResult, ...],
         lag: float,
     ) -> Manifest:
-        command = self.context.hypervisor.describe(replace(launch, boot=kernel))
+        command = self.context.hypervisor.describe(launch)
+        kernel = launch.boot if isinstance(launch.boot, Kernel) else None
         return Manifest(
             format=generations.MANIFEST_FORMAT,
             id=self.id,
@@ -348,14 +373,15 @@ class Build:
             accel=launch.hardware.accel,
             cpu=launch.hardware.cpu,
             command_line=command,
-            kernel=str(kernel.kernel),
+            kernel=str(kernel.kernel) if kernel else "",
             kernel_sha256="",
-            kernel_cmdline=kernel.cmdline,
+            kernel_cmdline=kernel.cmdline if kernel else "",
             files={},
             probes=probes,
             canary_probes=(),
             phases_s={},
             freeze_lag_s=round(lag, 6),
+            addresses=None if self._own is None else self._own.addresses,
         )
 
 

@@ -27,7 +27,8 @@ def _sizes(images: ImageStore) -> list[tuple[Image, int]]:
 def _view(image: Image, size: int, templates: list[str]) -> ImageView:
     return ImageView(
         digest=image.digest,
-        suite=image.spec.suite,
+        suite="" if image.spec.path else image.spec.suite,
+        path=image.spec.path,
         packages=image.spec.packages,
         size=size,
         built_at=datetime.fromtimestamp(image.built_at, UTC).isoformat(timespec="seconds"),

@@ -13,7 +13,7 @@ import msgspec
 import regex
 
 from templated.drivers.guest import ExecResult
-from templated.errors import InvalidRequest, ProbeError, TemplatedError
+from templated.errors import InvalidRequest, ProbeError, TemplatedError, Timeout
 from templated.model.generation import ProbeResult
 from templated.model.spec import (
     AgentProbe,
@@ -126,8 +126,7 @@ async def _attempt(target: Target, probe: Probe) -> str:
         case SerialProbe():
             return await _serial(target.vm, probe)
         case AgentProbe():
-            await target.vm.agent.ping(_ATTEMPT)
-            return "pong"
+            return await _ping(target.vm)
         case ExecProbe():
             return await _exec(target.vm, probe)
         case TcpProbe():
@@ -136,6 +135,14 @@ async def _attempt(target: Target, probe: Probe) -> str:
             return await _http(target, probe)
         case SettleProbe():
             return await _settle(target.vm, probe)
+
+
+async def _ping(vm: Vm) -> str:
+    try:
+        await vm.agent.ping(_ATTEMPT)
+    except Timeout as error:
+        raise _NotYet(vm.agent.absence or error.message) from error
+    return "pong"
 
 
 async def _serial(vm: Vm, probe: SerialProbe) -> str:

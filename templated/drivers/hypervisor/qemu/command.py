@@ -10,11 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from templated.drivers.hypervisor.base import Hardware, Launch
+from templated.drivers.hypervisor.base import Hardware, Kernel, Launch
 from templated.drivers.hypervisor.qemu.features import features
-from templated.model.network import Attachment, Forward, Tap
+from templated.errors import Defect
+from templated.model.network import Attachment, Forward, OfLibvirt, Tap
 
 AGENT_PORT = "templated.agent.0"
+AGENT_PORTS = {"templated": AGENT_PORT, "qemu-ga": "org.qemu.guest_agent.0"}
+"""How a guest's agent finds its port."""
 UPLINK = "uplink"
 """The network of a VM that boots, as QMP names it."""
 CODE_SERIAL = "templated-code"
@@ -22,6 +25,10 @@ CODE_SERIAL = "templated-code"
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,resourcecontrol=deny"
 """`-sandbox`, but for `spawn`, which depends on the launch."""
+
+UEFI_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
+UEFI_VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+"""Of Debian's package ovmf: without Secure Boot, which needs SMM."""
 
 STATE_SET, CODE_SET = 1, 2
 STATE_FILE = f"/dev/fdset/{STATE_SET}"
@@ -56,7 +63,7 @@ def qemu_arguments(qemu: str, launch: Launch) -> list[str]:
         if launch.state_fd is not None and features(hardware.version).file_uri:
             arguments += ["-add-fd", f"fd={launch.state_fd},set={STATE_SET}"]
         arguments += ["-incoming", "defer"]
-    else:
+    elif isinstance(launch.boot, Kernel):
         arguments += [
             "-kernel",
             _reopened(launch, launch.boot.kernel),
@@ -82,8 +89,9 @@ def _sandbox(launch: Launch) -> list[str]:
 
 def _machine(launch: Launch) -> list[str]:
     hardware = launch.hardware
+    flash = ",pflash0=firmware,pflash1=variables" if launch.variables else ""
     return [
-        *("-machine", f"{MACHINES[hardware.type]},memory-backend=ram,dump-guest-core=off"),
+        *("-machine", f"{MACHINES[hardware.type]},memory-backend=ram,dump-guest-core=off{flash}"),
         *("-accel", _accelerator(hardware)),
         *("-cpu", hardware.cpu),
         *("-smp", str(hardware.vcpus)),
@@ -106,10 +114,10 @@ def _memory(launch: Launch) -> str:
 
 
 def _accelerator(hardware: Hardware) -> str:
-    # One thread for all virtual CPUs: with a single one, it is spared the atomic operations that
-    # TCG makes when it translates for several threads.
-    single = hardware.accel == "tcg" and hardware.vcpus == 1
-    return "tcg,thread=single" if single else hardware.accel
+    # One thread for all virtual CPUs: it is spared the atomic operations that TCG makes when it
+    # translates for several threads. And with several, QEMU 7.2 may go on with code that another
+    # CPU has just changed: Linux changes its own while it boots, and panics at an int3.
+    return "tcg,thread=single" if hardware.accel == "tcg" else hardware.accel
 
 
 def _migration() -> list[str]:
@@ -126,6 +134,8 @@ def _devices(launch: Launch) -> list[str]:
     rom = "" if bus == "device" else ",romfile="
     # status=off: QEMU drops packets while the link is down, and the guest has nothing to do when
     # it comes up.
+    # Firmware that is told nothing looks at all that there is.
+    first = ",bootindex=1" if launch.hardware.firmware else ""
     nic = f"id=nic0,netdev=net0,mac={launch.mac},status=off"
     return [
         *("-chardev", f"socket,id=qmp,fd={launch.control_fd},server=on,wait=off"),
@@ -137,13 +147,15 @@ def _devices(launch: Launch) -> list[str]:
         ),
         *("-serial", "chardev:serial"),
         *("-blockdev", _blockdev(launch)),
-        *("-device", f"virtio-blk-{bus},drive=disk"),
+        *("-device", f"virtio-blk-{bus},drive=disk{first}"),
         *_code(launch, bus),
+        *_seed(launch, bus),
+        *_flash(launch),
         *_network(launch),
         *("-device", f"virtio-net-{bus},{nic}{rom}"),
         *("-device", f"virtio-serial-{bus},max_ports=2"),
         *("-chardev", f"socket,id=agent,fd={launch.agent_fd},server=on,wait=off"),
-        *("-device", f"virtserialport,chardev=agent,name={AGENT_PORT}"),
+        *("-device", f"virtserialport,chardev=agent,name={AGENT_PORTS[launch.hardware.agent]}"),
         *("-object", "rng-builtin,id=rng"),
         *("-device", f"virtio-rng-{bus},rng=rng"),
     ]
@@ -188,6 +200,30 @@ def _code(launch: Launch, bus: str) -> list[str]:
     ]
 
 
+def _seed(launch: Launch, bus: str) -> list[str]:
+    if launch.seed is None:
+        return []
+    file = {**_unlocked(_in_set(launch, launch.seed)), "read-only": True}
+    drive = {"driver": "raw", "node-name": "seed", "read-only": True, "file": file}
+    return [
+        *("-blockdev", json.dumps(drive)),
+        *("-device", f"virtio-blk-{bus},id=seed0,drive=seed"),
+    ]
+
+
+def _flash(launch: Launch) -> list[str]:
+    """UEFI in its two flash chips: its code, which all share, and a VM's own variables."""
+    if launch.variables is None:
+        return []
+    code = {"driver": "file", "filename": str(UEFI_CODE), "read-only": True, "locking": "off"}
+    store = _unlocked(_in_set(launch, launch.variables))
+    chips = (
+        {"driver": "raw", "node-name": "firmware", "read-only": True, "file": code},
+        {"driver": "raw", "node-name": "variables", "file": store},
+    )
+    return [word for chip in chips for word in ("-blockdev", json.dumps(chip))]
+
+
 def _network(launch: Launch) -> list[str]:
     """What the NIC is on: of a VM that boots a hub, so that UPLINK can be taken away from it.
 
@@ -204,7 +240,9 @@ def _network(launch: Launch) -> list[str]:
 
 
 def netdev(network: Attachment, name: str) -> str:
-    """The value of `-netdev`."""
+    """The value of `-netdev`; a network of libvirt has none."""
+    if isinstance(network, OfLibvirt):
+        raise Defect("QEMU cannot make a NIC on a network of libvirt")
     if isinstance(network, Tap):
         return f"tap,id={name},fd={network.fd}"
     options = [
@@ -266,8 +304,9 @@ def _descriptors(launch: Launch) -> list[str]:
 
 def _in_sets(launch: Launch) -> tuple[Path, ...]:
     """The files that `_in_set` is asked for."""
-    code = () if launch.code is None else (launch.code,)
-    return (launch.disk, *launch.backing, launch.places.serial_log, *code)
+    others = (launch.code, launch.seed, launch.variables)
+    files = (file for file in others if file is not None)
+    return (launch.disk, *launch.backing, launch.places.serial_log, *files)
 
 
 def _set(fd: int) -> int:

@@ -25,7 +25,13 @@ from templated.drivers.hypervisor.process import (
     use_small_pages,
 )
 from templated.drivers.hypervisor.qemu import accel
-from templated.drivers.hypervisor.qemu.command import SANDBOX, inherited, qemu_arguments
+from templated.drivers.hypervisor.qemu.command import (
+    SANDBOX,
+    UEFI_CODE,
+    UEFI_VARIABLES,
+    inherited,
+    qemu_arguments,
+)
 from templated.drivers.hypervisor.qemu.features import PROVEN, features, proven, release
 from templated.drivers.hypervisor.qemu.machine import QemuMachine
 from templated.drivers.hypervisor.qemu.program import Program
@@ -34,6 +40,7 @@ from templated.drivers.hypervisor.qemu.tsc import tsc_khz
 from templated.drivers.hypervisor.states import MachineState
 from templated.errors import HostError
 from templated.model.generation import QemuVersion
+from templated.model.network import Addresses
 
 
 class Qemu:
@@ -100,6 +107,13 @@ class Qemu:
             return ""
         return "the host's TSC is not constant: TCG guests may drift"
 
+    def uefi_variables(self) -> Path:
+        for file in (UEFI_CODE, UEFI_VARIABLES):
+            if not file.is_file():
+                what = f"there is no UEFI for VMs: {file} is missing"
+                raise HostError(what, hint="apt install ovmf")
+        return UEFI_VARIABLES
+
     def cpu(self, accelerator: str) -> str:
         return accel.CPUS[accelerator]
 
@@ -109,11 +123,14 @@ class Qemu:
         frequency = tsc_khz() if accelerator == "tcg" else None
         return f"tsc=reliable tsc_early_khz={frequency}" if frequency else "tsc=reliable"
 
+    async def addresses(self, network: str) -> Addresses:
+        raise HostError("QEMU has no networks of its own", hint="hypervisor: libvirt")
+
     def describe(self, launch: Launch) -> tuple[str, ...]:
         # By their paths: the numbers of descriptors say nothing to people.
         return tuple(qemu_arguments(self._program.path, replace(launch, opened={})))
 
-    def spawn(self, launch: Launch) -> QemuMachine:
+    def spawn(self, launch: Launch) -> Machine:
         arguments = qemu_arguments(self._binary, launch)
         child = Process.spawn(
             arguments, log=launch.places.log, fds=inherited(launch), user=self.demotion(launch)
@@ -133,7 +150,7 @@ class Qemu:
 
     def adopt(
         self, pid: int, start_time: int, places: Places, uuid: str, uid: int | None = None
-    ) -> QemuMachine | None:
+    ) -> Machine | None:
         found = Process.adopt(pid, start_time, uuid, uid)
         # Which QEMU it is nobody needs to know any more: it neither loads nor saves a state.
         return QemuMachine(found, places, features(""), None) if found else None

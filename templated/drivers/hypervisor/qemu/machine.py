@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import shlex
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,7 +48,7 @@ _READ_LIMIT = 256 << 10
 # second there may be before it is a flood: for five seconds at the pace.
 _EVENTS, _PACE, _USUAL, _FLOOD = 64, 2000, 1000, 5000
 # The states that QEMU reports of a VM (RunState of its QMP reference) in which it can be used.
-_STATUSES = {
+STATUSES = {
     "inmigrate": MachineState.WAITING,
     "paused": MachineState.PAUSED,
     "running": MachineState.RUNNING,
@@ -116,6 +115,8 @@ class _Client(QMPClient):
 class QemuMachine(Life):
     """One QEMU process and its QMP connection."""
 
+    placed = False
+
     def __init__(
         self, child: Process, places: Places, can: Features, first: MachineState | None
     ) -> None:
@@ -173,7 +174,7 @@ class QemuMachine(Life):
 
     async def status(self) -> MachineState | None:
         self._require(*ANSWERS)
-        return _STATUSES.get(await self._query_status())
+        return STATUSES.get(await self._query_status())
 
     async def set_link(self, up: bool) -> None:
         self._require(*LIVE)
@@ -244,6 +245,9 @@ class QemuMachine(Life):
         await self._disconnect()
         self._process.close()
 
+    def announce(self, name: str) -> None:
+        """Nobody looks at QEMU itself."""
+
     def last_words(self) -> str:
         try:
             with open(self._places.log, "rb") as log:
@@ -286,9 +290,9 @@ class QemuMachine(Life):
     async def _found(self) -> MachineState:
         """What the VM of an adopted process does; HypervisorError when it is of no use."""
         said = await self._query_status()
-        if said not in _STATUSES:
+        if said not in STATUSES:
             raise HypervisorError(f"QEMU says of its VM: {said}", hint="remove the clone")
-        return _STATUSES[said]
+        return STATUSES[said]
 
     async def _query_status(self) -> str:
         answer = await self._execute("query-status")
@@ -345,24 +349,6 @@ class QemuMachine(Life):
             if isinstance(error, ExecuteError) or not await self._ends_soon():
                 raise HypervisorError(f"QEMU refused the {what}: {error}") from error
         raise HypervisorError(self._ending())
-
-    @contextmanager
-    def _exit_expires(self, bound: asyncio.Timeout) -> Iterator[None]:
-        """End the wait when the process ends. Without a task, as every start waits here."""
-
-        def expire(_: asyncio.Future[str]) -> None:
-            with contextlib.suppress(RuntimeError):  # it has been left meanwhile
-                bound.reschedule(0.0)
-
-        self.exited.add_done_callback(expire)
-        try:
-            yield
-        finally:
-            self.exited.remove_done_callback(expire)
-
-    async def _ends_soon(self) -> bool:
-        await asyncio.wait({self.exited}, timeout=0.5)
-        return self.exited.done()
 
 
 def _passed_over(line: bytes) -> bool:

@@ -1,0 +1,1 @@
+"""VMs as transient domains of this host's libvirt."""
