@@ -22,7 +22,12 @@ from typing import Any
 from templated.bench.interrupts import deferred
 from templated.drivers.guest import ENTROPY_BYTES, IdentityOrder, Step
 from templated.drivers.hypervisor.base import Launch, Places, SavedState
-from templated.drivers.hypervisor.qemu.command import inherited, qemu_arguments
+from templated.drivers.hypervisor.qemu.command import (
+    CODE_FILE,
+    CODE_SET,
+    inherited,
+    qemu_arguments,
+)
 from templated.drivers.hypervisor.qemu.features import features
 from templated.drivers.hypervisor.qemu.machine import incoming_uri
 from templated.drivers.network import Port, make_network
@@ -83,6 +88,10 @@ class Line:
             if "error" in answer:
                 raise HypervisorError(f"the bench's QEMU: {name}: {answer['error']['desc']}")
         return answer["return"]
+
+    def give(self, descriptor: int) -> None:
+        """Send a descriptor, for the next command that takes one."""
+        socket.send_fds(self._socket, [b" "], [descriptor])
 
     def ask(self, request: dict[str, Any]) -> Any:
         """The agent's answer; GuestError when it refuses."""
@@ -168,6 +177,16 @@ class Bare:
         """Give the guest an identity and wait for its answer."""
         given = identity(self.launch.uuid, self.launch.mac, step, hostname)
         self.agent.ask({"cmd": "identify", **given})
+
+    def exchange_code(self, image: Path) -> None:
+        """Put another image behind the second disk, as the daemon does."""
+        with image.open("rb") as file:
+            self.qmp.give(file.fileno())
+        self.qmp.command("add-fd", {"fdset-id": CODE_SET})
+        given = {"driver": "file", "node-name": "code-given", "filename": CODE_FILE}
+        self.qmp.command("blockdev-add", {**given, "read-only": True, "locking": "off"})
+        drive = {"driver": "raw", "node-name": "code", "read-only": True, "file": "code-given"}
+        self.qmp.command("blockdev-reopen", {"options": [drive]})
 
     def link(self) -> None:
         """Plug the guest's cable."""

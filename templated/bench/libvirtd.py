@@ -23,6 +23,7 @@ from templated.errors import HostError, HypervisorError, Timeout
 # Its first look at a QEMU tries KVM too, which can hang for a minute where no guest runs.
 _STARTS_WITHIN = 180.0
 _ENDS_WITHIN = 10.0
+_PAUSE = 0.05
 # Each is mounted over the place that libvirtd would use. /run is a fresh one: without
 # the system's D-Bus nothing is registered there either.
 _PLACES = {
@@ -162,11 +163,12 @@ def _answering(daemon: Libvirtd, child: subprocess.Popen[bytes]) -> None:
                 raise HostError(f"libvirtd ended at once: {_last_line(daemon.base)}") from error
             if time.monotonic() > deadline:
                 raise Timeout(f"libvirtd did not answer in {_STARTS_WITHIN:g} s") from error
-        time.sleep(0.05)
+        time.sleep(_PAUSE)
 
 
 def _end(child: subprocess.Popen[bytes], base: Path) -> None:
-    """End libvirtd, and then the VMs whose pids it wrote down: they would outlive it."""
+    """End libvirtd, and then all that it has started: VMs and QEMUs that it asks what they can do,
+    all of which would outlive it, and what serves its networks."""
     with uninterrupted():
         child.terminate()
         try:
@@ -174,11 +176,24 @@ def _end(child: subprocess.Popen[bytes], base: Path) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-        for pid in base.glob("run/qemu/*.pid"):
-            # driver.pid is libvirtd's own.
-            if pid.name != "driver.pid":
-                with contextlib.suppress(OSError, ValueError):
-                    os.kill(int(pid.read_text()), signal.SIGKILL)
+        deadline = time.monotonic() + _ENDS_WITHIN
+        # Again, for what one of them started before its own end.
+        while (left := _inside(base)) and time.monotonic() < deadline:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(_PAUSE)
+
+
+def _inside(base: Path) -> list[int]:
+    """The processes that have our places mounted, as nobody outside has."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            mounted = (process / "mountinfo").read_text()
+            if f"{base}/run " in mounted or f"/{base.name}/run " in mounted:
+                found.append(int(process.name))
+    return found
 
 
 def _last_line(base: Path) -> str:

@@ -21,6 +21,7 @@ _BOUND = 1500.0
 _REAL = [
     *("clones.py", "escape.py", "hypervisor.py", "identity_hooks.py", "network.py", "suites.py"),
     "daemon.py::test_q35",
+    "libvirt.py::test_paths",
     "daemon.py::test_transport_exec",
     "functions.py::test_the_first_request_and_the_next",
     "functions.py::test_paused_between_requests",

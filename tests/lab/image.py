@@ -45,6 +45,7 @@ _PACKAGES = [
     "procps",
     "iproute2",
     "openssh-server",
+    "apparmor",
     "less",
     "vim-tiny",
 ]

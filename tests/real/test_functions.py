@@ -500,7 +500,7 @@ def test_an_alias_that_moves_under_load(functions: Daemon, source: Path) -> None
     bound = 3 * math.sqrt(300 * 0.9 * 0.1)
     assert any(abs(versions(300)["2"] - 30) <= bound for _ in range(2))
     with ThreadPoolExecutor(1) as threads:
-        load = threads.submit(versions, 100)
+        load = threads.submit(versions, 400)
         time.sleep(0.2)
         client.set_alias("moves", "prod", {"2": 1.0}, ready=0)
         assert set(versions(10)) == {"2"}

@@ -46,7 +46,7 @@ probes: [{type: agent, name: agent, timeout: 200s}]
 _NETWORK = """
 <network>
   <name>lent</name>
-  <bridge name='virbr-lent'/>
+  <bridge name='virbr-lent' stp='off' delay='0'/>
   <dns enable='no'/>
   <ip address='192.168.222.1' netmask='255.255.255.0'/>
 </network>

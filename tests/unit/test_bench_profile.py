@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Self, cast
 
 import pytest
@@ -38,6 +39,9 @@ class Peer:
     def identify(self, step: Step = Step.IDENTIFY, hostname: str = "") -> None:
         self.ask({"cmd": step.name})
 
+    def exchange_code(self, image: Path) -> None:
+        self.asked.append({"exchange": str(image)})
+
     @property
     def agent(self) -> Self:
         return self
@@ -59,6 +63,24 @@ def test_each_step_counts_what_it_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     rehearsed = ["IDENTIFY", *["REHEARSAL"] * 4, "stop", "cont", "CLAIM"]
     alone = ["IDENTIFY", "stop", "cont", "CLAIM"]
     assert asked == ["IDENTIFY", "IDENTIFY", "ping", *rehearsed, *alone]
+
+
+def test_the_steps_of_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(profile, "load", lambda *_: {"mount_ms": 2.0, "init_ms": 8.0})
+    monkeypatch.setattr(profile, "invoke", lambda vm, payload: vm.ask({"cmd": "invoke"}))
+    rows: dict[str, profile.Row] = {}
+    peer = Peer()
+    for kind in (profile._function, profile._warm_function):
+        kind(cast(Any, peer), Path("code"), profile._Meter(cast(Any, peer), rows.__setitem__))
+    cold = ["function: load", *(f"{number} request" for number in ("first", "second", "third"))]
+    warm = ["rehearsal", "exchange", "claim", "load", "its mount", "its init"]
+    warm += ["first request", "second request"]
+    assert list(rows) == [*cold, *(f"warm: {name}" for name in warm)]
+    assert rows["warm: its init"] == {"blocks": 0, "mb": 0, "ms": 8.0}
+    asked = [next(iter(message.values())) for message in peer.asked]
+    rehearsed = ["IDENTIFY", "rehearse", *["REHEARSAL"] * 4, "stop", "code", "cont", "CLAIM"]
+    assert asked == ["IDENTIFY", *["invoke"] * 3, *rehearsed, *["invoke"] * 2]
 
 
 def test_a_qemu_that_does_not_tell() -> None:

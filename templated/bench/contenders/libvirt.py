@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 from templated.bench.bare import BOUND, PLAN, Stopwatch, order
 from templated.bench.contenders.base import Once, shared_memory
-from templated.bench.libvirtd import private_libvirtd
+from templated.bench.libvirtd import Libvirtd, private_libvirtd
 from templated.bench.session import Session
 from templated.drivers.disk import copy_overlay, create_overlay
 from templated.drivers.guest import Agent
@@ -29,6 +29,7 @@ from templated.model.units import seconds
 from templated.services.machines.generation import Generation
 
 _SETTLE = 2.0
+_PAUSE = 0.05
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class LibvirtDriver:
             runner.run(template.freeze())
 
             def once() -> dict[str, float]:
+                _forgotten(daemon)
                 return runner.run(template.start(standby=self.path == "standby"))
 
             yield once
@@ -164,6 +166,17 @@ class _Template:
             template=self.generation.template,
             generation=self.generation.id,
         )
+
+
+def _forgotten(daemon: Libvirtd) -> None:
+    """Wait until libvirt has forgotten the domain before: until then it starts others slowly.
+
+    That takes as long as the host's init takes to reap a process: with systemd no time, with the
+    one of a container seconds. `virsh destroy` waits for it, too.
+    """
+    deadline = time.monotonic() + BOUND
+    while daemon.virsh("list", "--name").strip() and time.monotonic() < deadline:
+        time.sleep(_PAUSE)
 
 
 async def _booted(agent: Agent, timeout: float) -> None:

@@ -103,13 +103,26 @@ stop_services() {
 # Nothing waits for them: all that they need is in place.
 start_services() {
     if [ -d /run/systemd/system ]; then
-        # journald takes the machine's id from its start.
-        # shellcheck disable=SC2086  # words
-        systemctl --no-block restart systemd-journald.service $services \
-            </dev/null >/dev/null 2>&1 &
+        {
+            # journald takes the machine's id from its start.
+            # shellcheck disable=SC2086  # words
+            systemctl restart systemd-journald.service $services || true
+            move_journal
+        } </dev/null >/dev/null 2>&1 &
     elif [ "$services" = sshd ]; then
         /usr/sbin/sshd </dev/null >/dev/null 2>&1
     fi
+}
+
+# Until it was restarted journald may have begun further files under the id that it knew.
+move_journal() {
+    [ "$OLD" != "$ID" ] || return 0
+    for folder in /run/log/journal /var/log/journal; do
+        for file in "$folder/$OLD"/*; do
+            [ ! -e "$file" ] || mv "$file" "$folder/$ID/before-${file##*/}"
+        done
+        [ ! -d "$folder/$OLD" ] || rmdir "$folder/$OLD"
+    done
 }
 
 # --- what is unique -------------------------------------------------------------------------------
@@ -260,13 +273,14 @@ set_host_keys() {
 
 # --- network --------------------------------------------------------------------------------------
 
-# So that who manages the network agrees with what is set below, also when it is restarted.
+# So that who manages the network agrees with what is set below, also when it is restarted, and
+# networkd does not take the address away while it starts (systemd.network(5), KeepConfiguration).
 configure_network() {
     if [ -d /run/systemd/netif ]; then
         [ -d /etc/systemd/network ] || mkdir -p /etc/systemd/network
         {
             printf '%s\n' "[Match]" "Name=$nic" "[Link]" "MACAddress=$mac" \
-                "[Network]" "DHCP=no" "Address=$ip/$prefix"
+                "[Network]" "KeepConfiguration=static" "DHCP=no" "Address=$ip/$prefix"
             [ -z "$gateway" ] || echo "Gateway=$gateway"
             for server in $dns; do echo "DNS=$server"; done
         } >/etc/systemd/network/00-templated.network

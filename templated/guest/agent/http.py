@@ -95,6 +95,10 @@ class Connection:
         self._ends = False
         """It closes when its output is sent."""
         self.closed = False
+        self.quick: Callable[[Connection, bytes], bool] | None = None
+        """Is shown what came when nothing else is under way, and says whether it has handled it:
+        for requests of which the shape is known."""
+        self._owed = b""
         port.watch(self._descriptor, select.EPOLLIN, self._on_ready)
 
     def _on_ready(self, descriptor: int, events: int) -> None:
@@ -113,12 +117,17 @@ class Connection:
             return False
         except OSError:
             data = b""
+        if self.quick is not None and self._rests() and self.quick(self, data):
+            return True
         self._input += data
         if not data or (len(self._input) > MAX_HEAD + CHUNK and self._served):
             self.close()
             return False
         self._advance()
         return True
+
+    def _rests(self) -> bool:
+        return not (self._request or self._served or self._input or self._output)
 
     def _advance(self) -> None:
         try:
@@ -231,12 +240,21 @@ class Connection:
     def raw(self, data: bytes | bytearray) -> None:
         """Answer the request that was served with these bytes."""
         request, self._request, self._served = self._request, None, False
+        owed, self._owed = self._owed, b""
+        if owed and len(data) > CHUNK:  # no copy of it
+            self._send(owed)
+        elif owed:
+            data = join((owed, data))
         self._send(data)
         if request is None or not request.keep:
             if self._output:
                 self._served = self._ends = True
             else:
                 self.close()
+
+    def hold(self, request: Request, owed: bytes) -> None:
+        """Be as if `request` was served now; `owed`, an earlier answer, is sent before its own."""
+        self._request, self._served, self._owed = request, True, owed
 
     def resume(self) -> None:
         """Go on with what came meanwhile, after an answer that was not given while serving."""

@@ -7,26 +7,36 @@ import time
 from .events import event_of, order_of
 from .functions import EMPTY, Functions
 from .http import Connection
-from .wire import Refused, join
+from .wire import Refused, decode, encode, join
 
 TYPE_CHECKING = False  # a module less in every guest
 if TYPE_CHECKING:
     from typing import Any
 
 ROUNDS, SECONDS = 2, 60.0
-LOAD = {
-    "runtime": "python",
-    # Of the placeholder that a machine without a function has as its code.
-    "handler": "templated_rehearsal.handler",
-    "env": {"AWS_LAMBDA_FUNCTION_NAME": "rehearsal", "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "128"},
-}
-PAYLOAD = b'{"rehearsal":true}'
-EVENT: dict[str, Any] = {
-    "request": "00000000-0000-0000-0000-000000000000",
-    "arn": "arn:aws:lambda:local:000000000000:function:rehearsal",
-    "deadline": 0,
-    "trace": "",
-}
+LOAD = encode(
+    {
+        "id": 1,
+        "uuid": "",
+        "runtime": "python",
+        # Of the placeholder that a machine without a function has as its code.
+        "handler": "templated_rehearsal.handler",
+        "env": {"AWS_LAMBDA_FUNCTION_NAME": "rehearsal", "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "128"},
+        "timeout": SECONDS,
+    }
+)
+INVOKE = encode(
+    {
+        "id": 1,
+        "request": "00000000-0000-0000-0000-000000000000",
+        "arn": "arn:aws:lambda:local:000000000000:function:rehearsal",
+        "deadline": 1 << 40,
+        "trace": "Root=1-00000000-000000000000000000000000",
+        "time": 0.5,
+        "payload": '{"rehearsal": true}',
+    }
+)
+"""As they come, so that reading and writing what has such numbers is rehearsed, too."""
 
 
 class Rehearsed(Functions):
@@ -56,8 +66,9 @@ class Rehearsed(Functions):
             raise Refused("not_ready", "a rehearsal is under way")
 
     def _begin(self) -> None:
+        request = decode(LOAD)
         try:
-            self.start(None, order_of(LOAD), SECONDS, self._on_loaded)
+            self.start(None, order_of(request), request["timeout"], self._on_loaded)
         except BaseException:
             self.rounds = 0
             raise
@@ -66,13 +77,17 @@ class Rehearsed(Functions):
         if "failed" in result:
             self._fail_rehearsal(result["payload"])
             return
-        event = join((event_of(EVENT, len(PAYLOAD)), PAYLOAD))
-        self.give(EVENT["request"].encode(), event, self._on_told)
+        encode({"id": 1, "ok": True, "result": result})
+        request = decode(INVOKE)
+        payload = request["payload"].encode()
+        event = join((event_of(request, len(payload)), payload))
+        self.give(request["request"].encode(), event, self._on_told)
 
     def _on_told(self, result: dict[str, Any]) -> None:
         if "error" in result:
             self._fail_rehearsal(result["payload"])
             return
+        encode({"id": 1, "ok": True, "result": result})
         self._forgets = True
         self.wait_until(time.monotonic() + SECONDS)
 

@@ -9,6 +9,10 @@ from __future__ import annotations
 import json
 import struct
 
+TYPE_CHECKING = False  # a module less in every guest
+if TYPE_CHECKING:
+    from typing import Any
+
 VERSION = 1
 PORT = "templated.agent.0"
 MAX_LINE = 1 << 20
@@ -35,8 +39,35 @@ QUICK_DATA = -2 * PACKED.size - len(b'"}')
 QUICK_HEAD = QUICK_DATA - len(QUICK)
 
 join = b"".join
-encode = json.JSONEncoder(separators=(",", ":")).encode
-decode = json.JSONDecoder().decode
+_DECODER, _ENCODER = json.JSONDecoder(), json.JSONEncoder()
+scan = _DECODER.scan_once  # type: ignore[attr-defined]
+_PARTS = (
+    _ENCODER.default,
+    json.encoder.encode_basestring_ascii,
+    None,
+    ":",
+    ",",
+    False,
+    False,
+    True,
+)
+
+
+# Both without what json does around the same code in C each time, which takes longer than that.
+
+
+def encode(value: object) -> str:
+    """JSON without spaces, in ASCII. Raises TypeError for what it cannot hold."""
+    return "".join(json.encoder.c_make_encoder(None, *_PARTS)(value, 0))  # type: ignore[attr-defined]
+
+
+def decode(text: str) -> Any:
+    """What JSON says. Raises ValueError, and RecursionError."""
+    try:
+        value, end = scan(text, 0)
+    except StopIteration:  # it begins with a space, or with nothing that is JSON
+        return _DECODER.decode(text)
+    return value if end == len(text) else _DECODER.decode(text)
 
 
 class Refused(Exception):

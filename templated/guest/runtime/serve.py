@@ -31,9 +31,49 @@ UNHANDLED = b"\r\nLambda-Runtime-Function-Error-Type: Unhandled"
 MAX_PAYLOAD = 6 << 20
 CHUNK = 1 << 16
 SITE = "/usr/lib/python3/dist-packages"
+FACTS = (
+    ("AWS_LAMBDA_FUNCTION_NAME", ""),
+    ("AWS_LAMBDA_FUNCTION_VERSION", "$LATEST"),
+    ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", ""),
+    ("AWS_LAMBDA_LOG_GROUP_NAME", ""),
+    ("AWS_LAMBDA_LOG_STREAM_NAME", ""),
+)
+"""Variables that a context tells, and what it says without them."""
+TRACE = "_X_AMZN_TRACE_ID"
 join = b"".join
-decode = json.JSONDecoder().decode
-encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(", ", ": ")).encode
+_DECODER, _ENCODER = json.JSONDecoder(), json.JSONEncoder()
+scan = _DECODER.scan_once  # type: ignore[attr-defined]
+
+
+def _default(value: object) -> object:
+    # Looked up each time: some put one of their own into JSONEncoder.
+    return _ENCODER.default(value)
+
+
+_PARTS = (
+    _default,
+    json.encoder.encode_basestring,
+    None,
+    ": ",
+    ", ",
+    False,
+    False,
+    False,
+)
+
+
+def encode(value: object) -> str:
+    """JSON as Lambda has it. Raises what json.dumps raises, and ValueError for a NaN."""
+    return "".join(json.encoder.c_make_encoder({}, *_PARTS)(value, 0))  # type: ignore[attr-defined]
+
+
+def decode(text: str) -> Any:
+    """What JSON says, as json.loads does, without its searches for space around it."""
+    try:
+        value, end = scan(text, 0)
+    except StopIteration:
+        return _DECODER.decode(text)
+    return value if end == len(text) else _DECODER.decode(text)
 
 
 class Gone(Exception):
@@ -46,15 +86,13 @@ class Context:
     identity = None
     client_context = None
 
-    def __init__(self, number: str, arn: str, deadline: int, env: Any) -> None:
+    def __init__(self, number: str, arn: str, deadline: int, facts: tuple[str, ...]) -> None:
+        """`facts` has a text for each of FACTS."""
         self.aws_request_id = number
         self.invoked_function_arn = arn
         self._deadline = deadline
-        self.function_name = env.get("AWS_LAMBDA_FUNCTION_NAME", "")
-        self.function_version = env.get("AWS_LAMBDA_FUNCTION_VERSION", "$LATEST")
-        self.memory_limit_in_mb = env.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "")
-        self.log_group_name = env.get("AWS_LAMBDA_LOG_GROUP_NAME", "")
-        self.log_stream_name = env.get("AWS_LAMBDA_LOG_STREAM_NAME", "")
+        self.function_name, self.function_version, self.memory_limit_in_mb = facts[:3]
+        self.log_group_name, self.log_stream_name = facts[3:]
 
     def get_remaining_time_in_millis(self) -> int:
         """Milliseconds until this request's time is over, not below 0."""
@@ -77,6 +115,7 @@ class Runtime:
         self._send, self._receive = self._socket.sendall, self._socket.recv
         self._pid = os.getpid()
         self._rest = b""
+        self._facts: tuple[str, ...] = ()
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         # As in Lambda: what handlers log is printed, without any setting of theirs.
@@ -102,19 +141,20 @@ class Runtime:
             self._forget()
 
     def _load(self, order: dict[str, Any]) -> Handler | None:
-        root = order["root"]
+        root, given, environment = order["root"], order["env"], os.environ
         # It was seeded before the freeze, and all clones would go on alike.
         random.seed()
-        os.environ.update(order["env"])
-        os.environ["LAMBDA_TASK_ROOT"] = root
-        os.environ["_HANDLER"] = order["handler"]
+        environment.update(given)
+        environment["LAMBDA_TASK_ROOT"] = root
+        environment["_HANDLER"] = order["handler"]
+        self._facts = tuple([given.get(*fact) for fact in FACTS])
         os.chdir(root)
-        more = os.environ.get("PYTHONPATH", "")
-        sys.path[:0] = [root, *(part for part in more.split(":") if part)]
+        more = given.get("PYTHONPATH", "").split(":")
+        sys.path[:0] = [root, *filter(None, more)]
         # No invalidate_caches(): it imports a dozen modules. What is stale `_forget` has dropped.
         kind, message, trace = "", "", []
         try:
-            return load(order["handler"])
+            return load(order["handler"], root)
         except LoadError as error:
             kind, message, trace = error.kind, str(error), error.trace
         except Exception as error:  # noqa: BLE001 - whatever users' code raises
@@ -126,7 +166,7 @@ class Runtime:
         return None
 
     def _serve(self, handler: Handler) -> None:
-        send, environment = self._send, os.environ
+        send, environment, facts = self._send, os.environ, self._facts
         stdout, stderr = sys.stdout, sys.stderr
         send(NEXT)
         while True:
@@ -138,14 +178,14 @@ class Runtime:
             number = fields[b"Lambda-Runtime-Aws-Request-Id"]
             trace = fields.get(b"Lambda-Runtime-Trace-Id")
             if trace is not None:
-                environment["_X_AMZN_TRACE_ID"] = trace.decode()
-            else:
-                environment.pop("_X_AMZN_TRACE_ID", None)
+                environment[TRACE] = trace.decode()
+            elif TRACE in environment:
+                del environment[TRACE]
             context = Context(
                 number.decode(),
                 fields[b"Lambda-Runtime-Invoked-Function-Arn"].decode(),
                 int(fields[b"Lambda-Runtime-Deadline-Ms"]),
-                environment,
+                facts,
             )
             todo = [body]
             del body

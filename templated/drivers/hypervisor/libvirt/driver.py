@@ -8,7 +8,8 @@ import os
 import re
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -124,6 +125,7 @@ class Libvirt:
         lent, label = self._places.of(uuid), Label(places.directory.name, "", "")
         # Which QEMU it is nobody needs to know any more: it neither loads nor saves a state.
         machine = LibvirtMachine(self._asks, uuid, label, features(""), lent, None)
+        machine.asked = True
         machine.found(found)
         return machine
 
@@ -154,25 +156,17 @@ class Libvirt:
         xml = domain_xml(launch, emulator, lent, user, _options(launch, lent))
         target = await asyncio.to_thread(_lend, launch, held, lent, user, xml)
         create = partial(_create, xml=xml, machine=machine)
-        work = [self._starts.ask("the domain's start", create, bound=START_TIMEOUT)]
-        if target is not None:
-            # QEMU has touched none of its memory by then: the copy may be made beside its start.
-            source, size = held.files[MEMORY], launch.hardware.memory_bytes
-            work.append(asyncio.to_thread(fill, source, target, size))
-        created, *copied = await asyncio.gather(*work, return_exceptions=True)
-        if isinstance(created, BaseException):
-            raise created
-        found = await asyncio.to_thread(_found, launch.uuid, user.uid if user else os.geteuid())
-        running = Process.adopt(*found, launch.uuid) if found else None
-        if running is None:
-            raise HypervisorError("the VM ended as soon as libvirt had started it")
-        machine.found(running)
-        for error in copied:
-            if isinstance(error, BaseException):
-                raise error
+        async with _filling(target, held, launch):
+            await self._starts.ask("the domain's start", create, bound=START_TIMEOUT)
+            uid = user.uid if user else os.geteuid()
+            found = await asyncio.to_thread(_found, launch.uuid, uid)
+            running = Process.adopt(*found, launch.uuid) if found else None
+            if running is None:
+                raise HypervisorError("the VM ended as soon as libvirt had started it")
+            machine.found(running)
+            setup = partial(_set_up, launch=launch, held=held)
+            await self._asks.ask_domain(launch.uuid, "the domain's sockets", setup, bound=_BOUND)
         await asyncio.to_thread(lent.forget_memory)
-        setup = partial(_set_up, launch=launch, held=held)
-        await self._asks.ask_domain(launch.uuid, "the domain's sockets", setup, bound=_BOUND)
 
     async def _run_as(self) -> User | None:
         """Whom libvirt runs QEMU as; None: this process's own user."""
@@ -241,6 +235,26 @@ def _runs(pid: int, uuid: str, places: Places) -> bool:
         return False
     label = re.fullmatch(r"\+(\d+):\+\d+", started.findtext("seclabel/label") or "")
     return procfs.has_option(pid, "-uuid", uuid, int(label[1]) if label else os.geteuid())
+
+
+@asynccontextmanager
+async def _filling(target: int | None, held: Held, launch: Launch) -> AsyncIterator[None]:
+    """Fill a VM's own memory beside what is done in here: QEMU touches none of it before it has a
+    state. Raises HostError at the end.
+    """
+    if target is None:
+        yield
+        return
+    size = launch.hardware.memory_bytes
+    copying = asyncio.gather(
+        asyncio.to_thread(fill, held.files[MEMORY], target, size), return_exceptions=True
+    )
+    try:
+        yield
+    finally:
+        (failed,) = await copying
+    if failed is not None:
+        raise failed
 
 
 def _found(uuid: str, uid: int) -> tuple[int, int] | None:

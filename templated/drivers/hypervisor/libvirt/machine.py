@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,10 @@ log = logging.getLogger(__name__)
 _REPLY_TIMEOUT = 10.0
 START_TIMEOUT = 60.0
 """Seconds in which libvirt has a VM up, or says that it has not."""
+# Seconds: for libvirt to forget a domain that has ended; for a removal to wait for that, the rest
+# of which is in the background; between two questions.
+_FORGETS_WITHIN, _CONFIRMS_WITHIN = 10.0, 0.25
+_SHORTEST, _LONGEST = 0.01, 0.5
 
 
 class LibvirtMachine(Life):
@@ -78,8 +83,10 @@ class LibvirtMachine(Life):
         self._process: Process | None = None
         self._taken_back: asyncio.Future[None] | None = None
         self._announcing: asyncio.Task[None] | None = None
+        self._confirming: asyncio.Task[None] | None = None
         self.asked = False
-        """Whether libvirt was asked to start it, so that it may come up whatever we heard."""
+        """Whether libvirt was asked to start it, so that it may come up whatever we heard; of one
+        that was found, it was."""
         self._killed = self._behind = False
         self._file_size: int | None = None
         self.nic = OUR_NIC
@@ -282,21 +289,46 @@ class LibvirtMachine(Life):
             if not self._creation.done():
                 raise Timeout("libvirt is still starting the VM", hint="see whether libvirtd hangs")
         self.kill()
-        if self._process is None and not self.exited.done():
-            await self._make_sure("libvirt did not answer")
+        if self._process is None:
+            if not self.exited.done():
+                await self._make_sure("libvirt did not answer")
+            await self._end(_REPLY_TIMEOUT)
+            return
         await self._end(_REPLY_TIMEOUT)
+        if self._confirming is None and self.asked:
+            self._confirming = asyncio.create_task(self._confirm())
+            await asyncio.wait({self._confirming}, timeout=_CONFIRMS_WITHIN)
+
+    async def _confirm(self) -> None:
+        """The process has ended: have libvirt end what it may have of the domain beside it.
+
+        We know the process by its user and arguments, libvirt by its own child. It forgets a domain
+        by itself, at once or when its host's init has reaped QEMU, and to ask it for that would
+        take one of its turns until then. Raises nothing, as no end depends on libvirtd.
+        """
+        deadline, pause = time.monotonic() + _FORGETS_WITHIN, _SHORTEST
+        try:
+            with contextlib.suppress(NotFound):
+                while time.monotonic() < deadline:
+                    await self._of_domain(lambda domain: None)
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, _LONGEST)
+            await self._destroy_domain()
+        except TemplatedError as error:
+            log.warning("libvirt does not say that %s has ended: %s", self._uuid, error)
 
     async def _make_sure(self, why: str) -> None:
         """A start failed, and libvirt may have the domain all the same: see that it has not."""
-
-        with contextlib.suppress(NotFound):
-            await self._link.ask_domain(
-                self._uuid,
-                "the domain's end",
-                lambda domain: domain.destroy(),
-                bound=_REPLY_TIMEOUT,
-            )
+        await self._destroy_domain()
         self._ended(f"was not started: {why}")
+
+    async def _destroy_domain(self) -> None:
+        """Have libvirt end the domain, unless it knows of none that runs. Raises as `Link.ask`."""
+        with contextlib.suppress(NotFound, Conflict):
+            await self._of_domain(lambda domain: domain.destroy())
+
+    async def _of_domain(self, work: Callable[[Any], object]) -> None:
+        await self._link.ask_domain(self._uuid, "the domain's end", work, bound=_REPLY_TIMEOUT)
 
     async def release(self) -> None:
         if self.state not in (MachineState.ENDED, MachineState.RELEASED):
