@@ -23,6 +23,8 @@ from templated.model.egress import ForwarderSpec, ForwarderView, Role
 
 _log = logging.getLogger(__name__)
 UNIT = "templated-forwarder@{}.service"
+_UNITS_OF = Path("/run/templated/egress")
+"""What the unit's ExecStart names."""
 _POLL = 0.05
 _END = 10.0
 _AGAIN = (0.2, 10.0)
@@ -104,7 +106,7 @@ class Remote:
             with contextlib.suppress(OSError):
                 self._writer.write(b"end\n")
                 await self._writer.drain()
-        if _managed():
+        if _managed(self.files):
             await run("systemctl", "stop", UNIT.format(self.files.directory.name), timeout=_END + 5)
         deadline = time.monotonic() + _END
         while await asyncio.to_thread(self._runs):
@@ -132,7 +134,7 @@ class Remote:
         self.files.spec.write_bytes(msgspec.json.encode(self.spec))
 
     async def _start(self) -> None:
-        if _managed():
+        if _managed(self.files):
             unit = UNIT.format(self.files.directory.name)
             await run("systemctl", "reset-failed", unit, timeout=_END)
             await run("systemctl", "--no-block", "start", unit, timeout=_END)
@@ -217,9 +219,13 @@ def locked(path: Path) -> bool:
         os.close(fd)
 
 
-def _managed() -> bool:
-    """Whether forwarders are units: this daemon is one itself, and theirs is installed."""
-    if "INVOCATION_ID" not in os.environ or not Path("/run/systemd/system").is_dir():
+def _managed(files: Files) -> bool:
+    """Whether a forwarder is a unit: its daemon is one, too, and the unit knows its directory."""
+    if (
+        files.directory.parent != _UNITS_OF
+        or "INVOCATION_ID" not in os.environ
+        or not Path("/run/systemd/system").is_dir()
+    ):
         return False
     places = ("/etc/systemd/system", "/lib/systemd/system", "/usr/lib/systemd/system")
     return any((Path(place) / UNIT.format("")).exists() for place in places)
