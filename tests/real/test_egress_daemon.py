@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from templated.bench.egress import ROUNDS
 from tests.real.egress_rig import Rig, Sink
 from tests.real.harness import ROOT, Daemon
 
@@ -120,6 +121,15 @@ def test_a_clone_by_an_egress(bridged: Daemon, rig: Rig) -> None:
     bridged.cli("template", "rm", "out")
     bridged.cli("egress", "rm", "acme")
     assert rig.shown() == before
+
+
+@pytest.mark.long
+def test_bench(fresh: Daemon) -> None:
+    """Nothing is lost, and nothing is of a wrong source."""
+    few = ("--flows", "20", "--rounds", "1", "--seconds", "4", "--pairs", "1")
+    report = fresh.json("bench", "egress", *few)
+    assert report["wrong_sources"] == 0 < report["packets_seen"]
+    assert all(report[key]["flows_lost"] == 0 for key in ROUNDS)
 
 
 def _connect(address: str, port: int) -> str:

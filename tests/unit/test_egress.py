@@ -11,6 +11,9 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
+from templated.bench.egress import ROUNDS, goals
+from templated.bench.netrig import FIXED
+from templated.bench.report import show
 from templated.drivers.egress import counters
 from templated.drivers.egress.programs import Files, conntrackd_config, keepalived_config
 from templated.drivers.egress.rules import DROPS, counter_names, guard, ruleset
@@ -212,3 +215,27 @@ def test_doctor_names_what_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert "conntrackd not installed" in check.detail
     monkeypatch.setattr(doctor, "find", lambda name: name)
     assert [one.status for one in doctor._egresses(config)] == ["PASS"]
+
+
+def _report(**change: object) -> dict[str, Any]:
+    row = {"flows_lost": 0, "sources": [FIXED], "n": 3, "p50": 51.0, "p99": 55.0, "max": 56.0}
+    made: dict[str, Any] = {key: dict(row) for key in ROUNDS}
+    made |= {"kind": "egress", "flows": 1000, "create_s": 1.5, "churn": {"rounds": 3}}
+    made["throughput"] = {"egress_gbit": 5.0, "by_hand_gbit": 5.1, "ratio": 0.98}
+    made |= {"packets_seen": 9000, "wrong_sources": 0, "host": {"cpus": 2, "load": 0.5}}
+    return made | change
+
+
+def test_report_of_the_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    """A table, and a line for each goal that is missed."""
+    show(_report())
+    said = capsys.readouterr().out
+    assert "planned switch" in said and "9000 packets, 0 of a wrong source" in said
+    assert "missed" not in said and goals(_report()) == []
+    bad = _report(
+        cut={"flows_lost": 2, "sources": [FIXED], "p99": 301.0, "max": 400.0},
+        switch={"flows_lost": 0, "sources": [FIXED, "10.78.0.3"], "p99": 55.0, "max": 61.0},
+        throughput={"egress_gbit": 1.0, "by_hand_gbit": 2.0, "ratio": 0.5},
+        wrong_sources=1,
+    )
+    assert len(goals(bad)) == 6
