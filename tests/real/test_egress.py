@@ -19,6 +19,7 @@ from templated.journal import EgressRows, Journal
 from templated.model.config import Config
 from templated.model.egress import EgressState, EgressView, Role
 from templated.model.network import AddressPlan, BridgeNetwork
+from templated.services.egress import egresses
 from templated.services.egress.egresses import Egresses
 from templated.services.reports.egress_metrics import EgressMetrics
 from templated.services.reports.events import EventBus
@@ -189,7 +190,7 @@ def test_life(rig: Rig, tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_refusals(rig: Rig, tmp_path: Path) -> None:
+def test_refusals(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each says what is wrong, and leaves nothing."""
 
     async def scenario() -> None:
@@ -207,6 +208,12 @@ def test_refusals(rig: Rig, tmp_path: Path) -> None:
             await refused(InvalidRequest, "10.78.0.0/16", to=("10.0.0.0/8",))
             await refused(InvalidRequest, "the forwarders' links", to=("100.64.0.0/10",))
             await refused(Conflict, "of its own kind", name="nat")
+            with monkeypatch.context() as short:
+                short.setattr(egresses, "_SOCKET_PATH", 20)
+                await refused(InvalidRequest, "longer than 20 bytes")
+            with monkeypatch.context() as lacking:
+                lacking.setattr(egresses, "find", lambda name: None)
+                await refused(HostError, "ip is not installed")
             rig.vpc.ip("addr", "add", f"{FIXED}/16", "dev", "eth0")
             await refused(HostError, f"{FIXED} is taken")
             rig.vpc.ip("addr", "del", f"{FIXED}/16", "dev", "eth0")

@@ -43,6 +43,7 @@ class Remote:
         self._pid = 0
         """Of the process that this daemon has started, and that has not been waited for."""
         self._ending = False
+        self._starting = asyncio.Lock()
 
     async def begin(self, timeout: float, *, fresh: bool = False) -> None:
         """Start it, and wait until it tells of itself. Raises HostError with what it failed of."""
@@ -88,7 +89,9 @@ class Remote:
             if self._ending or await self.connect():
                 continue
             try:
-                await self.begin(timeout)
+                async with self._starting:
+                    if not self._ending:
+                        await self.begin(timeout)
             except (HostError, Timeout) as error:
                 self._gone(error.message)
                 _log.warning("forwarder %s: %s", self.spec.label, error.message)
@@ -102,6 +105,10 @@ class Remote:
     async def end(self) -> None:
         """End its process, and wait until it has ended. Raises Timeout."""
         self._ending = True
+        async with self._starting:
+            await self._end()
+
+    async def _end(self) -> None:
         if await self.connect() and self._writer is not None:
             with contextlib.suppress(OSError):
                 self._writer.write(b"end\n")

@@ -88,13 +88,19 @@ class Egress:
             self._events.emit("egress.forwarder", self.name, **details)
         if before is not None and view.contested > before.contested:
             self._events.emit("egress.contested", self.name, forwarder=view.number)
-        if view.role is Role.ACTIVE and view.number != self._last_active:
-            if self._last_active is not None:
-                self._failovers += 1
-                self._metrics.failovers.labels(self.name).inc()
-            self._last_active = view.number
-            self._events.emit("egress.active", self.name, forwarder=view.number)
+        self._note_active()
         self._changed.set()
+
+    def _note_active(self) -> None:
+        """By the later of two that say so: one that is about to give up may speak once more."""
+        active = self.active
+        if active is None or active.spec.number == self._last_active:
+            return
+        if self._last_active is not None:
+            self._failovers += 1
+            self._metrics.failovers.labels(self.name).inc()
+        self._last_active = active.spec.number
+        self._events.emit("egress.active", self.name, forwarder=self._last_active)
 
     async def settled(self, what: Callable[[], bool], seconds: float, doing: str) -> None:
         """Wait until `what` holds. Raises Timeout that says what of `doing` it was."""

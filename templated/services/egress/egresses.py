@@ -21,7 +21,7 @@ from templated.drivers.egress.host import Ways
 from templated.drivers.egress.remote import Remote
 from templated.drivers.host.programs import find, missing
 from templated.drivers.network import Network
-from templated.errors import Conflict, HostError, NotFound, TemplatedError
+from templated.errors import Conflict, HostError, InvalidRequest, NotFound, TemplatedError
 from templated.journal import EgressRow, EgressRows
 from templated.model.config import Config
 from templated.model.egress import (
@@ -38,6 +38,7 @@ from templated.services.reports.events import EventBus
 from templated.services.tasks import Tasks
 
 log = logging.getLogger(__name__)
+_SOCKET_PATH = 107
 PROGRAMS = ("ip", "nft", "keepalived", "conntrackd")
 
 
@@ -253,6 +254,12 @@ class Egresses:
             raise Conflict(
                 "an egress needs the host as the clones' gateway",
                 hint="network: {mode: bridge, host_address: true}",
+            )
+        longest = self._directory / f"{spec.name}-1" / "conntrackd"
+        if len(bytes(longest)) > _SOCKET_PATH:
+            raise InvalidRequest(
+                f"{longest} would be longer than {_SOCKET_PATH} bytes, which a socket may have",
+                hint="choose a shorter name, or a shorter runtime_dir",
             )
         if spec.name in self._egresses:
             raise Conflict(f"there is an egress {spec.name} already", hint="templated egress ls")
