@@ -243,7 +243,7 @@ def _made_by_hand(rig: Rig) -> Iterator[int]:
     router.ip("addr", "add", f"{_BY_HAND}/{LENGTH}", "dev", "hand1")
     router.ip("link", "set", "hand1", "up")
     router.ip("route", "add", "10.78.0.0/16", "via", "192.0.2.1")
-    router.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+    router.sysctl("ipv4/ip_forward", "1")
     router.run(
         "nft",
         "add table ip nat; add chain ip nat out { type nat hook postrouting priority srcnat; };"

@@ -43,8 +43,8 @@ class Net:
     def __init__(self, name: str) -> None:
         self.name = name
         run("ip", "netns", "add", name)
-        off = (f"net.ipv6.conf.{which}.disable_ipv6=1" for which in ("all", "default"))
-        self.run("sysctl", "-qw", *off)
+        for which in ("all", "default"):
+            self.sysctl(f"ipv6/conf/{which}/disable_ipv6", "1")
         self.ip("link", "set", "lo", "up")
 
     def run(self, *command: str, check: bool = True) -> str:
@@ -54,6 +54,10 @@ class Net:
     def ip(self, *arguments: str, check: bool = True) -> str:
         """Run `ip`, inside."""
         return run("ip", "-n", self.name, *arguments, check=check)
+
+    def sysctl(self, name: str, value: str) -> None:
+        """Set a switch of the namespace, below /proc/sys/net."""
+        self.run("sh", "-c", f"echo {value} >/proc/sys/net/{name}")
 
     def start(self, *command: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a program inside."""
@@ -75,7 +79,7 @@ class Rig:
         self._nets: list[Net] = []
         try:
             self.host, self.vpc, self.clone = map(self.net, ("host", "vpc", "clone"))
-            self.host.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+            self.host.sysctl("ipv4/ip_forward", "1")
             self.join(self.vpc, "vpc0", "eth0", f"{SERVER}/{LENGTH}")
         except BaseException:
             self.close()

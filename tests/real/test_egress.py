@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -26,6 +27,7 @@ from templated.services.reports.events import EventBus
 from templated.services.reports.metrics import Metrics
 from templated.services.tasks import Tasks
 from tests.real.egress_rig import Flows, Rig, run
+from tests.real.harness import processes
 from tests.unit.fake_daemon import configured
 
 pytestmark = [
@@ -96,8 +98,7 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 
 def _processes(rig: Rig) -> list[int]:
     """Whatever of this rig's forwarders still runs."""
-    found = run("pgrep", "-f", f"forwarder run {rig.directory}/", check=False)
-    return [int(pid) for pid in found.split()]
+    return [pid for pid, said in processes() if f"forwarder run {rig.directory}/" in said]
 
 
 def answer(rig: Rig, port: int = 7, target: str = "172.20.0.1") -> str:
@@ -254,10 +255,17 @@ def _kill(rig: Rig, made: Daemon, number: int) -> None:
     run("kill", "-9", str(made.egresses.view("acme").forwarders[number - 1].pid))
 
 
+def _kill_program(pid: int, name: str) -> None:
+    """A child of a forwarder's process."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if Path(f"/proc/{child}/comm").read_text().strip() == name:
+            os.kill(int(child), signal.SIGKILL)
+
+
 def _kill_keepalived(rig: Rig, made: Daemon, number: int) -> None:
     """The program alone: the addresses would stay where they are."""
     pid = made.egresses.view("acme").forwarders[number - 1].pid
-    run("pkill", "-9", "-P", str(pid), "keepalived")
+    _kill_program(pid, "keepalived")
 
 
 @pytest.mark.parametrize("failure", [_cut, _kill, _kill_keepalived])
@@ -463,10 +471,10 @@ def test_programs_that_end(rig: Rig, tmp_path: Path) -> None:
         async with daemon(rig, tmp_path) as made:
             await made.egresses.create(rig.spec())
             rig.mark(made.egresses._egresses["acme"].plan.mark)
-            one, two = (str(forwarder.pid) for forwarder in made.egresses.view("acme").forwarders)
+            one, two = (forwarder.pid for forwarder in made.egresses.view("acme").forwarders)
             for pid in (one, two):
-                run("pkill", "-9", "-P", pid, "conntrackd")
-            run("pkill", "-9", "-P", two, "keepalived")
+                _kill_program(pid, "conntrackd")
+            _kill_program(two, "keepalived")
             view = await until(made, lambda v: [f.restarts for f in v.forwarders] == [1, 2])
             view = await until(made, lambda v: both(v) and not v.problem)
             assert (view.active, view.failovers) == (1, 0)
