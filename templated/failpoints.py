@@ -102,16 +102,17 @@ _WRITES = (
     *("open", "new_slot", "drop_slot", "new_clone", "clone_state", "set_pool", "new_generation"),
     *("activate", "generation_state", "deactivate", "drop_generation"),
     *("deploy", "publish", "set_alias", "drop_alias", "drop_version", "drop_function", "reserve"),
-    *("scale", "provision", "unprovision"),
+    *("scale", "provision", "unprovision", "set_policy"),
     *("add_event", "event_state", "drop_event"),
 )
 READS = (
-    *("clones", "free_slots", "pool_sizes", "generations", "active"),
+    *("clones", "free_slots", "pool_sizes", "generations", "active", "policies"),
     *("functions", "versions", "aliases", "provisioned"),
     *("due_events", "next_due", "events", "event_counts"),
 )
 _NETWORK = (
     *("open", "find", "list", "bridge", "tap", "label", "enslave", "up", "persist", "delete"),
+    "elements",
 )
 _CALLS = (
     *(f"agent.{command}" for command in _AGENT),

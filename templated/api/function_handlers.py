@@ -22,6 +22,7 @@ from templated.model.function import (
     ScaleRequest,
     check_qualifier,
 )
+from templated.model.policy import KEYS, NetworkRequest
 from templated.model.socket import LOG_HEADER
 from templated.services.functions.functions import Functions, version_view
 from templated.services.functions.shifts import PATIENCE
@@ -49,10 +50,18 @@ async def deploy_function(request: web.Request) -> web.Response:
     note(target=name, detail=" ".join(given))
     async with functions.uploads.receive(request.content.iter_chunked(_CHUNK)) as archive:
         note(target=name, detail=" ".join(["code", *given] if archive else given))
-        await functions.registry.deploy(name, wanted, archive)
+        await functions.networks.deploy(name, wanted, archive)
     functions.shifts.hurry(name, patience)
     if not flag(request, "background"):
         await functions.shifts.settled(name)
+    return json_answer(functions.view(name))
+
+
+async def set_function_network(request: web.Request) -> web.Response:
+    functions, name = _functions(request), _name(request)
+    wanted = await body_of(request, NetworkRequest)
+    note(target=name, detail=" ".join(key for key in KEYS if getattr(wanted, key) is not None))
+    await functions.networks.change(name, wanted)
     return json_answer(functions.view(name))
 
 

@@ -20,6 +20,7 @@ from templated.model.function import (
     ScaleRequest,
     VersionView,
 )
+from templated.model.policy import NetworkRequest
 from templated.model.socket import LOG_HEADER
 
 _NAME = "/v1/functions/{name}"
@@ -89,6 +90,14 @@ FUNCTION_ROUTES: tuple[Route, ...] = (
         "Set how many instances are kept, and how many there may be",
         FunctionView,
         body=ScaleRequest,
+        needs=Role.ADMIN,
+    ),
+    put(
+        f"{_NAME}/network",
+        h.set_function_network,
+        "Set a function's network policy, for all that runs, too",
+        FunctionView,
+        body=NetworkRequest,
         needs=Role.ADMIN,
     ),
     put(

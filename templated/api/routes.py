@@ -10,6 +10,7 @@ from templated.api import handlers as h
 from templated.api.answers import NDJSON, json_answer
 from templated.api.code_routes import CODE_ROUTES
 from templated.api.function_routes import FUNCTION_ROUTES
+from templated.api.net_routes import NET_ROUTES
 from templated.api.openapi import document
 from templated.api.route import Route, delete, get, post, put
 from templated.api.scaling_routes import SCALING_ROUTES
@@ -162,6 +163,7 @@ ROUTES: tuple[Route, ...] = (
     ),
     *FUNCTION_ROUTES,
     *CODE_ROUTES,
+    *NET_ROUTES,
     *SCALING_ROUTES,
     get("/metrics", h.metrics, "Prometheus metrics", str, stream=_TEXT, needs=Role.VIEWER),
 )

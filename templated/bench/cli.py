@@ -55,6 +55,14 @@ templated bench soak
 templated bench soak --rounds 2000 --kills 20 --seed 7 --serve /etc/templated/templated.yaml
 templated bench soak --rounds 500 --kills 0 --paths direct
 """
+_POLICY_EXAMPLES = """
+templated bench policy
+templated bench policy --egress acme --connect 10.1.2.3:443 -n 100
+"""
+_PORTS_EXAMPLES = """
+templated bench ports
+templated bench ports 2000 -o json
+"""
 # Part of the host's cores that other work may keep busy before a note is due.
 _BUSY = 0.25
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -448,3 +456,54 @@ def _run(
     if plot is not None:
         pictures.draw(report, plot)
         settings.note(f"wrote {plot}")
+
+
+@bench.command("ports", examples=_PORTS_EXAMPLES)
+@click.argument("n", type=click.IntRange(50, 20000), default=500)
+@click.pass_obj
+def ports(settings: Settings, n: int) -> None:
+    """Make N ports with a policy, and bind an egress to all of them at once.
+
+    In a network namespace of its own, which is gone afterwards. Needs root, and no daemon.
+    """
+    from templated.bench.ports import measure
+    from templated.cli import render
+
+    figures = measure(n)
+    if settings.table:
+        render.fields([(key.replace("_", " "), value) for key, value in figures.items()])
+    else:
+        render.dump(figures, settings)
+
+
+@bench.command("policy", examples=_POLICY_EXAMPLES)
+@_count("-n", "count", default=30, least=1, most=1000, about="Starts by each path, both ways.")
+@click.option("--egress", metavar="NAME", default="nat", help="What it names. Default: nat.")
+@click.option("--connect", metavar="ADDRESS:PORT", help="Also have functions call this server.")
+@_count("--connections", default=100, least=1, most=10000, about="Calls, by each path.")
+@_template
+@click.pass_obj
+def policy(
+    settings: Settings,
+    count: int,
+    egress: str,
+    connect: str | None,
+    connections: int,
+    template: str | None,
+) -> None:
+    """Compare starts with a network policy with starts that have none.
+
+    By each path, clones of two templates and instances of two functions in turn. With --connect
+    each new instance opens a connection as its code is loaded, and must succeed at the first try.
+    """
+    from templated.bench.policies import Plan, measure_policy
+    from templated.model.policy import parse_target
+
+    server = None
+    if connect is not None:
+        target = parse_target(connect)
+        if target.port is None or target.protocol != "tcp":
+            raise InvalidRequest("--connect takes ADDRESS:PORT of tcp", hint="as in 10.1.2.3:443")
+        server = (str(target.address), target.port)
+    plan = Plan(egress=egress, count=count, connect=server, connections=connections)
+    _run(settings, template, None, lambda session: measure_policy(session, plan))

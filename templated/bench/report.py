@@ -100,6 +100,24 @@ def _soak(report: dict[str, Any]) -> None:
     click.echo(f"slower: {'; '.join(slower(report)) or 'nothing'}")
 
 
+def _policy(report: dict[str, Any]) -> None:
+    from templated.bench.policies import goals
+
+    click.echo(f"egress {report['egress']}, milliseconds")
+    for kind in ("clones", "functions"):
+        _header()
+        for path, row in report[kind].items():
+            _row(path, row["without"], f"{kind}, no policy")
+            _row("", row["with"], f"with one: x{row['ratio']:g}")
+    for path, row in report.get("first_connection", {}).items():
+        done = f"{row['succeeded']} of {row['tried']} succeeded at the first try"
+        click.echo(f"first connection by {path}: {done}, p50 {row['p50']:g} ms")
+        for failure in row["failures"]:
+            click.echo(f"    {failure}")
+    for line in goals(report):
+        click.echo(f"missed: {line}")
+
+
 def _neighbours(report: dict[str, Any]) -> None:
     click.echo(
         f"template {report['template']}, commands in {report['clones']} clones, "
@@ -218,6 +236,7 @@ _SHOWN = {
     "burst": _burst,
     "density": _density,
     "neighbours": _neighbours,
+    "policy": _policy,
     "invoke": _invoke,
     "soak": _soak,
 }

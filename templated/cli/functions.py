@@ -9,6 +9,8 @@ import click
 
 from templated.cli import render
 from templated.cli.completion import function_names, template_names
+from templated.cli.function_network import fields as network_fields
+from templated.cli.function_network import network, network_options, said
 from templated.cli.options import Group, Settings
 from templated.client import requests
 from templated.errors import InvalidRequest
@@ -34,6 +36,9 @@ def function() -> None:
     """
 
 
+function.add_command(network)
+
+
 def _waiting(function: Callable[..., None]) -> Callable[..., None]:
     """Options of what moves requests to other code."""
     wait = click.option(
@@ -53,6 +58,7 @@ templated function deploy hello --code hello.zip --template python-fn --timeout 
 templated function deploy hello --env STAGE=test --env LEVEL=2   # the code stays
 templated function deploy native --code ./out --runtime provided # runs its bootstrap
 templated function deploy hello --code ./hello --now             # no instance is waited for
+templated function deploy hello --egress acme --allow 10.1.0.0/16:443
 """
 
 
@@ -74,6 +80,7 @@ templated function deploy hello --code ./hello --now             # no instance i
 @click.option("--env", metavar="K=V", multiple=True, help="A variable; all of them are replaced.")
 @click.option("--timeout", metavar="TIME", help="For one request, as 30s or 30. Default: 30s.")
 @click.option("--description", metavar="TEXT", help="What it is for.")
+@network_options
 @_waiting
 @click.pass_obj
 def deploy(
@@ -86,12 +93,17 @@ def deploy(
     env: tuple[str, ...],
     timeout: str | None,
     description: str | None,
+    egress: str | None,
+    allow: tuple[str, ...],
+    peers: str | None,
+    limits: tuple[str, ...],
     patience: int | None,
     now: bool,
 ) -> None:
     """Make a function, or change its $LATEST.
 
-    What is not given stays as it is. Requests that run end on the code that they began with.
+    What is not given stays as it is. Requests that run end on the code that they began with. The
+    network options are of the function, for all its versions: see `function network`.
 
     Where the code before has instances, they serve until as many of the new one are ready. When
     that fails, or takes longer than --wait, requests go to the new code all the same.
@@ -112,6 +124,7 @@ def deploy(
             env=variables,
             timeout=_duration(timeout),
             description=description,
+            network=said(egress, allow, peers, limits),
             ready=0 if now else patience,
             background=True,
         )
@@ -178,6 +191,7 @@ def show(settings: Settings, name: str) -> None:
     render.fields(
         [
             *_settings(view),
+            *network_fields(view["network"]),
             ("variables", " ".join(env)),
             ("reserved", reserved),
             ("min", view["min"]),

@@ -32,6 +32,7 @@ COMMANDS = {
     "code": "templated.cli.code:code",
     "template": "templated.cli.templates:template",
     "pool": "templated.cli.pools:pool",
+    "net": "templated.cli.net:net",
     "image": "templated.cli.images:image",
     "serve": "templated.cli.serve:serve",
     "doctor": "templated.cli.doctor_cmd:doctor",

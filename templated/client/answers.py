@@ -34,6 +34,7 @@ from templated.model.function import (
     VersionView,
 )
 from templated.model.generation import TemplateView
+from templated.model.policy import PolicyView, TraceView
 from templated.model.scaling import ScaleDetail, ScaleView
 
 T = TypeVar("T")
@@ -56,10 +57,12 @@ _MODEL = {
         InvokeView,
         Operation,
         OperationEvent,
+        PolicyView,
         PoolView,
         ScaleDetail,
         ScaleView,
         TemplateView,
+        TraceView,
         VersionView,
     )
 }

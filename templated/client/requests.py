@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         VersionView,
     )
     from templated.model.generation import TemplateView
+    from templated.model.policy import PolicyView, TraceView
     from templated.model.scaling import ScaleDetail, ScaleView
 
 T = TypeVar("T")
@@ -310,6 +311,29 @@ def show_scaling(name: str, *, qualifier: str | None = None) -> Request[ScaleDet
     return Request("GET", "scaling", name, query={"qualifier": qualifier})
 
 
+# Network policies
+
+
+def list_policies() -> Request[list[PolicyView]]:
+    """The network policies in force, with their counters."""
+    return Request("GET", "policies")
+
+
+def show_policy(name: str) -> Request[PolicyView]:
+    """The policy of a template, a function, or a clone."""
+    return Request("GET", "policies", name)
+
+
+def apply_policy(name: str) -> Request[None]:
+    """Put the policy of a template's file in force."""
+    return Request("POST", "policies", name)
+
+
+def trace_packet(name: str, target: str) -> Request[TraceView]:
+    """What would happen to a packet that a clone sends to ADDRESS[:PORT[/PROTO]]."""
+    return Request("GET", "clones", name, "trace", query={"target": target})
+
+
 # Functions
 
 
@@ -334,6 +358,7 @@ def deploy_function(
     env: Mapping[str, str] | None = None,
     timeout: str | None = None,
     description: str | None = None,
+    network: Mapping[str, object] | None = None,
     ready: int | None = None,
     background: bool = False,
 ) -> Request[FunctionView]:
@@ -342,7 +367,8 @@ def deploy_function(
     Where the code before has instances, they serve until as many of the new one are ready, for
     `ready` seconds at most (60; 0: not at all). `background`: the answer does not wait for that.
     `code` is a zip, or an open file with one, of `size` bytes if that is known; without it the
-    code stays as it is, and so does every setting that is None. `env` replaces all variables.
+    code stays as it is, and so does every setting that is None. `env` replaces all variables;
+    `network` are keys of the policy of all versions, as for `set_function_network`.
     """
     settings = {
         "handler": handler,
@@ -351,6 +377,7 @@ def deploy_function(
         "env": None if env is None else dict(env),
         "timeout": timeout,
         "description": description,
+        "network": None if network is None else dict(network),
     }
     query = {
         "settings": json.dumps(_given(settings), separators=(",", ":")),
@@ -413,6 +440,18 @@ def scale_function(
     all versions (0: no bound of its own); None leaves a number as it is."""
     body = {"min": least, "max": most}
     return Request("PUT", "functions", name, "scale", body=body, timeout=LONG)
+
+
+def set_function_network(
+    name: str, keys: Mapping[str, object], *, reset: bool = False
+) -> Request[FunctionView]:
+    """Set keys of a function's network policy: egress, allow, peers, limits.
+
+    All its instances are held to it from one packet to the next. The others stay as they are;
+    `reset` forgets them first.
+    """
+    body = {**keys, "reset": reset}
+    return Request("PUT", "functions", name, "network", body=body, timeout=LONG)
 
 
 def provision_function(name: str, qualifier: str, count: int) -> Request[FunctionView]:

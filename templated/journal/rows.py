@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from msgspec import Meta, Struct, ValidationError, convert
 
@@ -13,6 +13,7 @@ from templated.model.clone import CloneState, Key, Slot, StartPath
 from templated.model.function import LATEST, EventState, FunctionName
 from templated.model.generation import GenerationState
 from templated.model.lifecycle import S, Table, move
+from templated.model.policy import PolicyKeys
 
 T = TypeVar("T")
 InstanceOf = Annotated[str, Meta(pattern=r"^([A-Za-z0-9_-]{1,64}:[$A-Za-z0-9_-]{1,128})?$(?!\n)")]
@@ -69,6 +70,14 @@ class EventRow(Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         datetime.fromisoformat(self.created)  # its age is asked for: there is no 30 February
+
+
+class PolicyRow(Struct, frozen=True, kw_only=True):
+    """The keys of one network policy, and whose they are."""
+
+    kind: Literal["template", "function"]
+    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    keys: PolicyKeys
 
 
 def now(ago: float = 0.0) -> str:

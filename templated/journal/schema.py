@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-VERSION = 5
+VERSION = 6
 
 _PROVISIONED = """
 CREATE TABLE provisioned (
@@ -59,6 +59,15 @@ CREATE INDEX events_of ON events (function);
     + _PROVISIONED
 )
 
+_POLICIES = """
+CREATE TABLE policies (
+    kind TEXT NOT NULL,
+    name TEXT NOT NULL,
+    keys TEXT NOT NULL,
+    PRIMARY KEY (kind, name)
+) STRICT;
+"""
+
 SCHEMA = (
     """
 CREATE TABLE templates (
@@ -103,14 +112,16 @@ CREATE TABLE pools (
 ) STRICT;
 """
     + _FUNCTIONS
+    + _POLICIES
 )
 """`numbers` outlives a function: one of the same name later gets no number a second time."""
 
 MIGRATIONS = {
-    3: f"ALTER TABLE clones ADD COLUMN function TEXT NOT NULL DEFAULT ''; {_FUNCTIONS}",
+    3: f"ALTER TABLE clones ADD COLUMN function TEXT NOT NULL DEFAULT ''; {_FUNCTIONS}{_POLICIES}",
     4: f"""
 ALTER TABLE functions ADD COLUMN least INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE functions ADD COLUMN most INTEGER;
-{_PROVISIONED}""",
+{_PROVISIONED}{_POLICIES}""",
+    5: _POLICIES,
 }
 """From each version that can be brought to this one; 1 and 2 were never released."""

@@ -19,17 +19,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 from msgspec import structs
 
 from templated import failpoints
 from templated.errors import Busy, Conflict, Defect, HostError
 from templated.journal import schema
-from templated.journal.rows import CloneRow, GenerationRow, check_move, now, parsed, read
+from templated.journal.rows import CloneRow, GenerationRow, PolicyRow, check_move, now, parsed, read
 from templated.model.clone import TRANSITIONS as CLONE_TRANSITIONS
 from templated.model.clone import CloneState, Key, Slot
 from templated.model.generation import TRANSITIONS as GENERATION_TRANSITIONS
 from templated.model.generation import GenerationState
 from templated.model.network import Elsewhere
+from templated.model.policy import PolicyKeys, PolicyOwner
 from templated.model.spec import PoolSpec
 
 T = TypeVar("T")
@@ -152,6 +154,29 @@ class Journal:
             return
         sql = "INSERT OR REPLACE INTO pools VALUES (?, ?, ?)"
         await self.run("set_pool", _executor(sql, template, sizes.standby, sizes.warm))
+
+    async def policies(self) -> dict[PolicyOwner, PolicyKeys]:
+        """The keys of the network policies that are in force."""
+
+        def work(db: sqlite3.Connection) -> dict[PolicyOwner, PolicyKeys]:
+            found = db.execute("SELECT * FROM policies").fetchall()
+            rows = (
+                read({"name": r["name"], "kind": r["kind"], "keys": parsed(r["keys"])}, PolicyRow)
+                for r in found
+            )
+            return {PolicyOwner(row.kind, row.name): row.keys for row in rows}
+
+        return await self.run("policies", work)
+
+    async def set_policy(self, owner: PolicyOwner, keys: PolicyKeys | None) -> None:
+        """Keep the keys of a policy that is in force; None forgets it."""
+        if keys is None:
+            sql = "DELETE FROM policies WHERE kind = ? AND name = ?"
+            await self.run("set_policy", _executor(sql, *owner))
+            return
+        written = msgspec.json.encode(keys).decode()
+        sql = "INSERT OR REPLACE INTO policies VALUES (?, ?, ?)"
+        await self.run("set_policy", _executor(sql, *owner, written))
 
     # --- templates and generations ----------------------------------------------------------
 

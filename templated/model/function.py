@@ -12,6 +12,7 @@ from templated.model.names import ALIAS_NAME, FUNCTION_NAME
 from templated.model.names import LATEST as LATEST
 from templated.model.names import check_function_name as check_function_name
 from templated.model.names import check_qualifier as check_qualifier
+from templated.model.policy import PolicyKeys
 from templated.model.spec import TemplateName
 from templated.model.units import Duration, seconds
 
@@ -179,6 +180,8 @@ class DeployRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     description: Annotated[str, Meta(max_length=256)] | None = None
     told: Told | None = None
     """What is empty in it stays as it is, too."""
+    network: PolicyKeys | None = None
+    """Of the function, for all its versions; keys that are None stay as they are."""
 
 
 class PublishRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -294,6 +297,8 @@ class FunctionView(Struct, frozen=True, kw_only=True):
     aliases: tuple[AliasView, ...]
     reserved: int | None
     """How many of its requests may run at once; None: as many as there may be in all."""
+    network: PolicyKeys = PolicyKeys()
+    """What it has said of the network; the rest is as its template has it."""
     min: int
     """How many instances of `$LATEST` are kept ready."""
     max: int | None

@@ -73,6 +73,18 @@ class BridgeNetwork(_Section, frozen=True, tag="bridge"):
 NetworkConfig: TypeAlias = UserNetwork | BridgeNetwork
 
 
+class Exit(NamedTuple):
+    """A named way out of the host, by forwarders: what policies call an egress.
+
+    Packets of clones that have it get the firewall mark `mark`, and may leave by the interface
+    `ifname` of the host alone. Rules and routes for the mark are the business of who made it.
+    """
+
+    name: str
+    mark: int
+    ifname: str
+
+
 class Forward(NamedTuple):
     """A port of the host that leads to a port of the guest. Host port 0: a free one is picked."""
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from msgspec import Meta, Struct, structs, to_builtins
 from msgspec.structs import replace
 
+from templated.model.policy import KEYS, PolicyKeys
 from templated.model.units import Duration, Size, seconds, size_bytes
 
 TemplateName = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,47}[a-z0-9])?$(?!\n)")]
@@ -149,8 +150,8 @@ class IdentitySpec(_Spec, frozen=True, kw_only=True):
     clock_tolerance: Duration = "50ms"
 
 
-class NetworkSpec(_Spec, frozen=True, kw_only=True):
-    """Which network a guest is on, and its settings besides its own address."""
+class NetworkSpec(PolicyKeys, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which network a guest is on, its settings besides its own address, and its policy."""
 
     mode: Literal["daemon", "libvirt"] = "daemon"
     """The one of the daemon's configuration, or one of libvirt's."""
@@ -163,6 +164,8 @@ class NetworkSpec(_Spec, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if (self.mode == "libvirt") != (self.name is not None):
             raise ValueError("mode: libvirt and the name of a network go together")
+        if self.mode == "libvirt" and self.any:
+            raise ValueError(f"a network of libvirt has none of these keys: {', '.join(KEYS)}")
 
 
 class PoolSpec(_Spec, frozen=True, kw_only=True):
@@ -260,7 +263,7 @@ _LATER: dict[type[Struct], tuple[str, ...]] = {
     ImageSpec: ("path", "seed", "boot"),
     MachineSpec: ("firmware",),
     IdentitySpec: ("agent",),
-    NetworkSpec: ("mode", "name"),
+    NetworkSpec: ("mode", "name", *KEYS),
 }
 """Keys that came later: a version without them takes no file that has them."""
 

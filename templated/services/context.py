@@ -16,6 +16,7 @@ from templated.services.machines.admission import Admission
 from templated.services.machines.slots import Slots
 from templated.services.machines.start import Starter
 from templated.services.places import Layout
+from templated.services.policies import Policies
 from templated.services.reports.events import EventBus
 from templated.services.reports.metrics import Metrics
 
@@ -38,3 +39,4 @@ class Context:
     starter: Starter
     events: EventBus
     metrics: Metrics
+    policies: Policies

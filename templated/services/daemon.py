@@ -39,6 +39,7 @@ from templated.services.functions.instance import Timing
 from templated.services.functions.instances import Instances
 from templated.services.functions.kept import Kept
 from templated.services.functions.logs import FunctionLogs
+from templated.services.functions.networks import FunctionNetworks
 from templated.services.functions.queue import EventQueue
 from templated.services.functions.registry import Registry
 from templated.services.functions.router import Router
@@ -51,6 +52,7 @@ from templated.services.machines.admission import Admission
 from templated.services.machines.slots import Slots
 from templated.services.machines.start import Starter
 from templated.services.places import Layout
+from templated.services.policies import Policies
 from templated.services.pools.capacity import shortages
 from templated.services.pools.members import Pools
 from templated.services.pools.refill import Refill
@@ -66,6 +68,8 @@ from templated.services.upkeep.following import Following
 from templated.services.upkeep.host_metrics import watch
 from templated.services.upkeep.janitor import keep_logs_short
 from templated.services.upkeep.limits import LimitWatch
+from templated.services.upkeep.nets import Nets, PolicyMeter
+from templated.services.upkeep.publishing import Publishing
 from templated.services.upkeep.scale_views import ScaleViews
 from templated.services.upkeep.scaling import Scaling, Surroundings
 from templated.services.upkeep.stalls import ended_when_stalled
@@ -88,6 +92,7 @@ class Services:
     refill: Refill
     audit: AuditLog
     functions: Functions
+    nets: Nets
     scaling: ScaleViews | None
     """None: it is switched off."""
 
@@ -153,7 +158,7 @@ async def _services(installation: Installation, journal: Journal) -> AsyncIterat
     clones = Clones(context, tasks, templates, pools)
     refill = Refill(context, tasks, pools, templates)
     made = _Functions(context, tasks, templates, clones, pools)
-    _subscribe(context.slots, templates, pools)
+    _subscribe(context, templates, pools)
     try:
         await templates.open()
         await pools.open()
@@ -165,12 +170,15 @@ async def _services(installation: Installation, journal: Journal) -> AsyncIterat
         tasks.spawn(keep_logs_short(installation.layout.slots), "keeping logs short")
         tasks.spawn(watch(context, templates, pools, clones), "measuring the host")
         tasks.spawn(LimitWatch(context, clones).run(), "watching the limits of clones")
+        tasks.spawn(PolicyMeter(context).run(), "counting what policies drop")
+        tasks.spawn(Publishing(context, clones).run(), "publishing ports")
         tasks.spawn(audit.run(), "writing the audit log")
         await made.open()
         guests, operations = Guests(clones), Operations(tasks)
         yield Services(
             *(context, templates, pools, clones, guests, operations, refill, audit),
             functions=made.functions,
+            nets=Nets(context, clones),
             scaling=made.scale_views,
         )
     finally:
@@ -213,7 +221,10 @@ class _Functions:
         self._registry.on_changed += [metrics.expect, self._shifts.changed]
         self._registry.on_kept.append(self._kept.changed)
         self._registry.on_removed += [self._router.removed, self._queue.removed, self._removed]
-        self._registry.on_removed.append(self._shifts.removed)
+        self._networks = FunctionNetworks(
+            self._registry, context.policies, templates, self._instances, self._tasks
+        )
+        self._registry.on_removed += [self._shifts.removed, self._networks.removed]
         self._following: Following | None = None
         self.scaling = self._make_scaling(context, templates, pools)
         self.scale_views = (
@@ -228,13 +239,14 @@ class _Functions:
             uploads=self._uploads,
             kept=self._kept,
             shifts=self._shifts,
+            networks=self._networks,
         )
 
     def _make_router(
         self, context: Context, templates: Templates, clones: Clones, metrics: FunctionMetrics
     ) -> Router:
         limits, gateway = context.config.functions, context.config.gateway or GatewayConfig()
-        instances = Instances(
+        instances = self._instances = Instances(
             clones,
             self._cache,
             self._tasks,
@@ -289,6 +301,7 @@ class _Functions:
         await self._uploads.open()
         await self._cache.open()
         await self._registry.open()
+        await self._networks.open()
         for name in self._registry.names():
             for version in (self._registry.latest(name), *self._registry.versions(name)):
                 self._router.changed(version)
@@ -328,12 +341,12 @@ def _audit_log(installation: Installation) -> AuditLog:
     return AuditLog(installation.layout.audit, limit)
 
 
-def _subscribe(slots: Slots, templates: Templates, pools: Pools) -> None:
+def _subscribe(context: Context, templates: Templates, pools: Pools) -> None:
     """Report to slots and pools when a generation begins to serve, and when it no longer does."""
-    templates.on_serving.append(lambda generation: slots.serve(generation.layer))
+    templates.on_serving.append(lambda generation: context.slots.serve(generation.layer))
     templates.on_serving.append(lambda _: pools.refresh())
-    templates.on_retired += [pools.retire, slots.retire]
-    templates.on_removed.append(pools.forget)
+    templates.on_retired += [pools.retire, context.slots.retire]
+    templates.on_removed += [pools.forget, context.policies.forget]
 
 
 def make_hypervisor(config: Config) -> Hypervisor:
@@ -366,6 +379,7 @@ def _context(installation: Installation, journal: Journal) -> Context:
         config.confine,
         installation.uids,
     )
+    events = EventBus(metrics.events)
     return Context(
         config=config,
         layout=layout,
@@ -379,8 +393,9 @@ def _context(installation: Installation, journal: Journal) -> Context:
         admission=admission,
         slots=slots,
         starter=starter,
-        events=EventBus(metrics.events),
+        events=events,
         metrics=metrics,
+        policies=Policies(config, journal, installation.network, events),
     )
 
 

@@ -15,6 +15,8 @@ from templated.drivers.configfile import load_template, template_files
 from templated.drivers.host.capabilities import may_raise_priority
 from templated.drivers.hypervisor.base import Hypervisor
 from templated.drivers.image.store import ImageStore
+from templated.drivers.network.foreign import blockers
+from templated.drivers.network.worker import in_namespace
 from templated.errors import HostError, TemplatedError
 from templated.model.config import Config
 from templated.model.network import BridgeNetwork
@@ -44,6 +46,7 @@ def run_checks(config: Config) -> list[Check]:
         _hugepages,
         _network,
         _nftables,
+        _foreign_rules,
         _libvirt,
         _limits,
         _pressure,
@@ -262,6 +265,24 @@ def _nftables(config: Config) -> Iterator[Check]:
     else:
         detail = "nft is not installed" + ("" if needed else "; nat and antispoof need it")
         yield Check("nftables", "FAIL" if needed else "WARN", detail, "apt install nftables")
+
+
+def _foreign_rules(config: Config) -> Iterator[Check]:
+    """Whether rules of others drop what clones send by the host: ours pass nothing for them."""
+    network = config.network
+    if not isinstance(network, BridgeNetwork) or not network.host_address or os.geteuid() != 0:
+        return
+    try:
+        found = in_namespace(network.netns, lambda: blockers(network.bridge))
+    except (OSError, HostError) as error:
+        yield Check("foreign rules", "WARN", f"cannot be read: {error}", "nft list ruleset")
+        return
+    for one in found:
+        whose = f", which is {one.owner}'s," if one.owner else ""
+        detail = f"{one.chain}{whose} drops what clones send by the host"
+        yield Check("foreign rules", "WARN", detail, one.fix)
+    if not found:
+        yield Check("foreign rules", "PASS", "none drops what clones send by the host")
 
 
 def _libvirt(config: Config) -> Iterator[Check]:

@@ -38,7 +38,14 @@ REMOVAL = (
 )
 RECOVERY = (
     *("journal.open", "journal.active", "journal.generations", "journal.pool_sizes"),
-    *("journal.clones", "agent.connect", "qmp.greeting", "qmp.query-status", "recover.adopted"),
+    *(
+        "journal.policies",
+        "journal.clones",
+        "agent.connect",
+        "qmp.greeting",
+        "qmp.query-status",
+        "recover.adopted",
+    ),
     *("journal.free_slots", "recover.find", "cgroup.remove", "files.remove"),
     *("journal.drop_slot", "journal.drop_slot.commit", "recover.removed", "recover.strays"),
     "generation.read",

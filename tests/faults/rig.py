@@ -80,13 +80,16 @@ class Rig:
         return f"failpoint {place}: {kind}\n" in self.daemon.log[since:]
 
     @contextmanager
-    def failing(self, *places: str, kind: str) -> Iterator[None]:
-        """In the block these places fail, each of them once. Each must be come to."""
+    def failing(self, *places: str, kind: str, again: bool = False) -> Iterator[None]:
+        """In the block these places fail, each of them once; `again`: each time they are come to,
+        and that each must be."""
         since = len(self.daemon.log)
         once = kind.partition(":")[0]
         # `qmp.cont#2` fails the second time; the first time is meant otherwise.
         named = [(place.partition("#")[0], place.partition("#")[2] or "1") for place in places]
-        self.switch(",".join(f"{place}={kind}#{nth}" for place, nth in named))
+        self.switch(
+            ",".join(f"{place}={kind}" + ("" if again else f"#{nth}") for place, nth in named)
+        )
         try:
             yield
         finally:
@@ -189,8 +192,9 @@ class Rig:
     def guarded(self) -> list[str]:
         """The interfaces that rules let send."""
         listed = json.loads(self._in_namespace("nft", "-j", "list", "ruleset"))
-        sets = [item["set"] for item in listed["nftables"] if "set" in item]
-        return sorted(name for s in sets if s["name"] == "ports" for name in s.get("elem", ()))
+        maps = [item["map"] for item in listed["nftables"] if "map" in item]
+        ports = next((m.get("elem", ()) for m in maps if m["name"] == "ports_from"), ())
+        return sorted(name for name, _verdict in ports)
 
     def _in_namespace(self, *command: str) -> str:
         full = ["ip", "netns", "exec", self.namespace, *command]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -138,3 +139,57 @@ def test_nothing_passes_before_a_guest_has_confirmed(fresh: Daemon, namespace: s
     assert int(sent) >= 1
     # The guest's clock may be 0.1 s off.
     assert times and min(times) > float(confirmed) - 0.2
+
+
+WALLED = "network: {egress: none, limits: {packets: 1000}}"
+OPEN = "network: {egress: nat, peers: open, allow: [10.9.0.0/16:80], publish: ['8080:80']}"
+
+
+def test_a_policy_holds_and_changes(fresh: Daemon, namespace: str) -> None:
+    """From the build on, live by `net apply`, over a killed daemon, and gone with its template."""
+
+    def rules() -> str:
+        return ip("netns", "exec", namespace, "nft", "list", "ruleset")
+
+    def reached(name: str, address: str) -> bool:
+        return fresh.run("exec", name, "--", "ping", "-c", "1", "-W", "2", address).returncode == 0
+
+    ip("netns", "exec", namespace, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+    fresh.config["network"] = {"mode": "bridge", "subnet": "10.99.0.0/24", "netns": namespace}
+    fresh.variant("walled", WALLED)
+    fresh.start()
+    assert "there is no egress acme" in _refused(fresh, "network: {egress: acme}")
+    assert "own subnet" in _refused(fresh, "network: {egress: nat, allow: [10.99.0.7]}")
+    fresh.variant("walled", WALLED)
+    fresh.build("walled")
+    one, two = fresh.json("clone", "w", "--count", "2", "--template", "walled")
+    other = two["identity"]["ip"]
+    assert reached("w-1", "10.99.0.1") and not reached("w-1", other)
+    traced = fresh.json("net", "trace", "w-1", other)
+    assert not traced["passes"] and traced["steps"][-1]["counter"] == "peers"
+    assert fresh.json("net", "show", "w-1")["dropped"]["peers"] > 0
+    assert fresh.cli("net", "trace", "w-1", "10.99.0.1:22").endswith("dropped\n")
+
+    fresh.variant("walled", OPEN)
+    fresh.cli("net", "apply", "walled")
+    # The guest's kernel remembers for a moment that the neighbour did not answer.
+    assert any(reached("w-1", other) for _ in range(5))
+    assert fresh.json("net", "trace", "w-1", other)["passes"]
+    view = fresh.json("net", "show", "walled")
+    assert (view["egress"], view["peers"]) == ("nat", "open")
+    assert view["published"] == {"8080:80/tcp": "w-1"}
+    fresh.stop(signal.SIGKILL)
+    assert one["identity"]["ip"] in rules()
+    fresh.start()
+    assert any(reached("w-1", other) for _ in range(5))
+    assert one["identity"]["mac"] in rules()
+    fresh.cli("rm", "w-1")
+    assert fresh.json("net", "show", "walled")["published"] in ({}, {"8080:80/tcp": "w-2"})
+    fresh.cli("rm", "--all", "--yes")
+    fresh.cli("template", "rm", "walled")
+    assert rules().strip() == "" and fresh.json("net", "ls") == []
+
+
+def _refused(daemon: Daemon, network: str) -> str:
+    daemon.variant("walled", network)
+    return daemon.fails("template", "build", "walled")

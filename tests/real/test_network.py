@@ -22,6 +22,7 @@ import pytest
 
 from templated.drivers.hypervisor.qemu.command import netdev
 from templated.drivers.network import Port, make_network
+from templated.drivers.network.base import PortOwner
 from templated.drivers.network.bridge import TapNetwork
 from templated.errors import Conflict, HostError, InvalidRequest
 from templated.model.network import AddressPlan, BridgeNetwork, Forward, Tap
@@ -422,7 +423,7 @@ def test_a_guarded_port_sends_from_its_own_address_only(ns: Namespace) -> None:
         await network.close(remove=False)
 
         again = ns.network(antispoof=True)
-        await again.open()
+        await again.open({"one": PortOwner(0)})
         assert PLAN.mac(0) in ns.run("nft", "list", "ruleset"), "running clones stay guarded"
         port = await again.make_port("one", 1)
         rules = ns.run("nft", "list", "ruleset")

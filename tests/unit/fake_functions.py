@@ -31,10 +31,12 @@ from templated.model.function import (
 from templated.services.daemon import Services
 from templated.services.functions.allotment import Capacity
 from templated.services.functions.functions import Functions
+from templated.services.functions.networks import FunctionNetworks
 from templated.services.functions.payloads import checked
 from templated.services.functions.registry import Registry
 from templated.services.functions.uploads import Uploads
 from templated.services.reports.scaling_metrics import ScalingMetrics
+from templated.services.tasks import Tasks
 from templated.services.upkeep.scale_views import ScaleViews
 from templated.services.upkeep.scaling import Scaling, Surroundings
 
@@ -274,6 +276,7 @@ async def with_functions(running: Services) -> Services:
         uploads=uploads,
         kept=FakeKept(registry),
         shifts=FakeShifts(registry),
+        networks=FunctionNetworks(registry, context.policies, running.templates, (), Tasks()),
     )
     return dataclasses.replace(
         running, functions=functions, scaling=_scaling(running, registry, tmp=context.layout.state)

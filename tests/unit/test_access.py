@@ -45,7 +45,7 @@ VIEWER = {
     *("info", "openapi", "metrics", "events", "list_clones", "show_clone", "list_templates"),
     *("show_template", "list_images", "list_pools", "show_pool", "show_operation"),
     *("operation_events", "list_functions", "show_function", "list_code"),
-    *("list_scaling", "show_scaling"),
+    *("list_scaling", "show_scaling", "list_policies", "show_policy", "trace_packet"),
 }
 OPERATOR = VIEWER | {
     *("create_clones", "remove_clone", "logs", "set_pool"),
@@ -56,7 +56,7 @@ ADMIN = OPERATOR | {
     *("build_template", "remove_template", "rollback", "audit", "deploy_function"),
     *("remove_function", "publish_function", "set_alias", "remove_alias", "set_concurrency"),
     *("scale_function", "provision_function", "unprovision_function"),
-    *("collect_code", "purge_events"),
+    *("collect_code", "purge_events", "apply_policy", "set_function_network"),
 }
 EXEC = {"exec_in_clone"}
 COPY = {"get_file", "put_file"}

@@ -27,6 +27,7 @@ from templated.bench.contenders.base import without_defer
 from templated.bench.contenders.virsh import domain_xml
 from templated.bench.density import memory_of, steps
 from templated.bench.paths import in_threads, schedule
+from templated.bench.report import show
 from templated.bench.session import Session
 from templated.bench.stats import summarize, summarize_rows
 from templated.cli import exit_codes
@@ -528,3 +529,30 @@ def test_help(capsys: Capture, name: str | None) -> None:
     text = capsys.readouterr().out
     assert "Examples:\n  templated bench" in text
     assert "Global options:" in text
+
+
+def test_policy_report(capsys: Capture) -> None:
+    """What is not as it must be is said in lines of its own."""
+    row = summarize([10.0, 11.0]).as_dict()
+    good = {"without": row, "with": row, "ratio": 1.0}
+    report = {
+        "kind": "policy",
+        "egress": "acme",
+        "clones": {
+            "warm": {**good, "link_p50": {"without": 0.5, "with": 0.5}},
+            "direct": {**good, "ratio": 1.1, "link_p50": {"without": 0.9, "with": 1.2}},
+        },
+        "functions": {"warm": good},
+        "first_connection": {
+            "warm": {"tried": 100, "succeeded": 99, **row, "failures": ["timed out"]}
+        },
+        "host": {"qemu": "7.2", "accel": "kvm", "cpus": 2, "load": 0.1},
+    }
+    show(report)
+    said = capsys.readouterr().out.splitlines()
+    assert "first connection by warm: 99 of 100 succeeded at the first try, p50 10.5 ms" in said
+    assert [line for line in said if line.startswith("missed: ")] == [
+        "missed: clones by direct: 1.1 times as long with a policy",
+        "missed: clones by direct: link takes 1.2 ms, 0.9 ms without a policy",
+        "missed: first connection by warm: 99 of 100",
+    ]

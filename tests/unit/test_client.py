@@ -94,6 +94,7 @@ FUNCTIONS = {
 TWICE = {"create_clone": "create_clones", "queue_event": "invoke_function"}
 EXAMPLES: dict[str, Any] = {
     "name": "{name}",
+    "target": "10.1.2.3:80/tcp",
     "template": "{template}",
     "operation": "{id}",
     "count": 2,
@@ -130,6 +131,8 @@ EXAMPLES: dict[str, Any] = {
     "background": True,
     "least": 1,
     "most": 2,
+    "network": {"egress": "nat"},
+    "keys": {"egress": "none", "limits": {"packets": 100}},
 }
 # Parameters of the query that only one of the two functions of a route sends.
 ONE_OF_TWO = {"event", "tail"}

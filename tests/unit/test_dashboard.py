@@ -17,6 +17,7 @@ from templated.services.reports.function_metrics import FunctionMetrics
 from templated.services.reports.metrics import Metrics
 from templated.services.reports.scaling_metrics import ScalingMetrics
 from templated.services.upkeep.host_metrics import HostMetrics
+from templated.services.upkeep.nets import PolicyMetrics
 from tests.unit.observability import (
     ALERTS_TEST,
     OBSERVABILITY,
@@ -38,6 +39,7 @@ def served() -> set[str]:
     HostMetrics(metrics.registry)
     FunctionMetrics(metrics.registry)
     ScalingMetrics(metrics.registry)
+    PolicyMetrics(metrics.registry)
     names = {"up"}
     for collector in metrics.registry._collector_to_names:
         if isinstance(collector, MetricWrapperBase):

@@ -49,6 +49,13 @@ FUNCTION = {
     "versions": [VERSION, {**VERSION, "version": "2"}, {**VERSION, "version": "1"}],
     "aliases": [{"name": "live", "versions": {"1": 0.9, "2": 0.1}, "description": ""}],
     "reserved": None,
+    "network": {
+        "egress": "acme",
+        "allow": ["10.1.0.0/16:443", "10.2.0.0/16"],
+        "peers": None,
+        "publish": None,
+        "limits": {"bandwidth": "10MiB", "packets": None, "connections": 5},
+    },
     "min": 1,
     "max": 12,
     "provisioned": [
@@ -66,6 +73,10 @@ FUNCTION = {
     "update": None,
     "created": "2026-01-01T00:00:00.000Z",
 }
+SAID = """egress: acme
+allow:  10.1.0.0/16:443, 10.2.0.0/16
+limits: bandwidth 10MiB, connections 5
+"""
 ANSWER = {
     "status": 200,
     "error": None,
@@ -101,6 +112,7 @@ def _functions(daemon: Daemon) -> None:
     daemon.on("PUT", "/v1/functions/hello/aliases/live", FUNCTION["aliases"][0])  # type: ignore[index]
     daemon.on("DELETE", "/v1/functions/hello/aliases/live", b"", 204)
     daemon.on("PUT", "/v1/functions/hello/concurrency", {**FUNCTION, "reserved": 5})
+    daemon.on("PUT", "/v1/functions/hello/network", FUNCTION)
     daemon.on("PUT", "/v1/functions/hello/scale", {**FUNCTION, "min": 2, "max": 9})
     daemon.on("PUT", "/v1/functions/hello/provisioned/live", FUNCTION)
     daemon.on("DELETE", "/v1/functions/hello/provisioned/2", None)
@@ -340,6 +352,26 @@ CHANGES = [
         ["reserve", "hello", "5"],
         ("PUT", "/v1/functions/hello/concurrency", {}, b'{"reserved": 5}'),
         ("", "hello: reserved 5\n"),
+    ),
+    (
+        ["network", "hello", "--allow", "10.1.0.0/16:443", "--limit", "connections=5"],
+        (
+            "PUT",
+            "/v1/functions/hello/network",
+            {},
+            b'{"allow": ["10.1.0.0/16:443"], "limits": {"connections": 5}, "reset": false}',
+        ),
+        (SAID, ""),
+    ),
+    (
+        ["network", "hello", "--egress", "none", "--limit", "bandwidth=10MiB", "--reset"],
+        (
+            "PUT",
+            "/v1/functions/hello/network",
+            {},
+            b'{"egress": "none", "limits": {"bandwidth": "10MiB"}, "reset": true}',
+        ),
+        (SAID, ""),
     ),
     (
         ["reserve", "hello", "none"],

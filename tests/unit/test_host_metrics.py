@@ -34,6 +34,7 @@ from templated.services.upkeep.host_metrics import (
     VmMeter,
     read_host,
 )
+from templated.services.upkeep.nets import PolicyMetrics
 from tests.unit.fake_daemon import configured, play, until
 
 ROOT = Path(__file__).parents[2]
@@ -188,6 +189,7 @@ def test_no_clone_name_in_a_label() -> None:
     known = {"template", "path", "phase", "reason", "state", "tier", "resource", "kind", "place"}
     known |= {
         "limit",
+        "direction",
         "generation",
         "accel",
         "qemu_version",
@@ -210,6 +212,7 @@ def all_metrics() -> Metrics:
     HostMetrics(metrics.registry)
     FunctionMetrics(metrics.registry)
     ScalingMetrics(metrics.registry)
+    PolicyMetrics(metrics.registry)
     return metrics
 
 
@@ -260,7 +263,9 @@ def test_the_guide_lists_every_event() -> None:
     text = (ROOT / "docs/operators-guide.md").read_text()
     text = text[text.index("`templated events` prints") : text.index("### All metrics")]
     listed = set(
-        re.findall(r"\b(?:clone|template|generation|pool|function|instance|scaling)\.[a-z_]+", text)
+        re.findall(
+            r"\b(?:clone|template|generation|pool|function|instance|scaling|network)\.[a-z_]+", text
+        )
     )
     assert emitted == listed
 

@@ -75,10 +75,12 @@ async def update_configuration(call: Call) -> web.Response:
     # Which settings, not what they are: values of the environment may be secrets.
     call.detail = " ".join(label for field, label in given if getattr(wanted, field) is not None)
     refuse(wanted, NOT_OF_FUNCTIONS)
-    registry = call.desk.functions.registry
-    latest = expected(registry.latest(name), wanted.revision_id)
+    functions = call.desk.functions
+    latest = expected(functions.registry.latest(name), wanted.revision_id)
     with revised(wanted.revision_id):
-        version = await registry.deploy(name, wanted.deploy(), None, new=False, expected=latest)
+        version = await functions.networks.deploy(
+            name, wanted.deploy(), None, new=False, expected=latest
+        )
     return json_answer(shown(call, version, None))
 
 
@@ -198,7 +200,7 @@ async def _deploy(
     if not content:
         raise wrong(_NO_ZIP)
     async with _archive(call, content) as archive:
-        return await call.desk.functions.registry.deploy(
+        return await call.desk.functions.networks.deploy(
             name, request, archive, new=new, expected=latest
         )
 

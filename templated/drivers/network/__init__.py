@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from templated.drivers.network.base import Network, Port
+from templated.drivers.network.base import Network, Port, PortOwner
 from templated.drivers.network.user import SlirpNetwork
 from templated.model.network import AddressPlan, NetworkConfig, UserNetwork
 
-__all__ = ["Network", "Port", "make_network"]
+__all__ = ["Network", "Port", "PortOwner", "make_network"]
 
 
 def make_network(config: NetworkConfig, plan: AddressPlan, owner: str) -> Network:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from typing import NamedTuple, Protocol
 
 from templated.errors import HostError, InvalidRequest
-from templated.model.network import Attachment, Forward
+from templated.model.network import Attachment, Exit, Forward
+from templated.model.policy import Policy
 
 # With the prefix "tp" a tag has to fit in an interface's name, which has at most 15 bytes.
 _TAG = re.compile(r"[a-z0-9][a-z0-9-]{0,12}")
@@ -46,6 +49,39 @@ class Port:
             os.close(fd)
 
 
+@dataclass(frozen=True)
+class PortOwner:
+    """What a port is for: a clone's index, and its groups, the closest first.
+
+    The policy of the first that has one holds.
+    """
+
+    index: int
+    groups: tuple[str, ...] = ()
+
+
+class Counted(NamedTuple):
+    """What a counter has seen."""
+
+    packets: int
+    bytes: int
+
+
+class Way(NamedTuple):
+    """Where the host sends a packet: to itself, by an interface, or (no name) nowhere."""
+
+    local: bool
+    ifname: str
+
+
+class HostFacts(NamedTuple):
+    """What the host has of its own, in the network namespace of its clones."""
+
+    addresses: frozenset[IPv4Address]
+    listening: frozenset[tuple[str, int]]
+    """Protocols and ports that programs listen to, but for those on loopback alone."""
+
+
 class Network(Protocol):
     """A way to connect clones. Methods may run concurrently; each tag belongs to one caller."""
 
@@ -53,13 +89,24 @@ class Network(Protocol):
     def stalled(self) -> float:
         """Seconds that a call of the kernel has taken so far, which no call should; usually 0."""
 
-    async def open(self) -> None:
-        """Find or make the parts that all ports share. Raises HostError; leaves nothing then."""
+    @property
+    def exits(self) -> tuple[Exit, ...]:
+        """The named ways out that there are."""
 
-    async def make_port(self, tag: str, index: int | None = None) -> Port:
+    async def open(self, ports: Mapping[str, PortOwner] | None = None) -> None:
+        """Find or make the parts that all ports share. Raises HostError; leaves nothing then.
+
+        `ports` are those of an earlier daemon whose clones go on, by tag: policies hold for them
+        without a gap. All others of this owner are removed first, while the rules of before hold.
+        """
+
+    async def make_port(
+        self, tag: str, index: int | None = None, groups: tuple[str, ...] = ()
+    ) -> Port:
         """Prepare a connection, so that a start only has to hand over an fd.
 
         `tag` is 1 to 13 of a-z, 0-9 and dash. `index` fixes the port to one clone's address.
+        The policy of the first of `groups` that has one holds before the port is up.
         Raises InvalidRequest for a bad tag, Conflict when the tag is in use, HostError when
         the host refuses; nothing is left then. A cancelled call may still have made the port:
         `drop_port` removes it.
@@ -72,6 +119,46 @@ class Network(Protocol):
         """Remove the ports of this owner whose tag is not in `keep`, whoever made them.
 
         Returns the removed tags, sorted. Interfaces of others are not touched. Raises HostError.
+        """
+
+    async def move_port(self, tag: str, groups: tuple[str, ...]) -> None:
+        """Hold a port to the policy of other groups from now on: part of a start.
+
+        It waits for no port that is made or removed meanwhile. Raises HostError; the policy
+        that held before holds then.
+        """
+
+    async def set_policies(self, changes: Mapping[str, Policy | None]) -> None:
+        """Hold all ports of groups, present and later ones, to policies; None: to none.
+
+        A group is a name for nft(8): letters, digits, dot, dash and underscore, at most 119. One
+        transaction, also before `open`. Raises HostError; what held before holds then.
+        """
+
+    async def publish(self, ports: Mapping[tuple[str, int], tuple[str, int]]) -> None:
+        """Have ports of the host, by protocol and number, lead to an address and port of clones.
+
+        These, and no others from now on. Raises HostError; what held before holds then.
+        """
+
+    async def counters(self) -> dict[str, dict[str, Counted]]:
+        """By group: what policies passed (`sent`, `received`) and dropped, by reason.
+
+        Counted since the daemon began or the first policy came. Raises HostError.
+        """
+
+    async def host(self) -> HostFacts:
+        """What policies must not touch. Raises HostError; nothing is known before `open`."""
+
+    async def way(self, address: str, mark: int = 0) -> Way:
+        """Where the host sends what a clone sends to an IPv4 address. Raises HostError."""
+
+    async def set_exits(self, exits: Sequence[Exit]) -> None:
+        """Tell which named ways out there are: all of them, each time, also before `open`.
+
+        One transaction; does nothing when they are what they were, or in user mode. Clones whose
+        policy names one that is not among them reach nothing. Raises HostError when the host
+        refuses; what held before holds then.
         """
 
     async def close(self, *, remove: bool) -> None:

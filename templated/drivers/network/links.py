@@ -19,9 +19,15 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
 
 from templated import failpoints
+from templated.drivers.network.base import Way
 
 _IFF_UP = 1
 _DUMPS = 10
+# ::1 as /proc/net/tcp6 has it; 127.0.0.0/8 ends in 7F there, as words are little-endian.
+_LOOPBACK = ("00000000000000000000000001000000",)
+_RTN_LOCAL = 2  # linux/rtnetlink.h
+# No route; a route that says so: unreachable, blackhole, prohibit.
+_NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EACCES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,25 @@ class Links:
             self._ipr.link("set", index=index, master=master)
             self._ipr.brport("set", index=index, isolated=int(isolated))
 
+    def isolate(self, index: int, *, isolated: bool) -> None:
+        """Say whether a bridge's port reaches other isolated ones."""
+        with _os_errors():
+            self._ipr.brport("set", index=index, isolated=int(isolated))
+
+    def way(self, address: str, mark: int) -> Way:
+        """Where the kernel routes a packet to this address that has a firewall mark."""
+        marked = {"mark": mark} if mark else {}
+        try:
+            message = next(iter(self._ipr.route("get", dst=address, **marked)))
+        except NetlinkError as error:
+            if error.code in _NO_WAY:
+                return Way(local=False, ifname="")
+            raise OSError(error.code, os.strerror(error.code)) from error
+        if message["type"] == _RTN_LOCAL:
+            return Way(local=True, ifname="")
+        link = self._ipr.link("get", index=message.get_attr("RTA_OIF"))[0]
+        return Way(local=False, ifname=str(link.get_attr("IFLA_IFNAME")))
+
     def set_up(self, index: int) -> None:
         if failpoints.armed:
             failpoints.hit("network.up")
@@ -140,6 +165,13 @@ class Links:
             for message in messages
             if message["index"] == index
         }
+
+    def own_addresses(self) -> frozenset[ipaddress.IPv4Address]:
+        """The IPv4 addresses of all interfaces."""
+        messages = _dump(lambda: self._ipr.addr("dump", family=socket.AF_INET))
+        return frozenset(
+            ipaddress.IPv4Address(message.get_attr("IFA_LOCAL")) for message in messages
+        )
 
     def set_address(self, index: int, address: str, prefix: int) -> None:
         """Make this the only IPv4 address of the interface."""
@@ -176,6 +208,24 @@ def disable_ipv6(name: str) -> None:
 def forwards_ipv4() -> bool:
     """Whether the host routes between its interfaces."""
     return Path("/proc/sys/net/ipv4/ip_forward").read_text().strip() == "1"
+
+
+def listening() -> frozenset[tuple[str, int]]:
+    """Protocols and ports that programs listen to, in the calling thread's namespace.
+
+    From /proc/net/tcp and the like (proc(5)), but for sockets on loopback alone: what is
+    published leaves those alone. Raises OSError.
+    """
+    found = set()
+    for protocol, state in (("tcp", "0A"), ("udp", "07")):
+        for name in (protocol, f"{protocol}6"):
+            path = Path("/proc/thread-self/net") / name
+            for line in path.read_text().splitlines()[1:] if path.exists() else ():
+                _, local, _, now, *_ = line.split()
+                address, _, port = local.partition(":")
+                if now == state and address not in _LOOPBACK and address[-2:] != "7F":
+                    found.add((protocol, int(port, 16)))
+    return frozenset(found)
 
 
 def _dump(request: Callable[[], Iterable[Any]]) -> list[Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 
-from templated.drivers.network import nft
 from templated.drivers.network.links import Link, Links, disable_ipv6, forwards_ipv4
 from templated.errors import HostError
 from templated.model.network import AddressPlan, BridgeNetwork
@@ -25,7 +24,7 @@ class Segment:
         self._alias = alias
 
     def open(self, links: Links) -> Link:
-        """The bridge, up and with its rules. On failure, one made here is gone again."""
+        """The bridge, up. On failure, one made here is gone again."""
         found = links.find(self._config.bridge)
         if found is None and not self._config.create:
             raise HostError(
@@ -42,16 +41,11 @@ class Segment:
         self._check_forwarding()
         if found is not None and found.alias != self._alias:
             self._check_foreign(links, found)
-            self._add_rules()
             return found
         return self._own(links, found)
 
     def remove(self, links: Links, bridge: Link) -> None:
-        """Take away the rules, and the bridge if it is this owner's and has no port left."""
-        families = (("ip",) if self._config.nat else ()) + (
-            ("bridge",) if self._config.antispoof else ()
-        )
-        nft.remove_tables(bridge.name, families)
+        """Take away the bridge if it is this owner's and has no port left."""
         if bridge.alias != self._alias:
             return
         others = [link.name for link in links.ports(bridge.index)]
@@ -68,18 +62,11 @@ class Segment:
             if self._config.host_address:
                 links.set_address(bridge.index, self._plan.gateway, self._plan.prefix)
             links.set_up(bridge.index)
-            self._add_rules()
         except BaseException:
             if found is None:
                 links.delete(bridge.index)
             raise
         return bridge
-
-    def _add_rules(self) -> None:
-        if self._config.nat:
-            nft.add_nat(self._config.bridge, str(self._plan.network))
-        if self._config.antispoof:
-            nft.add_guard(self._config.bridge)
 
     def _check_foreign(self, links: Links, bridge: Link) -> None:
         """Somebody else's bridge is used as it is, so it has to be right already."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from templated.drivers.network.base import Port, check_tag
+from templated.drivers.network.base import Counted, HostFacts, Port, PortOwner, Way, check_tag
 from templated.errors import InvalidRequest
-from templated.model.network import AddressPlan, Forward, Slirp, UserNetwork
+from templated.model.network import AddressPlan, Exit, Forward, Slirp, UserNetwork
+from templated.model.policy import Policy
 
 
 class SlirpNetwork:
@@ -21,10 +22,16 @@ class SlirpNetwork:
     def stalled(self) -> float:
         return 0.0
 
-    async def open(self) -> None:
+    @property
+    def exits(self) -> tuple[Exit, ...]:
+        return ()
+
+    async def open(self, ports: Mapping[str, PortOwner] | None = None) -> None:
         pass
 
-    async def make_port(self, tag: str, index: int | None = None) -> Port:
+    async def make_port(
+        self, tag: str, index: int | None = None, groups: tuple[str, ...] = ()
+    ) -> Port:
         check_tag(tag)
         return Port(tag, index=index)
 
@@ -33,6 +40,28 @@ class SlirpNetwork:
 
     async def sweep(self, keep: set[str]) -> list[str]:
         return []
+
+    async def move_port(self, tag: str, groups: tuple[str, ...]) -> None:
+        pass
+
+    async def set_policies(self, changes: Mapping[str, Policy | None]) -> None:
+        if any(policy is not None for policy in changes.values()):
+            raise InvalidRequest("a network of mode user has no policies", hint="use mode: bridge")
+
+    async def publish(self, ports: Mapping[tuple[str, int], tuple[str, int]]) -> None:
+        pass
+
+    async def counters(self) -> dict[str, dict[str, Counted]]:
+        return {}
+
+    async def host(self) -> HostFacts:
+        return HostFacts(frozenset(), frozenset())
+
+    async def way(self, address: str, mark: int = 0) -> Way:
+        raise InvalidRequest("VMs of a network of mode user have routes of their own")
+
+    async def set_exits(self, exits: Sequence[Exit]) -> None:
+        pass
 
     async def close(self, *, remove: bool) -> None:
         pass

@@ -24,8 +24,8 @@ class Worker:
     process for it, which a daemon with threads must not do.
     """
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="templated-net")
+    def __init__(self, name: str) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._began: float | None = None
 
     @property
@@ -48,6 +48,18 @@ class Worker:
     async def stop(self) -> None:
         """End the thread after its present call. `run` raises RuntimeError from then on."""
         await asyncio.to_thread(self._pool.shutdown)
+
+
+def in_namespace(name: str | None, call: Callable[[], T]) -> T:
+    """What `call` returns in a named namespace; None: in that of the calling thread. Blocks.
+
+    Raises OSError when the namespace cannot be entered, and what `call` raises.
+    """
+    if name is None:
+        return call()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(enter_namespace, name).result()
+        return pool.submit(call).result()
 
 
 def enter_namespace(name: str) -> None:

@@ -16,9 +16,11 @@ from pathlib import Path
 from templated import failpoints
 from templated.drivers.host import procfs
 from templated.drivers.hypervisor.base import Machine
+from templated.drivers.network import PortOwner
 from templated.errors import HostError, TemplatedError, host_errors
 from templated.journal import CloneRow
 from templated.model.clone import CloneState, Slot
+from templated.model.policy import template_group
 from templated.model.spec import TemplateSpec
 from templated.model.uids import UidRange
 from templated.model.units import seconds
@@ -51,7 +53,14 @@ async def recover(context: Context, clones: Clones) -> None:
     if failpoints.armed:
         failpoints.hit("recover.adopted")
     kept = set(slots) - set(orphans)
-    await context.network.open()
+    await context.policies.open()
+    await context.network.open(
+        {
+            row.slot.id: PortOwner(row.slot.index, (template_group(row.template),))
+            for row in rows
+            if row.slot.id in kept
+        }
+    )
     await context.network.sweep(kept)
     free = {slot.id: slot for slot in await context.journal.free_slots()}
     unwanted = [*(slots[i] for i in orphans), *free.values()]

@@ -219,6 +219,10 @@ class Clones:
         """One clone. Raises NotFound."""
         return self._get(name).view()
 
+    def function_of(self, name: str) -> str:
+        """The function that a clone is an instance of; empty for none. Raises NotFound."""
+        return self._get(name).function.partition(":")[0]
+
     def running(self, name: str) -> Vm:
         """The VM of a running clone. Raises NotFound, or Conflict when it does not run."""
         clone = self._get(name)

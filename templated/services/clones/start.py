@@ -25,6 +25,7 @@ from templated import failpoints
 from templated.drivers.cgroups import Group
 from templated.errors import (
     Busy,
+    Conflict,
     GuestError,
     HostError,
     HypervisorError,
@@ -35,6 +36,7 @@ from templated.errors import (
 from templated.journal import CloneRow
 from templated.model.clone import CloneState, Phase, StartPath
 from templated.model.limits import Limits
+from templated.model.policy import PolicyOwner
 from templated.services.clones.clone import Running, Starting, started
 from templated.services.context import Context
 from templated.services.machines.boot import full_boot, image_overlay, image_parts
@@ -156,6 +158,7 @@ class Start:
         async with self.turns.starts, _bound(generation.terms.restored_s):
             await self.templates.check(generation, loads_state=True)
             prepared = await self._slot(generation.layer, undo)
+            await self._police()
             self.clock.allotted()
             return await starter.direct(
                 prepared, generation, self.clone.name, self.clock, code=self._code
@@ -193,10 +196,33 @@ class Start:
         return self.clone.code.path if self.clone.code else None
 
     async def _attach(self, vm: Vm) -> None:
-        """Put a function's code behind the second disk of a VM that stands."""
-        if self._code is not None:
-            with self.clock(Phase.ATTACH):
-                await vm.machine.exchange_code(self._code)
+        """Put a function's code behind the second disk of a VM that stands, and its port under
+        the function's policy; one beside the other."""
+        if self._code is None:
+            return
+        with self.clock(Phase.ATTACH):
+            exchanged = vm.machine.exchange_code(self._code)
+            # Both come to their end: what one has taken is given back when nothing is under way.
+            for error in await asyncio.gather(exchanged, self._police(), return_exceptions=True):
+                if error is not None:
+                    raise error
+
+    async def _police(self) -> None:
+        """Hold the port of a function's instance to the function's policy, before it runs.
+
+        Raises Conflict when the template's VMs have no port of the daemon's, and it has one.
+        """
+        clone, policies = self.clone, self.context.policies
+        if not clone.function:
+            return
+        name = clone.function.partition(":")[0]
+        if clone.generation.own_network is not None:
+            if policies.keys(PolicyOwner("function", name)).any:
+                raise Conflict(f"VMs of {clone.template} are on a network without policies")
+            return
+        assert clone.slot is not None
+        groups = await policies.hold(name, clone.template)
+        await self.context.network.move_port(clone.slot.id, groups)
 
     # --- what they take -----------------------------------------------------------------------
 

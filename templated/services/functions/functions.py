@@ -24,6 +24,7 @@ from templated.model.function import (
     VersionView,
 )
 from templated.model.units import seconds
+from templated.services.functions.networks import FunctionNetworks
 from templated.services.functions.registry import Registry
 from templated.services.functions.uploads import Uploads
 
@@ -173,12 +174,16 @@ class Functions:
     uploads: Uploads
     kept: Keeps
     shifts: Moves
+    networks: FunctionNetworks
 
     def view(self, name: str) -> FunctionView:
         """A function as users see it. Raises NotFound."""
         view = function_view(self.registry, self.router.counts(name), name)
         return msgspec.structs.replace(
-            view, provisioned=self.kept.views(name), update=self.shifts.update(name)
+            view,
+            network=self.networks.keys(name),
+            provisioned=self.kept.views(name),
+            update=self.shifts.update(name),
         )
 
     def views(self) -> list[FunctionView]:

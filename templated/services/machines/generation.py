@@ -33,6 +33,7 @@ from templated.drivers.image.store import image_seed
 from templated.errors import HostError, host_errors
 from templated.model.generation import FileDigest, Manifest
 from templated.model.limits import Limits
+from templated.model.policy import template_group
 from templated.model.spec import TemplateSpec, stored
 from templated.model.units import seconds, size_bytes
 from templated.services.machines.admission import Promise
@@ -207,6 +208,7 @@ class Generation:
             Promise.of(self.manifest.spec),
             guest_parts(self.manifest.spec, self.image, self.directory / VARIABLES),
             self.own_network,
+            (template_group(self.template),),
         )
 
     @functools.cached_property

@@ -77,6 +77,8 @@ class Layer:
     guest: GuestParts = GuestParts()
     own_network: OwnNetwork | None = None
     """None: the daemon's."""
+    groups: tuple[str, ...] = ()
+    """Whose policy holds for the slot's port, as `Network.make_port` has it."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class Slots:
             try:
                 keys = await make_host_keys(places.sockets) if layer.guest.host_keys else ()
                 if layer.own_network is None:
-                    port = await self._network.make_port(slot.id, slot.index)
+                    port = await self._network.make_port(slot.id, slot.index, layer.groups)
                 else:
                     port = Port(slot.id)
             except BaseException:

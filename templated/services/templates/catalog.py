@@ -138,6 +138,12 @@ class Templates:
         """Those of them whose VMs have a disk for the code of a function."""
         return [name for name in self.built() if self.active(name).code is not None]
 
+    def own_network(self, name: str) -> str | None:
+        """The network of libvirt that a template's VMs are on; None: the daemon's, or unknown."""
+        generation = self.generation(name)
+        own = None if generation is None else generation.own_network
+        return None if own is None else own.name
+
     def lease(self, generation_id: str, holder: Holder) -> Lease:
         """A lease for a VM of an earlier daemon, also of a generation that is no longer known."""
         for template in self._templates.values():
@@ -194,6 +200,7 @@ class Templates:
         if spec.name != name:
             raise InvalidRequest(f"the spec is of template {spec.name}, not of {name}")
         self._require_idle(name)
+        await self._context.policies.check(name, spec.network)
         return spec
 
     def _require_idle(self, name: str) -> None:
@@ -205,6 +212,16 @@ class Templates:
             )
         if template is not None:
             template.require_not_removing()
+
+    async def apply_network(self, name: str) -> None:
+        """Put the network policy in force that the template's file has now, without a build.
+
+        Raises NotFound, ConfigError or InvalidRequest for the file, HostError when the host
+        refuses; leaves the policy that held before then.
+        """
+        spec = await self.spec(name)
+        self.active(name)
+        await self._context.policies.apply(name, spec.network)
 
     async def build(self, spec: TemplateSpec, progress: Progress) -> dict[str, Any]:
         """Build and activate a generation.
@@ -220,6 +237,8 @@ class Templates:
         try:
             async with within(_BUILD_TIMEOUT, "the build"):
                 generation = await build.run()
+            # Before its first clone; ports of the generation before change with it.
+            await self._context.policies.apply(spec.name, spec.network)
             await self.activate(generation)
         except BaseException as error:
             await asyncio.shield(self._undo(build, error))
