@@ -103,10 +103,12 @@ _WRITES = (
     *("activate", "generation_state", "deactivate", "drop_generation"),
     *("deploy", "publish", "set_alias", "drop_alias", "drop_version", "drop_function", "reserve"),
     *("scale", "provision", "unprovision", "set_policy"),
+    *("add_egress", "egress_state", "drop_egress"),
     *("add_event", "event_state", "drop_event"),
 )
 READS = (
     *("clones", "free_slots", "pool_sizes", "generations", "active", "policies"),
+    "egresses",
     *("functions", "versions", "aliases", "provisioned"),
     *("due_events", "next_due", "events", "event_counts"),
 )

@@ -9,6 +9,7 @@ from aiohttp import web
 from templated.api import handlers as h
 from templated.api.answers import NDJSON, json_answer
 from templated.api.code_routes import CODE_ROUTES
+from templated.api.egress_routes import EGRESS_ROUTES
 from templated.api.function_routes import FUNCTION_ROUTES
 from templated.api.net_routes import NET_ROUTES
 from templated.api.openapi import document
@@ -164,6 +165,7 @@ ROUTES: tuple[Route, ...] = (
     *FUNCTION_ROUTES,
     *CODE_ROUTES,
     *NET_ROUTES,
+    *EGRESS_ROUTES,
     *SCALING_ROUTES,
     get("/metrics", h.metrics, "Prometheus metrics", str, stream=_TEXT, needs=Role.VIEWER),
 )

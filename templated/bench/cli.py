@@ -59,6 +59,10 @@ _POLICY_EXAMPLES = """
 templated bench policy
 templated bench policy --egress acme --connect 10.1.2.3:443 -n 100
 """
+_EGRESS_EXAMPLES = """
+templated bench egress
+templated bench egress --flows 100 --rounds 1 -o json
+"""
 _PORTS_EXAMPLES = """
 templated bench ports
 templated bench ports 2000 -o json
@@ -474,6 +478,34 @@ def ports(settings: Settings, n: int) -> None:
         render.fields([(key.replace("_", " "), value) for key, value in figures.items()])
     else:
         render.dump(figures, settings)
+
+
+@bench.command("egress", examples=_EGRESS_EXAMPLES)
+@_count("--flows", default=1000, least=1, most=5000, about="TCP flows, which send every 50 ms.")
+@_count("--rounds", default=3, least=1, most=100, about="Of each failover, switch and restart.")
+@_count("--seconds", default=6, least=4, most=600, about="For which flows send in a round.")
+@_count("--pairs", default=3, least=1, most=100, about="Measurements of throughput, each way.")
+@click.pass_obj
+def egress(settings: Settings, flows: int, rounds: int, seconds: int, pairs: int) -> None:
+    """Fail, switch and restart an egress under many flows, and measure its throughput.
+
+    On a host that is a network namespace, with a daemon of its own; both are gone afterwards. Needs
+    root, keepalived and conntrackd.
+    """
+    from templated.bench.egress import Plan, measure_egress
+    from templated.bench.report import show
+    from templated.cli import render
+
+    progress = ProgressLine(settings)
+    try:
+        plan = Plan(flows=flows, rounds=rounds, seconds=float(seconds), pairs=pairs)
+        report = measure_egress(plan, progress)
+    finally:
+        progress.end()
+    if settings.table:
+        show(report)
+    else:
+        render.dump_item(report, settings)
 
 
 @bench.command("policy", examples=_POLICY_EXAMPLES)

@@ -15,10 +15,8 @@ def show(report: dict[str, Any]) -> None:
     for name, reason in report.get("skipped", {}).items():
         click.echo(f"{name:{_WIDTH}} skipped: {reason}")
     host = report["host"]
-    click.echo(
-        f"host: QEMU {host['qemu']}, {host['accel']}, {host['cpus']} cores, "
-        f"load before {host['load']:g}"
-    )
+    machines = f"QEMU {host['qemu']}, {host['accel']}, " if "qemu" in host else ""
+    click.echo(f"host: {machines}{host['cpus']} cores, load before {host['load']:g}")
 
 
 def _paths(report: dict[str, Any]) -> None:
@@ -114,6 +112,27 @@ def _policy(report: dict[str, Any]) -> None:
         click.echo(f"first connection by {path}: {done}, p50 {row['p50']:g} ms")
         for failure in row["failures"]:
             click.echo(f"    {failure}")
+    for line in goals(report):
+        click.echo(f"missed: {line}")
+
+
+def _egress(report: dict[str, Any]) -> None:
+    from templated.bench.egress import ROUNDS, goals
+
+    click.echo(f"{report['flows']} TCP flows, longest silence of each, milliseconds")
+    click.echo(f"{'':34}{'lost':>6}{'p50':>9}{'p99':>9}{'max':>9}")
+    for key, what in ROUNDS.items():
+        row = report[key]
+        figures = "".join(f"{row[name]:9.1f}" for name in ("p50", "p99", "max"))
+        click.echo(f"{what:34}{row['flows_lost']:6d}{figures}")
+    bulk = report["throughput"]
+    click.echo(
+        f"throughput: {bulk['egress_gbit']:g} Gbit/s, by hand {bulk['by_hand_gbit']:g}; "
+        f"ratio {bulk['ratio']:g}"
+    )
+    click.echo(f"made in {report['create_s']:g} s; {report['churn']['rounds']} times again")
+    seen, wrong = report["packets_seen"], report["wrong_sources"]
+    click.echo(f"captured outside: {seen} packets, {wrong} of a wrong source")
     for line in goals(report):
         click.echo(f"missed: {line}")
 
@@ -237,6 +256,7 @@ _SHOWN = {
     "density": _density,
     "neighbours": _neighbours,
     "policy": _policy,
+    "egress": _egress,
     "invoke": _invoke,
     "soak": _soak,
 }

@@ -34,6 +34,11 @@ def function_names(
     return _names(context, requests.list_functions(), incomplete)
 
 
+def egress_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Names of egresses that begin with `incomplete`; none when the daemon does not say."""
+    return _names(context, requests.list_egresses(), incomplete)
+
+
 def function_versions(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[str]:

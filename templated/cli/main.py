@@ -32,6 +32,8 @@ COMMANDS = {
     "code": "templated.cli.code:code",
     "template": "templated.cli.templates:template",
     "pool": "templated.cli.pools:pool",
+    "egress": "templated.cli.egress:egress",
+    "forwarder": "templated.cli.forwarder:forwarder",
     "net": "templated.cli.net:net",
     "image": "templated.cli.images:image",
     "serve": "templated.cli.serve:serve",

@@ -25,6 +25,7 @@ from templated.model.api import (
 )
 from templated.model.clone import CloneView
 from templated.model.code import CodeCheck, CodeFreed, CodeRow
+from templated.model.egress import EgressView
 from templated.model.function import (
     Accepted,
     AliasView,
@@ -48,6 +49,7 @@ _MODEL = {
         CodeCheck,
         CodeFreed,
         CodeRow,
+        EgressView,
         Event,
         EventView,
         ExecFrame,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from templated.model.clone import CloneView
     from templated.model.code import CodeCheck, CodeFreed, CodeRow
+    from templated.model.egress import EgressView
     from templated.model.function import (
         Accepted,
         AliasView,
@@ -332,6 +333,34 @@ def apply_policy(name: str) -> Request[None]:
 def trace_packet(name: str, target: str) -> Request[TraceView]:
     """What would happen to a packet that a clone sends to ADDRESS[:PORT[/PROTO]]."""
     return Request("GET", "clones", name, "trace", query={"target": target})
+
+
+# Egresses
+
+
+def list_egresses() -> Request[list[EgressView]]:
+    """All egresses, with their forwarders."""
+    return Request("GET", "egresses")
+
+
+def show_egress(name: str) -> Request[EgressView]:
+    """One egress."""
+    return Request("GET", "egresses", name)
+
+
+def create_egress(egress: Mapping[str, object | None]) -> Request[EgressView]:
+    """Make an egress, by the keys of `EgressSpec`; the answer comes once it can be used."""
+    return Request("POST", "egresses", body=egress, timeout=LONG)
+
+
+def switch_egress(name: str) -> Request[EgressView]:
+    """Have the standby take over."""
+    return Request("POST", "egresses", name, "switch", timeout=LONG)
+
+
+def remove_egress(name: str) -> Request[None]:
+    """Take an egress away that no policy names."""
+    return Request("DELETE", "egresses", name, timeout=LONG)
 
 
 # Functions

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from templated.journal.egresses import EgressRow, EgressRows
 from templated.journal.functions import FunctionRow, FunctionRows
 from templated.journal.rows import CloneRow, EventRow, GenerationRow, now
 from templated.journal.store import Journal
 
 __all__ = [
     "CloneRow",
+    "EgressRow",
+    "EgressRows",
     "EventRow",
     "FunctionRow",
     "FunctionRows",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-VERSION = 6
+VERSION = 7
 
 _PROVISIONED = """
 CREATE TABLE provisioned (
@@ -68,6 +68,16 @@ CREATE TABLE policies (
 ) STRICT;
 """
 
+_EGRESSES = """
+CREATE TABLE egresses (
+    name TEXT PRIMARY KEY,
+    idx INTEGER NOT NULL UNIQUE,
+    spec TEXT NOT NULL,
+    state TEXT NOT NULL,
+    created TEXT NOT NULL
+) STRICT;
+"""
+
 SCHEMA = (
     """
 CREATE TABLE templates (
@@ -113,15 +123,18 @@ CREATE TABLE pools (
 """
     + _FUNCTIONS
     + _POLICIES
+    + _EGRESSES
 )
 """`numbers` outlives a function: one of the same name later gets no number a second time."""
 
 MIGRATIONS = {
-    3: f"ALTER TABLE clones ADD COLUMN function TEXT NOT NULL DEFAULT ''; {_FUNCTIONS}{_POLICIES}",
+    3: f"ALTER TABLE clones ADD COLUMN function TEXT NOT NULL DEFAULT ''; {_FUNCTIONS}"
+    f"{_POLICIES}{_EGRESSES}",
     4: f"""
 ALTER TABLE functions ADD COLUMN least INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE functions ADD COLUMN most INTEGER;
-{_PROVISIONED}{_POLICIES}""",
-    5: _POLICIES,
+{_PROVISIONED}{_POLICIES}{_EGRESSES}""",
+    5: _POLICIES + _EGRESSES,
+    6: _EGRESSES,
 }
 """From each version that can be brought to this one; 1 and 2 were never released."""

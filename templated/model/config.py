@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from templated.model.access import Right, Role
-from templated.model.network import BridgeNetwork, UserNetwork
+from templated.model.network import BridgeNetwork, Subnet, UserNetwork, parse_subnet
 from templated.model.socket import SOCKET, default_runtime
 from templated.model.spec import Percent
 from templated.model.uids import UidRange
@@ -229,6 +229,17 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
     keys: tuple[GatewayKey, ...] = ()
 
 
+class EgressConfig(_Section, frozen=True, kw_only=True):
+    """What named ways out of the host share; they are made by `templated egress create`."""
+
+    links: Subnet = "100.127.0.0/16"
+    """Addresses between this host and forwarders, which nobody else sees: a /28 for each egress."""
+
+    def __post_init__(self) -> None:
+        if parse_subnet(self.links).prefixlen > 26:
+            raise ValueError("links must have room for a few /28: at most /26")
+
+
 class Config(_Section, frozen=True, kw_only=True):
     """The daemon's configuration; every key has a default (see `defaults`)."""
 
@@ -257,6 +268,7 @@ class Config(_Section, frozen=True, kw_only=True):
     code: CodeConfig = CodeConfig()
     functions: FunctionConfig = FunctionConfig()
     scaling: ScalingConfig = ScalingConfig()
+    egress: EgressConfig = EgressConfig()
     gateway: GatewayConfig | None = GatewayConfig()
 
 

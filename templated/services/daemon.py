@@ -20,7 +20,7 @@ from templated.drivers.image.store import ImageStore
 from templated.drivers.network import Network, make_network
 from templated.drivers.objectstore import connect
 from templated.errors import Conflict
-from templated.journal import FunctionRows, Journal
+from templated.journal import EgressRows, FunctionRows, Journal
 from templated.model.clone import StartPath
 from templated.model.config import Config, GatewayConfig
 from templated.model.network import AddressPlan
@@ -30,6 +30,7 @@ from templated.services.clones.guest import Guests
 from templated.services.clones.recovery import recover
 from templated.services.clones.registry import Clones
 from templated.services.context import Context
+from templated.services.egress.egresses import Egresses
 from templated.services.functions.allotment import Capacity
 from templated.services.functions.bounds import Bounds
 from templated.services.functions.cache import CodeCache
@@ -57,6 +58,7 @@ from templated.services.pools.capacity import shortages
 from templated.services.pools.members import Pools
 from templated.services.pools.refill import Refill
 from templated.services.reports.audit import AuditLog
+from templated.services.reports.egress_metrics import EgressMetrics
 from templated.services.reports.events import EventBus
 from templated.services.reports.function_metrics import FunctionMetrics
 from templated.services.reports.metrics import Metrics
@@ -93,6 +95,7 @@ class Services:
     audit: AuditLog
     functions: Functions
     nets: Nets
+    egresses: Egresses
     scaling: ScaleViews | None
     """None: it is switched off."""
 
@@ -115,7 +118,8 @@ class Installation:
         tag = _tag(config)
         self.plan = AddressPlan(config.network.subnet, tag)
         self.uids = _uids(config, self.hypervisor)
-        self.network: Network = make_network(config.network, self.plan, _owner(config))
+        self.owner = _owner(config)
+        self.network: Network = make_network(config.network, self.plan, self.owner)
         self.groups = find_groups(config) if groups is None else groups
         if self.groups.problem:
             log.warning(
@@ -157,12 +161,15 @@ async def _services(installation: Installation, journal: Journal) -> AsyncIterat
     pools = Pools(context, tasks, templates)
     clones = Clones(context, tasks, templates, pools)
     refill = Refill(context, tasks, pools, templates)
+    egresses = _egresses(context, tasks, installation.owner)
     made = _Functions(context, tasks, templates, clones, pools)
     _subscribe(context, templates, pools)
     try:
         await templates.open()
         await pools.open()
+        await egresses.load()
         await recover(context, clones)
+        await egresses.open()
         await templates.load()
         tasks.spawn(context.slots.refill(), "keeping slots ready")
         tasks.spawn(refill.run(), "keeping the pools filled")
@@ -179,6 +186,7 @@ async def _services(installation: Installation, journal: Journal) -> AsyncIterat
             *(context, templates, pools, clones, guests, operations, refill, audit),
             functions=made.functions,
             nets=Nets(context, clones),
+            egresses=egresses,
             scaling=made.scale_views,
         )
     finally:
@@ -190,6 +198,7 @@ async def _services(installation: Installation, journal: Journal) -> AsyncIterat
         await pools.close()
         await context.slots.close()
         await clones.release()
+        await egresses.close()
         await context.network.close(remove=False)
         await journal.close()
 
@@ -333,6 +342,23 @@ class _Functions:
         await self._cache.close()
         if self._zone is not None:
             self._zone.close()
+
+
+def _egresses(context: Context, tasks: Tasks, owner: str) -> Egresses:
+    egresses = Egresses(
+        context.config,
+        EgressRows(context.journal),
+        context.network,
+        context.plan,
+        context.layout.egress,
+        owner,
+        tasks,
+        context.events,
+        EgressMetrics(context.metrics.registry),
+    )
+    context.policies.has_egress = egresses.has
+    egresses.users.append(context.policies.users)
+    return egresses
 
 
 def _audit_log(installation: Installation) -> AuditLog:

@@ -13,6 +13,7 @@ from pathlib import Path
 from templated.drivers.cgroups import CONTROLLERS, offered
 from templated.drivers.configfile import load_template, template_files
 from templated.drivers.host.capabilities import may_raise_priority
+from templated.drivers.host.programs import PACKAGES, find
 from templated.drivers.hypervisor.base import Hypervisor
 from templated.drivers.image.store import ImageStore
 from templated.drivers.network.foreign import blockers
@@ -21,6 +22,7 @@ from templated.errors import HostError, TemplatedError
 from templated.model.config import Config
 from templated.model.network import BridgeNetwork
 from templated.services.daemon import make_hypervisor, uid_range, uids_problem
+from templated.services.egress.egresses import PROGRAMS
 from templated.services.findings import Check, Status
 from templated.services.libvirt_checks import libvirt_checks
 from templated.services.places import Layout
@@ -46,6 +48,7 @@ def run_checks(config: Config) -> list[Check]:
         _hugepages,
         _network,
         _nftables,
+        _egresses,
         _foreign_rules,
         _libvirt,
         _limits,
@@ -259,12 +262,26 @@ def _network(config: Config) -> Iterator[Check]:
 def _nftables(config: Config) -> Iterator[Check]:
     network = config.network
     needed = isinstance(network, BridgeNetwork) and (network.nat or network.antispoof)
-    found = shutil.which("nft", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    found = find("nft")
     if found:
         yield Check("nftables", "PASS", found)
     else:
         detail = "nft is not installed" + ("" if needed else "; nat and antispoof need it")
         yield Check("nftables", "FAIL" if needed else "WARN", detail, "apt install nftables")
+
+
+def _egresses(config: Config) -> Iterator[Check]:
+    """What forwarders of egresses are made of; nobody needs it who has none."""
+    network = config.network
+    if not isinstance(network, BridgeNetwork) or not network.host_address:
+        return
+    lacking = [program for program in PROGRAMS if find(program) is None]
+    if lacking:
+        detail = f"{' and '.join(lacking)} not installed: no egress can be made"
+        packages = " ".join(PACKAGES[program] for program in lacking)
+        yield Check("egresses", "WARN", detail, f"apt install {packages}")
+    else:
+        yield Check("egresses", "PASS", "keepalived and conntrackd are installed")
 
 
 def _foreign_rules(config: Config) -> Iterator[Check]:

@@ -31,6 +31,7 @@ class Layout:
         self.function_logs = self.state / "functions"
         self.incoming = self.code / "incoming"
         self.scaling = self.state / "scaling.learned"
+        self.egress = self.runtime / "egress"
         self.lock = self.state / "lock"
         # What libvirt's QEMU is lent. No template's name begins with a dot.
         self.lent = self.state / "libvirt"
@@ -61,7 +62,14 @@ class Layout:
                 )
 
     def _inner(self) -> tuple[Path, ...]:
-        return self.slots, self.generations, self.sockets, self.code, self.function_logs
+        return (
+            self.slots,
+            self.generations,
+            self.sockets,
+            self.code,
+            self.function_logs,
+            self.egress,
+        )
 
     def vm(self, slot_id: str) -> Places:
         """Where one VM's logs, disk layer 3 and sockets are."""

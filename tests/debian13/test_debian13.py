@@ -20,6 +20,7 @@ _BOUND = 1500.0
 # What depends on QEMU, or on the guest's Python. The demo has made an image.
 _REAL = [
     *("clones.py", "escape.py", "hypervisor.py", "identity_hooks.py", "network.py", "suites.py"),
+    *("egress.py::test_life", "egress.py::test_failover"),
     "daemon.py::test_q35",
     "libvirt.py::test_paths",
     "daemon.py::test_transport_exec",

@@ -40,6 +40,7 @@ RECOVERY = (
     *("journal.open", "journal.active", "journal.generations", "journal.pool_sizes"),
     *(
         "journal.policies",
+        "journal.egresses",
         "journal.clones",
         "agent.connect",
         "qmp.greeting",

@@ -116,9 +116,17 @@ class Daemon:
             deadline = time.monotonic() + 10
             while self.qemus() and time.monotonic() < deadline:
                 time.sleep(0.05)
+            self.end_forwarders()
             self.control_groups().sweep(())
             shutil.rmtree(self.places, ignore_errors=True)
             shutil.rmtree(self.shm, ignore_errors=True)
+
+    def end_forwarders(self) -> None:
+        """End the processes of egresses, which outlive the daemon."""
+        for pid, arguments in processes():
+            if f"forwarder run {self.places}/" in arguments:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def run(
         self, *arguments: str, timeout: float = _BOUND, stdin: bytes = b""

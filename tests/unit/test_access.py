@@ -46,17 +46,19 @@ VIEWER = {
     *("show_template", "list_images", "list_pools", "show_pool", "show_operation"),
     *("operation_events", "list_functions", "show_function", "list_code"),
     *("list_scaling", "show_scaling", "list_policies", "show_policy", "trace_packet"),
+    *("list_egresses", "show_egress"),
 }
 OPERATOR = VIEWER | {
     *("create_clones", "remove_clone", "logs", "set_pool"),
     *("invoke_function", "function_logs", "function_events", "prefetch_code", "verify_code"),
-    "retry_event",
+    *("retry_event", "switch_egress"),
 }
 ADMIN = OPERATOR | {
     *("build_template", "remove_template", "rollback", "audit", "deploy_function"),
     *("remove_function", "publish_function", "set_alias", "remove_alias", "set_concurrency"),
     *("scale_function", "provision_function", "unprovision_function"),
     *("collect_code", "purge_events", "apply_policy", "set_function_network"),
+    *("create_egress", "remove_egress"),
 }
 EXEC = {"exec_in_clone"}
 COPY = {"get_file", "put_file"}

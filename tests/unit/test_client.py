@@ -39,6 +39,7 @@ from templated.model.clone import CloneState, CloneView, StartPath
 from templated.services.daemon import Services
 from tests.unit.cli_daemon import CLONE, ROOT, Daemon, b64, serving
 from tests.unit.fake_daemon import play
+from tests.unit.test_egress import GOOD as EGRESS
 
 # A program that uses a client: the method, its arguments, and how the client is made.
 Ask = Callable[..., Any]
@@ -133,6 +134,7 @@ EXAMPLES: dict[str, Any] = {
     "most": 2,
     "network": {"egress": "nat"},
     "keys": {"egress": "none", "limits": {"packets": 100}},
+    "egress": EGRESS,
 }
 # Parameters of the query that only one of the two functions of a route sends.
 ONE_OF_TWO = {"event", "tail"}

@@ -13,6 +13,7 @@ import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
 from templated.cli.main import root
+from templated.services.reports.egress_metrics import EgressMetrics
 from templated.services.reports.function_metrics import FunctionMetrics
 from templated.services.reports.metrics import Metrics
 from templated.services.reports.scaling_metrics import ScalingMetrics
@@ -40,6 +41,7 @@ def served() -> set[str]:
     FunctionMetrics(metrics.registry)
     ScalingMetrics(metrics.registry)
     PolicyMetrics(metrics.registry)
+    EgressMetrics(metrics.registry)
     names = {"up"}
     for collector in metrics.registry._collector_to_names:
         if isinstance(collector, MetricWrapperBase):

@@ -30,7 +30,7 @@ FAMILIES = {
     ),
     "journal.": (
         "journal/store.py",
-        ["journal/store.py", "journal/functions.py"],
+        ["journal/store.py", "journal/functions.py", "journal/egresses.py"],
         r'self\.(?:_journal\.run|run|_transaction)\(\s*"(\w+)"',
     ),
 }

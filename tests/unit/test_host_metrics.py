@@ -22,6 +22,7 @@ from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.errors import HostError
 from templated.model.api import CloneRequest
 from templated.services.daemon import Services
+from templated.services.reports.egress_metrics import EgressMetrics
 from templated.services.reports.events import EventBus
 from templated.services.reports.function_metrics import FunctionMetrics
 from templated.services.reports.metrics import Metrics
@@ -202,6 +203,8 @@ def test_no_clone_name_in_a_label() -> None:
         "start",
         "layer",
         "what",
+        "egress",
+        "forwarder",
     }
     assert labels == known
 
@@ -213,6 +216,7 @@ def all_metrics() -> Metrics:
     FunctionMetrics(metrics.registry)
     ScalingMetrics(metrics.registry)
     PolicyMetrics(metrics.registry)
+    EgressMetrics(metrics.registry)
     return metrics
 
 
@@ -264,7 +268,8 @@ def test_the_guide_lists_every_event() -> None:
     text = text[text.index("`templated events` prints") : text.index("### All metrics")]
     listed = set(
         re.findall(
-            r"\b(?:clone|template|generation|pool|function|instance|scaling|network)\.[a-z_]+", text
+            r"\b(?:clone|template|generation|pool|function|instance|scaling|network|egress)\.[a-z_]+",
+            text,
         )
     )
     assert emitted == listed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import AsyncIterator
@@ -15,12 +16,15 @@ from templated import failpoints
 from templated.errors import HostError
 
 PACKAGES = {
+    "conntrackd": "conntrackd",
     "dpkg-deb": "dpkg",
     "mkfs.erofs": "erofs-utils",
     "mkfs.ext4": "e2fsprogs",
     "mmdebstrap": "mmdebstrap",
     "newuidmap": "uidmap",
     "nft": "nftables",
+    "ip": "iproute2",
+    "keepalived": "keepalived",
     "mcopy": "mtools",
     "mkfs.vfat": "dosfstools",
     "qemu-img": "qemu-utils",
@@ -104,6 +108,11 @@ def run_here(*arguments: str, stdin: str, timeout: float = _TIMEOUT, hint: str =
     if done.returncode != 0:
         raise _failed(arguments[0], done.returncode, _lines(done.stderr)[:1], hint)
     return done.stdout.decode(errors="replace")
+
+
+def find(program: str) -> str | None:
+    """Where a program is; also beside PATH, where Debian has those of root. None: nowhere."""
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
 def missing(program: str) -> HostError:

@@ -1,0 +1,1 @@
+"""Egresses of the host: forwarders in network namespaces of their own, and the ways to them."""

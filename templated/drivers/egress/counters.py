@@ -1,0 +1,41 @@
+"""What a forwarder has counted: read in its own network namespace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from templated.drivers.egress.rules import TABLE, guard_table
+from templated.drivers.host.programs import run_here
+from templated.model.egress import ForwarderSpec
+
+_COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
+_STAT = Path("/proc/thread-self/net/stat/nf_conntrack")
+
+
+def count() -> tuple[dict[str, tuple[int, int]], int]:
+    """The packets and bytes of each counter, and how many flows are tracked. HostError."""
+    return _counters("ip", TABLE), int(_COUNT.read_text())
+
+
+def guarded(spec: ForwarderSpec) -> dict[str, tuple[int, int]]:
+    """What the host's table of a forwarder dropped; in the host's namespace. HostError."""
+    return {f"drop_{name}": n for name, n in _counters("netdev", guard_table(spec)).items()}
+
+
+def _counters(family: str, table: str) -> dict[str, tuple[int, int]]:
+    text = run_here("nft", "-j", "list", "counters", "table", family, table, stdin="", timeout=10)
+    found = [item["counter"] for item in json.loads(text)["nftables"] if "counter" in item]
+    return {one["name"]: (int(one["packets"]), int(one["bytes"])) for one in found}
+
+
+def flows_without_port() -> int:
+    """Packets that began a flow for which there was no place: neither a port of the fixed address
+    that no flow to the same destination has, nor one in the table (`drop` of the kernel's
+    statistics, nf_conntrack_core.c)."""
+    try:
+        lines = _STAT.read_text().splitlines()
+        column = lines[0].split().index("drop")
+        return sum(int(line.split()[column], 16) for line in lines[1:])
+    except (OSError, ValueError, IndexError):
+        return 0

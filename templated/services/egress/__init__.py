@@ -1,0 +1,1 @@
+"""Egresses: named ways out of the host, and the forwarders that they are made of."""
