@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import tempfile
@@ -183,7 +184,7 @@ def _cut(bench: _Bench, view: EgressView) -> None:
 
 def _kill(bench: _Bench, view: EgressView) -> None:
     assert view.active is not None
-    run("kill", "-9", str(view.forwarders[view.active - 1].pid))
+    os.kill(view.forwarders[view.active - 1].pid, signal.SIGKILL)
 
 
 def _switch(bench: _Bench, view: EgressView) -> None:
@@ -208,7 +209,8 @@ def _mend(bench: _Bench) -> None:
     """A forwarder that was cut off is started again: that gives it new links."""
     for one in bench.view().forwarders:
         if one.role is Role.FAULT and one.pid:
-            run("kill", "-9", str(one.pid), check=False)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one.pid, signal.SIGKILL)
 
 
 def _throughput(bench: _Bench) -> dict[str, Any]:

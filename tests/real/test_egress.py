@@ -92,7 +92,8 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
         yield made
     finally:
         for pid in _processes(made):
-            run("kill", "-9", str(pid), check=False)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         made.close()
 
 
@@ -252,14 +253,15 @@ def _cut(rig: Rig, made: Daemon, number: int) -> None:
 
 def _kill(rig: Rig, made: Daemon, number: int) -> None:
     """Its process, and with it its namespaces."""
-    run("kill", "-9", str(made.egresses.view("acme").forwarders[number - 1].pid))
+    os.kill(made.egresses.view("acme").forwarders[number - 1].pid, signal.SIGKILL)
 
 
 def _kill_program(pid: int, name: str) -> None:
     """A child of a forwarder's process."""
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        if Path(f"/proc/{child}/comm").read_text().strip() == name:
-            os.kill(int(child), signal.SIGKILL)
+        with contextlib.suppress(OSError):  # others come and go
+            if Path(f"/proc/{child}/comm").read_text().strip() == name:
+                os.kill(int(child), signal.SIGKILL)
 
 
 def _kill_keepalived(rig: Rig, made: Daemon, number: int) -> None:
@@ -493,7 +495,7 @@ def test_one_without_a_standby(rig: Rig, tmp_path: Path) -> None:
             pid = (await made.egresses.create(rig.spec(forwarders=1))).forwarders[0].pid
             rig.mark(made.egresses._egresses["acme"].plan.mark)
             rig.watch()
-            run("kill", "-9", str(pid))
+            os.kill(pid, signal.SIGKILL)
             await until(made, lambda view: view.active is None)
             view = await until(made, lambda view: view.active == 1)
             assert view.forwarders[0].pid != pid
