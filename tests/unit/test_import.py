@@ -20,15 +20,12 @@ from templated.model.config import Config
 from templated.services import domain_import
 from templated.services.domain_import import Imported, Order, import_domain
 from tests.unit.libvirt_handle import UUID, Handle, Place
+from tests.unit.qcow2_files import encrypted, qemu_img
 from tests.unit.test_cli import _complete
 from tests.unit.test_domain_xml import xml
 
 Capture = pytest.CaptureFixture[str]
 PATH = "/var/lib/libvirt/images/debian12.qcow2"
-
-
-def qemu_img(*arguments: str) -> None:
-    subprocess.run(["qemu-img", *arguments], check=True, capture_output=True, timeout=60)
 
 
 class Desk:
@@ -198,10 +195,7 @@ def test_a_data_file(desk: Desk, tmp_path: Path) -> None:
 
 
 def test_an_encrypted_disk(desk: Desk) -> None:
-    desk.disk.unlink()
-    secret = ("--object", "secret,id=s,data=secret")
-    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
-    qemu_img("create", "-q", *secret, "-f", "qcow2", "-o", options, str(desk.disk), "1M")
+    encrypted(desk.disk, "1M")
     desk.refused(InvalidRequest, "is encrypted")
     desk.refused(InvalidRequest, "is encrypted", copy=True)
 

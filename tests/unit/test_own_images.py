@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 import struct
@@ -31,14 +30,10 @@ from templated.drivers.image.store import ImageStore, _Record, image_digest, ima
 from templated.errors import BuildError, HostError
 from templated.model.spec import AgentProbe, ImageSpec, SeedSpec, TemplateSpec, stored
 from tests.unit.fake_daemon import SPEC, configured, freeze
+from tests.unit.qcow2_files import encrypted, qemu_img
 from tests.unit.test_guest_parts import STOCK
 
 SIZE = "4M"
-
-
-def qemu_img(*arguments: str | Path) -> None:
-    """Run it on the files of a test."""
-    subprocess.run(["qemu-img", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
 
 
 def qemu_io(path: Path, command: str) -> None:
@@ -145,15 +140,7 @@ def test_a_backing_file(tmp_path: Path) -> None:
 def test_an_encrypted_file(tmp_path: Path) -> None:
     """LUKS, as qemu-img makes it."""
     path = tmp_path / "disk.qcow2"
-    secret = ["--object", "secret,id=s,data=abc", "-o", "encrypt.format=luks,encrypt.key-secret=s"]
-    fast = ["-o", "encrypt.iter-time=10"]
-    for tries in itertools.count(1):
-        try:
-            qemu_img("create", "-q", "-f", "qcow2", *secret, *fast, path, SIZE)
-            break
-        except subprocess.CalledProcessError:  # it times its own work, and cannot on a busy host
-            if tries == 10:
-                raise
+    encrypted(path, SIZE)
     assert "encrypted" in refusal(tmp_path, path).message
 
 
