@@ -14,6 +14,7 @@ import pytest
 
 from tests.real.conftest import prepare
 from tests.real.harness import ROOT, Daemon
+from tests.sample import ALL
 
 pytestmark = [
     pytest.mark.real,
@@ -132,18 +133,18 @@ def check(host: Daemon, clone: dict[str, Any], guest: dict[str, str]) -> None:
 
 
 def test_twenty_clones_share_nothing(host: DebianDaemon) -> None:
-    """All items that a guest can show are distinct, and as the host says."""
-    guests = []
-    for part in range(10):
+    """All items that a guest can show are distinct, and as the host says; six without all tests."""
+    guests, parts = [], 10 if ALL in os.environ else 3
+    for part in range(parts):
         clones = host.json("clone", f"d{part}", "--count", "2", timeout=600)
         for clone in clones:
             assert clone["path"] == "direct"
             guests.append(read(host, clone["name"]))
             check(host, clone, guests[-1])
-        if part < 9:
+        if part < parts - 1:
             host.cli("rm", *(clone["name"] for clone in clones))
     for item in DISTINCT:
-        assert len({guest[item] for guest in guests}) == 20, item
+        assert len({guest[item] for guest in guests}) == len(guests), item
         assert all(guest[item] for guest in guests), item
     name, machine_id = clones[0]["name"], clones[0]["identity"]["machine_id"]
     eventually(host, name, "systemctl is-active systemd-journald", "active")

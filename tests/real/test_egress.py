@@ -378,6 +378,7 @@ def test_policy_of_a_forwarder(rig: Rig, tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.long
 def test_internet(rig: Rig, tmp_path: Path) -> None:
     """Everywhere, but not to where the host's own networks are, or nobody's."""
 
@@ -466,6 +467,7 @@ def test_two_tenants_with_the_same_networks(rig: Rig, tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.long
 def test_programs_that_end(rig: Rig, tmp_path: Path) -> None:
     """They are started again, which is counted, and the active one stays the active one."""
 
