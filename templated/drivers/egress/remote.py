@@ -143,7 +143,8 @@ class Remote:
     async def _start(self) -> None:
         if _managed(self.files):
             unit = UNIT.format(self.files.directory.name)
-            await run("systemctl", "reset-failed", unit, timeout=_END)
+            with contextlib.suppress(HostError):  # it has none of a unit that was never started
+                await run("systemctl", "reset-failed", unit, timeout=_END)
             await run("systemctl", "--no-block", "start", unit, timeout=_END)
             return
         self._reap()
