@@ -85,13 +85,8 @@ def ls(settings: Settings) -> None:
     An instance of a function is one, too, under a name that begins as the function's.
     """
     views = settings.client().json(requests.list_clones())
-    if not settings.table:
-        render.dump(views, settings)
-    elif settings.quiet:
-        _print_names(views)
-    else:
-        headers = ("NAME", "STATE", "PATH", "IP", "TEMPLATE", "PID", "TOTAL", "AGE")
-        render.table(headers, map(_row, views))
+    headers = ("NAME", "STATE", "PATH", "IP", "TEMPLATE", "PID", "TOTAL", "AGE")
+    render.listing(settings, views, headers, _row)
 
 
 SHOW_EXAMPLES = """

@@ -76,14 +76,8 @@ def create(
 def ls(settings: Settings) -> None:
     """List the egresses; ACTIVE is the forwarder that sends."""
     views = settings.client().json(requests.list_egresses())
-    if not settings.table:
-        render.dump(views, settings)
-    elif settings.quiet:
-        for view in views:
-            click.echo(view["name"])
-    else:
-        headers = ("NAME", "INTERFACE", "ADDRESS", "TO", "ACTIVE", "FLOWS", "FAILOVERS", "PROBLEM")
-        render.table(headers, map(_row, views))
+    headers = ("NAME", "INTERFACE", "ADDRESS", "TO", "ACTIVE", "FLOWS", "FAILOVERS", "PROBLEM")
+    render.listing(settings, views, headers, _row)
 
 
 def _row(view: dict[str, Any]) -> tuple[object, ...]:

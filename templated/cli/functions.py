@@ -156,14 +156,8 @@ def _duration(text: str | None) -> str | None:
 def ls(settings: Settings) -> None:
     """List the functions."""
     views = settings.client().json(requests.list_functions())
-    if not settings.table:
-        render.dump(views, settings)
-    elif settings.quiet:
-        for view in views:
-            click.echo(view["name"])
-    else:
-        headers = ("NAME", "TEMPLATE", "HANDLER", "VERSION", "ALIASES", "CODE", "INSTANCES", "AGE")
-        render.table(headers, map(_row, views))
+    headers = ("NAME", "TEMPLATE", "HANDLER", "VERSION", "ALIASES", "CODE", "INSTANCES", "AGE")
+    render.listing(settings, views, headers, _row)
 
 
 def _row(view: dict[str, Any]) -> tuple[object, ...]:
@@ -501,14 +495,8 @@ def events(settings: Settings, name: str, retry: str | None, purge: bool) -> Non
         settings.note(f"forgot the events of {name} that failed")
         return
     views = settings.client().json(requests.function_events(check_function_name(name)))
-    if not settings.table:
-        render.dump(views, settings)
-    elif settings.quiet:
-        for view in views:
-            click.echo(view["id"])
-    else:
-        headers = ("ID", "STATE", "QUALIFIER", "TRIES", "AGE", "DUE", "REASON")
-        render.table(headers, map(_event, views))
+    headers = ("ID", "STATE", "QUALIFIER", "TRIES", "AGE", "DUE", "REASON")
+    render.listing(settings, views, headers, _event, name="id")
 
 
 def _event_id(text: str) -> str:

@@ -35,14 +35,8 @@ def net() -> None:
 def ls(settings: Settings) -> None:
     """List the policies, with what they let pass and dropped since the daemon began."""
     views = settings.client().json(requests.list_policies())
-    if not settings.table:
-        render.dump(views, settings)
-    elif settings.quiet:
-        for view in views:
-            click.echo(view["name"])
-    else:
-        headers = ("POLICY", "EGRESS", "ALLOW", "PEERS", "SENT", "RECEIVED", "DROPPED", "PROBLEM")
-        render.table(headers, map(_row, views))
+    headers = ("POLICY", "EGRESS", "ALLOW", "PEERS", "SENT", "RECEIVED", "DROPPED", "PROBLEM")
+    render.listing(settings, views, headers, _row)
 
 
 def _row(view: dict[str, Any]) -> tuple[object, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import IO, Any
 
 import click
@@ -77,6 +77,25 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     for row in (headers, *cells):
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         click.echo(line.rstrip())
+
+
+def listing(
+    settings: Settings,
+    items: list[dict[str, Any]],
+    headers: Sequence[str],
+    row: Callable[[dict[str, Any]], Sequence[object]],
+    *,
+    name: str = "name",
+) -> None:
+    """Print what `ls` has found as `-o` says: a table with a `row` of each, only the names with
+    -q, or all of it for programs."""
+    if not settings.table:
+        dump(items, settings)
+    elif settings.quiet:
+        for item in items:
+            click.echo(item[name])
+    else:
+        table(headers, map(row, items))
 
 
 def _rich_table(headers: Sequence[str], cells: list[list[str]]) -> None:

@@ -93,14 +93,8 @@ templated template ls -o json | jq -r '.[] | select(.active) | .name'
 def ls(settings: Settings) -> None:
     """List the templates."""
     views = settings.client().json(requests.list_templates())
-    if not settings.table:
-        render.dump(views, settings)
-    elif settings.quiet:
-        for view in views:
-            click.echo(view["name"])
-    else:
-        headers = ("NAME", "ACTIVE", "GENERATIONS", "CLONES", "NOTE")
-        render.table(headers, map(_row, views))
+    headers = ("NAME", "ACTIVE", "GENERATIONS", "CLONES", "NOTE")
+    render.listing(settings, views, headers, _row)
 
 
 SHOW_EXAMPLES = """

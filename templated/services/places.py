@@ -11,7 +11,8 @@ from templated.errors import ConfigError, HostError
 from templated.model.config import Config
 
 # sockaddr_un(7): sun_path holds 108 bytes with the final NUL.
-_SUN_PATH = 107
+SUN_PATH = 107
+"""Bytes that the path of a socket may have."""
 _SLOT_SOCKET = len("/vm/0123456789/agent")
 
 
@@ -40,10 +41,10 @@ class Layout:
 
     def create(self) -> None:
         """Make the directories, for their owner only; ConfigError or HostError in one line."""
-        if len(str(self.runtime)) + _SLOT_SOCKET > _SUN_PATH:
+        if len(str(self.runtime)) + _SLOT_SOCKET > SUN_PATH:
             raise ConfigError(
                 f"runtime_dir is too long for the sockets in it: {self.runtime}",
-                hint=f"take a path of at most {_SUN_PATH - _SLOT_SOCKET} characters",
+                hint=f"take a path of at most {SUN_PATH - _SLOT_SOCKET} characters",
             )
         for directory in (self.state, self.runtime, self.shm, *self._inner()):
             try:

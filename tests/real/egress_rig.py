@@ -12,7 +12,7 @@ from templated.bench.netrig import Flows as Flows
 from templated.bench.netrig import Sink as Sink
 from templated.bench.netrig import run as run
 from templated.drivers.egress.host import Ways
-from templated.model.egress import EgressSpec
+from templated.model.egress import EgressSpec, LinkPlan
 
 CLONES = IPv4Network("10.78.0.0/16")
 LINKS = IPv4Network("100.127.0.0/16")
@@ -36,9 +36,12 @@ class Rig(netrig.Rig):
             owner=f"templated:{self.tag}", clones=CLONES, links=LINKS, netns=self.host.name
         )
 
-    def port(self, name: str, *change: str) -> None:
-        """Change a port of a bridge of the host."""
-        self.host.run("bridge", "link", "set", "dev", name, *change)
+    def ports(self, plan: LinkPlan, numbers: tuple[int, ...], key: str, value: str) -> None:
+        """Change the ports of these forwarders, on both bridges of an egress."""
+        for sync in (False, True):
+            for number in numbers:
+                name = plan.port(number, sync=sync)
+                self.host.run("bridge", "link", "set", "dev", name, key, value)
 
     def spec(self, **fields: Any) -> EgressSpec:
         given = {

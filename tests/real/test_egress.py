@@ -306,9 +306,7 @@ def test_split_brain(rig: Rig, tmp_path: Path) -> None:
             plan = made.egresses._egresses["acme"].plan
             rig.mark(plan.mark)
             # As between two hosts: each reaches its own, and neither hears the other.
-            for sync in (False, True):
-                for number in (1, 2):
-                    rig.port(plan.port(number, sync=sync), "isolated", "on")
+            rig.ports(plan, (1, 2), "isolated", "on")
             await until(made, lambda view: any(one.contested for one in view.forwarders))
             assert made.seen("egress.contested")
             await asyncio.sleep(2.5)
@@ -317,9 +315,7 @@ def test_split_brain(rig: Rig, tmp_path: Path) -> None:
             assert "sends under" in view.problem and view.active
             with server(rig):
                 assert await in_thread(answer, rig) == FIXED
-            for sync in (False, True):
-                for number in (1, 2):
-                    rig.port(plan.port(number, sync=sync), "isolated", "off")
+            rig.ports(plan, (1, 2), "isolated", "off")
             await until(made, both)
             await made.egresses.remove("acme")
 
@@ -334,14 +330,12 @@ def test_cut_off_from_the_host(rig: Rig, tmp_path: Path) -> None:
             await made.egresses.create(rig.spec())
             plan = made.egresses._egresses["acme"].plan
             rig.mark(plan.mark)
-            for sync in (False, True):
-                rig.port(plan.port(1, sync=sync), "state", "disabled")
+            rig.ports(plan, (1,), "state", "disabled")
             view = await until(made, lambda v: roles(v) == [Role.FAULT, Role.ACTIVE])
             assert "does not answer" in view.forwarders[0].error
             with server(rig):
                 assert await in_thread(answer, rig) == FIXED
-            for sync in (False, True):
-                rig.port(plan.port(1, sync=sync), "state", "forwarding")
+            rig.ports(plan, (1,), "state", "forwarding")
             await until(made, both)
             await made.egresses.remove("acme")
 

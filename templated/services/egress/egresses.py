@@ -33,12 +33,12 @@ from templated.model.egress import (
 )
 from templated.model.network import AddressPlan, BridgeNetwork, Exit
 from templated.services.egress.egress import BEGIN, SETTLE, Egress
+from templated.services.places import SUN_PATH
 from templated.services.reports.egress_metrics import EgressMetrics
 from templated.services.reports.events import EventBus
 from templated.services.tasks import Tasks
 
 log = logging.getLogger(__name__)
-_SOCKET_PATH = 107
 PROGRAMS = ("ip", "nft", "keepalived", "conntrackd")
 
 
@@ -256,9 +256,9 @@ class Egresses:
                 hint="network: {mode: bridge, host_address: true}",
             )
         longest = self._directory / f"{spec.name}-1" / "conntrackd"
-        if len(bytes(longest)) > _SOCKET_PATH:
+        if len(bytes(longest)) > SUN_PATH:
             raise InvalidRequest(
-                f"{longest} would be longer than {_SOCKET_PATH} bytes, which a socket may have",
+                f"{longest} would be longer than {SUN_PATH} bytes, which a socket may have",
                 hint="choose a shorter name, or a shorter runtime_dir",
             )
         if spec.name in self._egresses:

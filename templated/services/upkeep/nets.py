@@ -125,24 +125,26 @@ class Nets:
 
     async def views(self) -> list[PolicyView]:
         """The policies in force: those of templates, then those of functions. Raises HostError."""
-        counters = await self._context.network.counters()
-        found = self._context.policies.all().items()
-        ordered = sorted(found, key=lambda item: (item[1].function, item[1].template))
-        return [self._view(ruled, counters.get(group, {})) for group, ruled in ordered]
+        return [self._view(*one) for one in await self._counted()]
 
     async def view(self, name: str) -> PolicyView:
         """The policy of a template, a function, or a clone. Raises NotFound, HostError."""
-        for view in await self.views():
-            if view.name == name:
-                return view
-        ruled = self._of_clone(name)
-        if ruled is None:
-            raise NotFound(
-                f"{name[:80]!r} has no network policy",
-                hint="see: templated net ls; a template's is in its file, under network",
-            )
-        group = next(g for g, one in self._context.policies.all().items() if one is ruled)
-        return self._view(ruled, (await self._context.network.counters()).get(group, {}))
+        counted = await self._counted()
+        of_clone = self._of_clone(name)
+        named = [one for one in counted if (one[0].function or one[0].template) == name]
+        for ruled, counts in named or [one for one in counted if one[0] is of_clone]:
+            return self._view(ruled, counts)
+        raise NotFound(
+            f"{name[:80]!r} has no network policy",
+            hint="see: templated net ls; a template's is in its file, under network",
+        )
+
+    async def _counted(self) -> list[tuple[Ruled, Counts]]:
+        """What is in force, ordered, and what it has counted."""
+        counters = await self._context.network.counters()
+        found = self._context.policies.all().items()
+        ordered = sorted(found, key=lambda item: (item[1].function, item[1].template))
+        return [(ruled, counters.get(group, {})) for group, ruled in ordered]
 
     def _of_clone(self, name: str) -> Ruled | None:
         clone = next((clone for clone in self._clones.views() if clone.name == name), None)
