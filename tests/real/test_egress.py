@@ -211,7 +211,7 @@ def test_refusals(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             await refused(InvalidRequest, "the forwarders' links", to=("100.64.0.0/10",))
             await refused(Conflict, "of its own kind", name="nat")
             with monkeypatch.context() as short:
-                short.setattr(egresses, "_SOCKET_PATH", 20)
+                short.setattr(egresses, "SUN_PATH", 20)
                 await refused(InvalidRequest, "longer than 20 bytes")
             with monkeypatch.context() as lacking:
                 lacking.setattr(egresses, "find", lambda name: None)
