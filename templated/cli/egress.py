@@ -47,6 +47,29 @@ def egress() -> None:
     metavar="N",
     help="1: without a standby.",
 )
+@click.option(
+    "--min",
+    "least",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Active forwarders at least, each with a standby.",
+)
+@click.option(
+    "--max",
+    "most",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Active forwarders under load, 8 at most.  [default: as --min]",
+)
+@click.option(
+    "--bandwidth",
+    default="256MiB",
+    show_default=True,
+    metavar="SIZE",
+    help="What one of them is to carry a second; above 0.8 of it there is one more.",
+)
 @click.pass_obj
 def create(
     settings: Settings,
@@ -57,8 +80,15 @@ def create(
     to: str,
     internet: bool,
     forwarders: int,
+    least: int,
+    most: int | None,
+    bandwidth: str,
 ) -> None:
-    """Make an egress; it can be used when this ends. A failure leaves nothing of it."""
+    """Make an egress; it can be used when this ends. A failure leaves nothing of it.
+
+    With --max, further forwarders come and go with the load: each has a slice of the fixed
+    address's ports, new TCP flows go to them in turn, and one that leaves keeps those it has.
+    """
     wanted = {
         "name": name,
         "interface": interface,
@@ -67,6 +97,9 @@ def create(
         "to": [cidr.strip() for cidr in to.split(",") if cidr.strip()],
         "internet": internet,
         "forwarders": forwarders,
+        "min": least,
+        "max": least if most is None else most,
+        "bandwidth": bandwidth,
     }
     _show(settings, settings.client().json(requests.create_egress(wanted)))
 
@@ -74,15 +107,15 @@ def create(
 @egress.command("ls", examples="templated egress ls\ntemplated egress ls -o json")
 @click.pass_obj
 def ls(settings: Settings) -> None:
-    """List the egresses; ACTIVE is the forwarder that sends."""
+    """List the egresses; ACTIVE are the forwarders that send."""
     views = settings.client().json(requests.list_egresses())
     headers = ("NAME", "INTERFACE", "ADDRESS", "TO", "ACTIVE", "FLOWS", "FAILOVERS", "PROBLEM")
     render.listing(settings, views, headers, _row)
 
 
 def _row(view: dict[str, Any]) -> tuple[object, ...]:
-    flows = next((f["flows"] for f in view["forwarders"] if f["number"] == view["active"]), 0)
-    active = view["active"] or "-"
+    flows = sum(lane["flows"] for lane in view["lanes"])
+    active = ",".join(str(lane["active"]) for lane in view["lanes"] if lane["active"]) or "-"
     return (
         *(view["name"], view["interface"], view["address"], _to(view), active, flows),
         *(view["failovers"], view["problem"]),
@@ -125,11 +158,16 @@ def _show(settings: Settings, view: dict[str, Any]) -> None:
             ("gateway", view["gateway"]),
             ("to", _to(view)),
             ("state", view["state"]),
+            ("lanes", f"{len(view['lanes'])}, {view['min']} to {view['max']}"),
             ("failovers", view["failovers"]),
             ("problem", view["problem"] or "-"),
         ]
     )
     click.echo()
+    if view["max"] > 1:
+        headers = ("LANE", "STATE", "PORTS", "ACTIVE", "FLOWS", "PER SECOND")
+        render.table(headers, map(_lane, view["lanes"]))
+        click.echo()
     rows = [
         (f["number"], f["role"], f["since"], f["pid"] or "-", f["flows"], _dropped(f), f["error"])
         for f in view["forwarders"]
@@ -139,6 +177,12 @@ def _show(settings: Settings, view: dict[str, Any]) -> None:
 
 def _to(view: dict[str, Any]) -> str:
     return ",".join(["internet"] * view["internet"] + list(view["to"]))
+
+
+def _lane(lane: dict[str, Any]) -> tuple[object, ...]:
+    ports, active = "{}-{}".format(*lane["ports"]), lane["active"] or "-"
+    rate = render.size(lane["rate"])
+    return lane["number"], lane["state"], ports, active, lane["flows"], rate
 
 
 def _dropped(forwarder: dict[str, Any]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterable
 from typing import Annotated
 
 import msgspec
@@ -11,7 +12,13 @@ from msgspec import Meta, Struct
 from templated.errors import Conflict
 from templated.journal.rows import check_move, now, parsed, read
 from templated.journal.store import Journal
-from templated.model.egress import EGRESS_TRANSITIONS, MAX_EGRESSES, EgressSpec, EgressState
+from templated.model.egress import (
+    EGRESS_TRANSITIONS,
+    MAX_EGRESSES,
+    EgressSpec,
+    EgressState,
+    LaneState,
+)
 
 
 class EgressRow(Struct, frozen=True, kw_only=True):
@@ -22,6 +29,8 @@ class EgressRow(Struct, frozen=True, kw_only=True):
     """Of its link; no other egress of this daemon has it."""
     state: EgressState
     created: str
+    lanes: tuple[tuple[int, LaneState], ...] = ()
+    """Those that there are beside the first one, which is always there and serves."""
 
 
 class EgressRows:
@@ -43,7 +52,7 @@ class EgressRows:
         def work(db: sqlite3.Connection) -> None:
             values = (spec.name, index, text, row.state.value, row.created)
             try:
-                db.execute("INSERT INTO egresses VALUES (?, ?, ?, ?, ?)", values)
+                db.execute("INSERT INTO egresses VALUES (?, ?, ?, ?, ?, '[]')", values)
             except sqlite3.IntegrityError:
                 raise Conflict(f"there is an egress {spec.name} already") from None
 
@@ -63,6 +72,15 @@ class EgressRows:
 
         await self._journal.run("egress_state", work)
 
+    async def lanes(self, name: str, lanes: Iterable[tuple[int, LaneState]]) -> None:
+        """Write which lanes there are; does nothing when the egress has gone."""
+        text = msgspec.json.encode(tuple(lanes)).decode()
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("UPDATE egresses SET lanes = ? WHERE name = ?", (text, name))
+
+        await self._journal.run("egress_lanes", work)
+
     async def drop(self, name: str) -> None:
         """Forget an egress of which nothing is left."""
 
@@ -78,5 +96,6 @@ def _row(row: sqlite3.Row) -> EgressRow:
         "index": row["idx"],
         "state": row["state"],
         "created": row["created"],
+        "lanes": parsed(row["lanes"]),
     }
     return read(fields, EgressRow, row["name"])

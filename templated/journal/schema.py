@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-VERSION = 7
+VERSION = 8
 
 _PROVISIONED = """
 CREATE TABLE provisioned (
@@ -74,7 +74,8 @@ CREATE TABLE egresses (
     idx INTEGER NOT NULL UNIQUE,
     spec TEXT NOT NULL,
     state TEXT NOT NULL,
-    created TEXT NOT NULL
+    created TEXT NOT NULL,
+    lanes TEXT NOT NULL DEFAULT '[]'
 ) STRICT;
 """
 
@@ -136,5 +137,6 @@ ALTER TABLE functions ADD COLUMN most INTEGER;
 {_PROVISIONED}{_POLICIES}{_EGRESSES}""",
     5: _POLICIES + _EGRESSES,
     6: _EGRESSES,
+    7: "ALTER TABLE egresses ADD COLUMN lanes TEXT NOT NULL DEFAULT '[]';",
 }
 """From each version that can be brought to this one; 1 and 2 were never released."""

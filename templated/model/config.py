@@ -235,6 +235,11 @@ class EgressConfig(_Section, frozen=True, kw_only=True):
     links: Subnet = "100.127.0.0/16"
     """Addresses between this host and forwarders, which nobody else sees: a /28 for each egress."""
 
+    quiet: Duration = "60s"
+    """For so long fewer lanes must have been enough before one takes no new flows any more."""
+    drain: Duration = "60m"
+    """For so long a lane that takes no new flows waits for the end of those that it has."""
+
     def __post_init__(self) -> None:
         if parse_subnet(self.links).prefixlen > 26:
             raise ValueError("links must have room for a few /28: at most /26")

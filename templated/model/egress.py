@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 from templated.errors import InvalidRequest
 from templated.model.lifecycle import Table
 from templated.model.network import InterfaceName
+from templated.model.units import Size
 
 EgressName = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$(?!\n)")]
 Cidr = Annotated[str, Meta(pattern=r"^[0-9.]{7,15}/[0-9]{1,2}$(?!\n)", examples=["172.20.0.0/16"])]
@@ -23,6 +24,8 @@ MAX_EGRESSES = 255
 """Each has a virtual router's number (RFC 5798) of its own, and a /28 of the range of links."""
 PORTS = (1024, 65535)
 """The ports of the fixed address that flows are given, per protocol and destination."""
+MAX_LANES = 8
+"""Active forwarders of one egress."""
 NEVER = tuple(
     IPv4Network(text)
     for text in ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4")
@@ -43,7 +46,12 @@ class EgressSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     internet: bool = False
     """It leads everywhere, but for `NEVER` and the networks of this host's clones and links."""
     forwarders: Annotated[int, Meta(ge=1, le=2)] = 2
-    """1: no standby."""
+    """Of each lane. 1: no standby."""
+    min: Annotated[int, Meta(ge=1, le=MAX_LANES)] = 1
+    max: Annotated[int, Meta(ge=1, le=MAX_LANES)] = 1
+    """How many lanes there are: active forwarders, each with a slice of the ports."""
+    bandwidth: Size = "256MiB"
+    """What one active forwarder is meant to carry a second, both ways together."""
 
     def __post_init__(self) -> None:
         fixed = ipaddress.IPv4Interface(self.address)
@@ -56,6 +64,8 @@ class EgressSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"gateway: {gateway} is not another address of {fixed.network}")
         if not self.to and not self.internet:
             raise ValueError("an egress leads somewhere: give `to`, or `internet`")
+        if self.min > self.max:
+            raise ValueError(f"min: {self.min} is more than max, {self.max}")
         for network in self.networks:
             if bad := next((never for never in NEVER if network.overlaps(never)), None):
                 raise ValueError(f"to: {network} overlaps {bad}, where no egress leads")
@@ -69,6 +79,11 @@ class EgressSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def outside(self) -> IPv4Network:
         """The network of the fixed address."""
         return ipaddress.IPv4Interface(self.address).network
+
+    def ports(self, lane: int) -> tuple[int, int]:
+        """The first and last port of the fixed address that TCP flows of this lane are given."""
+        size = (PORTS[1] - PORTS[0] + 1) // self.max
+        return PORTS[0] + lane * size, PORTS[0] + (lane + 1) * size - 1
 
     @property
     def networks(self) -> list[IPv4Network]:
@@ -93,6 +108,20 @@ EGRESS_TRANSITIONS: Table[EgressState] = {
 }
 
 
+class LaneState(enum.StrEnum):
+    """Where a lane is; written before it is acted upon."""
+
+    SERVING = "serving"
+    DRAINING = "draining"
+    """It takes no new flows, and ends with its last one."""
+
+
+LANE_TRANSITIONS: Table[LaneState] = {
+    LaneState.SERVING: frozenset({LaneState.DRAINING}),
+    LaneState.DRAINING: frozenset({LaneState.SERVING}),
+}
+
+
 class Role(enum.StrEnum):
     """What a forwarder is to its egress, as it says itself."""
 
@@ -109,12 +138,13 @@ class Role(enum.StrEnum):
 
 @dataclass(frozen=True)
 class LinkPlan:
-    """Where the forwarders of one egress are reached, and how its packets are told from others.
+    """Where the forwarders of one lane are reached, and how its packets are told from others.
 
-    A /28: .1 is the host, .2 the address that the active forwarder has, .3 and up each one's own.
+    A /28: .1 is the host, .2 the address that the active forwarder has, .3 and .4 each one's own.
     """
 
     index: int
+    lane: int
     network: IPv4Network
     mark: int
     """Of its clones' packets; also the number of its table of routes."""
@@ -133,24 +163,33 @@ class LinkPlan:
         """The address that packets are sent to."""
         return str(self.network[2])
 
-    def own(self, number: int) -> str:
-        """The inside address of forwarder `number`, from 1."""
-        return str(self.network[2 + number])
+    def own(self, seat: int) -> str:
+        """The inside address of the forwarder of this seat, from 1."""
+        return str(self.network[2 + seat])
 
-    def port(self, number: int, *, sync: bool = False) -> str:
-        """The host's end of a leg of forwarder `number`."""
-        return f"{self.sync if sync else self.inside}.{number}"
+    def port(self, seat: int, *, sync: bool = False) -> str:
+        """The host's end of a leg of the forwarder of this seat."""
+        return f"{self.sync if sync else self.inside}.{seat}"
 
 
-def link_plan(links: IPv4Network, index: int, owner: str) -> LinkPlan:
-    """The plan of the egress with this index, 1 to MAX_EGRESSES. ValueError beyond `links`."""
-    if not 1 <= index <= MAX_EGRESSES or (index + 1) * 16 > links.num_addresses:
-        raise ValueError(f"there is no link {index} in {links}")
+def link_plan(links: IPv4Network, index: int, owner: str, lane: int = 0) -> LinkPlan:
+    """The plan of a lane of the egress with this index, 1 to MAX_EGRESSES.
+
+    Its names begin as those of lane 0, and its mark is the same but for the bits that EXIT_MASK
+    leaves out. Raises ValueError beyond `links`.
+    """
+    place = index + (MAX_EGRESSES + 1) * lane
+    if not 1 <= index <= MAX_EGRESSES or (place + 1) * 16 > links.num_addresses:
+        raise ValueError(f"there is no link {place} in {links}")
     digest = hashlib.sha256(owner.encode()).digest()
-    network = IPv4Network((int(links.network_address) + 16 * index, 28))
-    mark = 1 << 30 | int.from_bytes(digest[:2], "big") << 8 | index
-    tag = digest.hex()[:5]
-    return LinkPlan(index, network, mark, f"tl{tag}{index:02x}", f"ts{tag}{index:02x}")
+    network = IPv4Network((int(links.network_address) + 16 * place, 28))
+    mark = 1 << 30 | lane << 24 | int.from_bytes(digest[:2], "big") << 8 | index
+    tag = f"{digest.hex()[:5]}{index:02x}" + (f"{lane:x}" if lane else "")
+    return LinkPlan(index, lane, network, mark, f"tl{tag}", f"ts{tag}")
+
+
+SEATS = 2
+"""Forwarders of a lane, at most."""
 
 
 class ForwarderSpec(Struct, frozen=True, kw_only=True):
@@ -158,6 +197,7 @@ class ForwarderSpec(Struct, frozen=True, kw_only=True):
 
     egress: EgressSpec
     number: int
+    """Of the egress's forwarders, from 1: two numbers for each lane, also where one is not used."""
     owner: str
     """The alias of what it makes on the host, the tag of the daemon's installation."""
     index: int
@@ -177,7 +217,17 @@ class ForwarderSpec(Struct, frozen=True, kw_only=True):
     @property
     def plan(self) -> LinkPlan:
         """Its link."""
-        return LinkPlan(self.index, IPv4Network(self.link), 0, self.inside, self.sync)
+        return LinkPlan(self.index, self.lane, IPv4Network(self.link), 0, self.inside, self.sync)
+
+    @property
+    def lane(self) -> int:
+        """Which lane it is of, from 0. The first one's forwarders alone answer for the address."""
+        return (self.number - 1) // SEATS
+
+    @property
+    def seat(self) -> int:
+        """Its number in its lane, from 1."""
+        return (self.number - 1) % SEATS + 1
 
     @property
     def label(self) -> str:
@@ -189,6 +239,7 @@ class ForwarderView(Struct, frozen=True, kw_only=True):
     """One forwarder, as it last said."""
 
     number: int
+    lane: int = 1
     role: Role
     since: str = ""
     """When it took this role: RFC 3339, UTC."""
@@ -198,6 +249,8 @@ class ForwarderView(Struct, frozen=True, kw_only=True):
     """How often it became the active one, since it runs."""
     flows: int = 0
     """What it tracks, its own flows or copies of the active one's."""
+    rate: int = 0
+    """Bytes a second that it forwarded of late, both ways together."""
     exhausted: int = 0
     """Flows that got no port of the fixed address, or none in time."""
     counters: dict[str, tuple[int, int]] = {}
@@ -208,6 +261,20 @@ class ForwarderView(Struct, frozen=True, kw_only=True):
     """How often keepalived or conntrackd had to be started again."""
     error: str = ""
     """What went wrong last, and still does."""
+
+
+class LaneView(Struct, frozen=True, kw_only=True):
+    """One lane: an active forwarder with its standby, and what they have of the fixed address."""
+
+    number: int
+    """From 1."""
+    state: LaneState
+    active: int | None
+    """The forwarder that sends."""
+    ports: tuple[int, int]
+    """The first and last port that its TCP flows are given."""
+    flows: int
+    rate: int
 
 
 class EgressView(Struct, frozen=True, kw_only=True):
@@ -221,8 +288,11 @@ class EgressView(Struct, frozen=True, kw_only=True):
     internet: bool
     state: EgressState
     active: int | None
-    """The forwarder that sends; None: packets are dropped."""
+    """The forwarder of the first lane that sends; None: packets are dropped."""
     forwarders: tuple[ForwarderView, ...]
+    lanes: tuple[LaneView, ...]
+    min: int
+    max: int
     failovers: int
     """How often another forwarder became the active one, since the daemon runs."""
     mark: int

@@ -73,16 +73,30 @@ class BridgeNetwork(_Section, frozen=True, tag="bridge"):
 NetworkConfig: TypeAlias = UserNetwork | BridgeNetwork
 
 
+EXIT_MASK = 0xF0FFFFFF
+"""The bits of a mark that tell the exit; the others tell which of its ways a flow takes."""
+
+
 class Exit(NamedTuple):
     """A named way out of the host, by forwarders: what policies call an egress.
 
     Packets of clones that have it get the firewall mark `mark`, and may leave by the interface
-    `ifname` of the host alone. Rules and routes for the mark are the business of who made it.
+    `ifname` of the host alone, or another one whose name begins so. Rules and routes for the mark
+    are the business of who made it.
     """
 
     name: str
     mark: int
     ifname: str
+
+    @property
+    def ifnames(self) -> str:
+        """Its interfaces, as nft(8) matches them."""
+        return f"{self.ifname}*"
+
+    def has(self, ifname: str) -> bool:
+        """Whether this interface is one of its own."""
+        return ifname.startswith(self.ifname)
 
 
 class Forward(NamedTuple):

@@ -80,7 +80,7 @@ def leaving(policy: Policy, exits: Sequence[Exit], bridge: str, peers: str) -> l
         says = f"egress {policy.egress} has no forwarders here"
         return [*rules, _rule("", lambda f: True, "egress", says)]
     says = f"egress {own.name} leads by {own.ifname}, and this is routed elsewhere"
-    away = _rule(f'oifname != "{own.ifname}"', lambda f: f.leaves != own.ifname, "egress", says)
+    away = _rule(f'oifname != "{own.ifnames}"', lambda f: not own.has(f.leaves), "egress", says)
     return [*rules, away]
 
 
@@ -90,7 +90,7 @@ def _peer(bridge: str) -> Callable[[Flow], bool]:
 
 def _closed(one: Exit) -> Rule:
     says = f"to the forwarders of egress {one.name}, and egress is nat"
-    return _rule(f'oifname "{one.ifname}"', lambda f: f.leaves == one.ifname, "egress", says)
+    return _rule(f'oifname "{one.ifnames}"', lambda f: one.has(f.leaves), "egress", says)
 
 
 def reaching(policy: Policy) -> list[Rule]:

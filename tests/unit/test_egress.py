@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -16,21 +17,26 @@ from templated.bench.netrig import FIXED
 from templated.bench.report import show
 from templated.drivers.egress import counters
 from templated.drivers.egress.programs import Files, conntrackd_config, keepalived_config
-from templated.drivers.egress.rules import DROPS, counter_names, guard, ruleset
+from templated.drivers.egress.rules import DROPS, counter_names, guard, ruleset, steering
 from templated.errors import InvalidRequest
 from templated.model.egress import (
     MAX_EGRESSES,
+    MAX_LANES,
+    PORTS,
     EgressSpec,
     EgressState,
     EgressView,
     ForwarderSpec,
     ForwarderView,
+    LaneState,
+    LaneView,
     Role,
     check_overlap,
     link_plan,
 )
-from templated.model.network import BridgeNetwork
+from templated.model.network import EXIT_MASK, BridgeNetwork
 from templated.services import doctor
+from templated.services.egress.load import Pace, needed
 from templated.services.reports.egress_metrics import EgressMetrics
 from tests.unit.fake_daemon import configured
 
@@ -90,6 +96,9 @@ def test_networks_within_others_are_left_out() -> None:
         ({"to": ["169.254.0.0/16"]}, "169.254.0.0/16"),
         ({"to": ["0.0.0.0/0"]}, "no egress leads"),
         ({"forwarders": 3}, "forwarders"),
+        ({"min": 3, "max": 2}, "min: 3 is more than max, 2"),
+        ({"max": MAX_LANES + 1}, "max"),
+        ({"bandwidth": "fast"}, "bandwidth"),
         ({"mark": 7}, "mark"),
     ],
 )
@@ -117,8 +126,45 @@ def test_plans_have_nothing_in_common() -> None:
         assert len(plan.port(2, sync=True)) <= 15 and 0 < plan.mark < 1 << 31
     with pytest.raises(ValueError, match="no link"):
         link_plan(LINKS, MAX_EGRESSES + 1, "a")
+    lanes = [link_plan(LINKS, 255, "a", lane) for lane in range(MAX_LANES)]
+    assert len({one.network for one in (*plans[:MAX_EGRESSES], *lanes[1:])}) == 262
+    assert len({lane.mark for lane in lanes}) == len({lane.inside for lane in lanes}) == MAX_LANES
+    for lane in lanes:
+        assert lane.mark & EXIT_MASK == lanes[0].mark and lane.mark < 1 << 31
+        assert lane.inside.startswith(lanes[0].inside) and len(lane.port(2, sync=True)) <= 15
     with pytest.raises(ValueError, match="no link 4"):
         link_plan(IPv4Network("100.127.0.0/26"), 4, "a")
+
+
+@pytest.mark.parametrize("most", range(1, MAX_LANES + 1))
+def test_slices_of_ports(most: int) -> None:
+    """They have nothing in common, and one alone has all."""
+    slices = [spec(max=most).ports(lane) for lane in range(most)]
+    assert slices[0][0] == PORTS[0] and PORTS[1] - most < slices[-1][1] <= PORTS[1]
+    for (_, last), (first, _) in itertools.pairwise(slices):
+        assert first == last + 1
+
+
+def test_rules_of_other_lanes() -> None:
+    """Each has its slice, is led its replies, and says nothing of the address outside."""
+    one, three = (forwarder(number, max=2) for number in (1, 3))
+    assert (one.lane, one.seat, three.lane, three.seat) == (0, 1, 1, 1)
+    assert "snat to 172.20.0.100:1024-33279" in ruleset(one)
+    assert "snat to 172.20.0.100:33280-65535" in ruleset(three)
+    assert "arp saddr ip { 0.0.0.0 } accept" in guard(three, "0e:00:00:00:00:01")
+    text = steering(three, "0e:00:00:00:00:01")
+    assert "tcp dport 33280-65535 ether daddr set 0e:00:00:00:00:01" in text
+
+
+def test_lanes_by_load() -> None:
+    """By bytes and by ports; at once when there is more, and late when there is less."""
+    four = spec(max=4, bandwidth="10MiB")
+    assert [needed(four, rate << 20, 0) for rate in (0, 8, 9, 17, 1000)] == [1, 1, 2, 3, 4]
+    assert [needed(four, 0, flows) for flows in (8064, 8065, 64512)] == [1, 2, 4]
+    assert needed(spec(min=2, max=4), 0, 0) == 2
+    pace = Pace(10)
+    needs = {0: 1, 2: 3, 4: 2, 6: 1, 11: 1, 12: 1, 14: 1, 15: 4}
+    assert [pace.wanted(at, n) for at, n in needs.items()] == [1, 3, 3, 3, 3, 2, 1, 4]
 
 
 def test_every_drop_has_a_counter() -> None:
@@ -168,13 +214,16 @@ def test_counters_of_a_forwarder_that_was_started_again() -> None:
     metrics.count("acme", view(6, 4, contested=2), view(6, 4))
     name = "templated_egress_contested_total"
     assert registry.get_sample_value(name, {"egress": "acme"}) == 2
-    metrics.show(
-        _egress(view(6, 4), ForwarderView(number=2, role=Role.STANDBY, flows=5)), view(6, 4)
-    )
+    metrics.show(_egress(view(6, 4), ForwarderView(number=2, role=Role.STANDBY, flows=5)))
     behind = "templated_egress_flows_behind"
     assert registry.get_sample_value(behind, {"egress": "acme"}) == 2
     metrics.forget("acme")
     assert sent() is None and registry.get_sample_value(behind, {"egress": "acme"}) is None
+
+
+def _lane(**change: Any) -> LaneView:
+    fields: dict[str, Any] = {"number": 1, "state": LaneState.SERVING, "active": 1, "ports": PORTS}
+    return LaneView(**(fields | {"flows": 0, "rate": 0} | change))
 
 
 def _egress(*forwarders: ForwarderView) -> EgressView:
@@ -188,6 +237,9 @@ def _egress(*forwarders: ForwarderView) -> EgressView:
         state=EgressState.ACTIVE,
         active=1,
         forwarders=forwarders,
+        lanes=(_lane(flows=7),),
+        min=1,
+        max=1,
         failovers=0,
         mark=7,
         link="100.127.0.16/28",

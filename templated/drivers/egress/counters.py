@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
-from templated.drivers.egress.rules import TABLE, guard_table
+from templated.drivers.egress.rules import TABLE, guard_table, steering_table
 from templated.drivers.host.programs import run_here
+from templated.errors import HostError
 from templated.model.egress import ForwarderSpec
 
 _COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
@@ -21,6 +23,17 @@ def count() -> tuple[dict[str, tuple[int, int]], int]:
 def guarded(spec: ForwarderSpec) -> dict[str, tuple[int, int]]:
     """What the host's table of a forwarder dropped; in the host's namespace. HostError."""
     return {f"drop_{name}": n for name, n in _counters("netdev", guard_table(spec)).items()}
+
+
+def steered(spec: ForwarderSpec) -> str:
+    """The MAC that the ports of a lane are led to; empty: none. In the host's namespace."""
+    table = steering_table(spec.plan)
+    try:
+        text = run_here("nft", "list", "table", "netdev", table, stdin="", timeout=10)
+    except HostError:
+        return ""
+    found = re.search(r"ether daddr set ([0-9a-f:]{17})", text)
+    return found[1] if found else ""
 
 
 def _counters(family: str, table: str) -> dict[str, tuple[int, int]]:

@@ -9,6 +9,9 @@ and vetoed (`release`, a file that keepalived tracks) for as long as
               links between the two are cut. Who comes second goes.
 
 A veto is no failure of its own: with none of them left, it is a standby again.
+
+Of a lane that is not the first one nobody answers outside. There the host's rule that leads the
+lane's ports to a MAC tells which of two is the active one: who took over last.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
@@ -27,7 +31,7 @@ from msgspec import structs
 from templated.drivers.egress import adverts, legs, rules
 from templated.drivers.egress.arp import Arp, Heard
 from templated.drivers.egress.child import Child
-from templated.drivers.egress.counters import count, flows_without_port, guarded
+from templated.drivers.egress.counters import count, flows_without_port, guarded, steered
 from templated.drivers.egress.namespaces import inside
 from templated.drivers.egress.programs import Files, conntrackd_config, keepalived_config
 from templated.drivers.host.programs import run, run_here
@@ -46,7 +50,9 @@ _ASKED, _PAUSE = 8, 0.1
 answers: the namespace of one that was killed does, until it has gone."""
 _LISTEN = 0.3
 _HOLD = 1.0
-"""Seconds times its number after which a contested one asks again: they never retry together."""
+"""Seconds times its seat after which a contested one asks again: they never retry together."""
+_UNASKED = 30.0
+"""Seconds that one waits which cannot ask."""
 
 
 class Forwarder:
@@ -57,10 +63,14 @@ class Forwarder:
         self._files = files
         self._host, self._own = host, own
         self.changed: Callable[[], None] = lambda: None
-        self._view = ForwarderView(number=spec.number, role=Role.STARTING, since=_now())
+        self._view = ForwarderView(
+            number=spec.number, lane=spec.lane + 1, role=Role.STARTING, since=_now()
+        )
         self._vetoes: set[str] = set()
         self._problems: dict[str, str] = {}
         self._silent = 0
+        self._counted, self._size = time.monotonic(), 0
+        """When bytes were counted, and how many there were."""
         self._announcing = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._inside = self._outside = None  # type: Arp | None
@@ -153,6 +163,7 @@ class Forwarder:
         _log.info("%s is %s now, after %s", self._spec.label, role, old)
         if role is Role.ACTIVE:
             self._problems.pop("leg", None)
+            self._steer()
             self._spawn(self._took_over())
         elif role is Role.FAULT and not self._vetoes:
             self._problems["leg"] = f"no carrier: {legs.without_carrier() or 'for a moment'}"
@@ -175,12 +186,32 @@ class Forwarder:
         """The flows that were copied here are this one's own now, and nobody else has them."""
         await self._conntrackd_do("-R")
         await self._conntrackd_do("-B")
+        if self._spec.lane:
+            return
         for _ in range(_ASKED):
             await asyncio.sleep(_PAUSE)
             mac = await self._other()
             if not mac or self._view.role is not Role.ACTIVE:
                 return
         self._contested(mac)
+
+    def _steer(self) -> None:
+        """Of a lane that is not the first: what comes for its ports comes here from now on."""
+        try:
+            legs.steer(self._spec, self._host)
+        except HostError as error:
+            _log.warning("%s: cannot steer its ports: %s", self._spec.label, error)
+
+    def _check_steering(self) -> None:
+        """Who took over later is the active one; a rule that somebody flushed is made again."""
+        if self._spec.lane == 0 or self._view.role is not Role.ACTIVE:
+            return
+        with inside(self._host):
+            mac = steered(self._spec)
+        if not mac:
+            self._steer()
+        elif mac != legs.mac(self._spec, "out"):
+            self._contested(mac)
 
     async def _conntrackd_do(self, option: str) -> None:
         if self._conntrackd.running:
@@ -215,17 +246,24 @@ class Forwarder:
 
     async def _wait_for_peace(self) -> None:
         """Until the other one is silent, or keepalived would hear it."""
-        quiet = 0
+        quiet, asked = 0, 0
         while quiet < 2:
-            await asyncio.sleep(_HOLD * self._spec.number)
+            await asyncio.sleep(_HOLD * self._spec.seat)
             if await self._heard_inside():
                 break
-            quiet = 0 if await self._other() else quiet + 1
+            asked += 1
+            quiet = 0 if await self._stays(asked) else quiet + 1
         self._lift("contested")
+
+    async def _stays(self, asked: int) -> bool:
+        """Whether the other one still has the address, after so many questions."""
+        if self._spec.lane:  # nobody answers for it, and so it is only given some time
+            return asked * _HOLD * self._spec.seat < _UNASKED
+        return bool(await self._other())
 
     async def _heard_inside(self) -> bool:
         try:
-            own = self._spec.plan.own(self._spec.number)
+            own = self._spec.plan.own(self._spec.seat)
             return await adverts.heard(own, _LISTEN)
         except OSError:
             return False
@@ -257,7 +295,8 @@ class Forwarder:
     def _arp(self, leg: str, ip: str) -> Arp:
         def hear(heard: Heard) -> None:
             if heard.ip == ip and self._view.role is Role.ACTIVE:
-                self._announcing.set()
+                if leg == "in" or self._spec.lane == 0:
+                    self._announcing.set()
             elif leg == "in" and heard.ip == self._spec.plan.host:
                 self._silent = 0
 
@@ -280,7 +319,9 @@ class Forwarder:
     def _say_here(self) -> None:
         if self._view.role is not Role.ACTIVE:
             return
-        said = (self._inside, self._spec.plan.shared), (self._outside, self._spec.egress.fixed)
+        said = [(self._inside, self._spec.plan.shared)]
+        if self._spec.lane == 0:
+            said.append((self._outside, self._spec.egress.fixed))
         for arp, ip in said:
             with contextlib.suppress(OSError):
                 if arp is not None:
@@ -308,7 +349,7 @@ class Forwarder:
         with contextlib.suppress(OSError):
             if self._inside is not None:
                 plan = self._spec.plan
-                self._inside.ask(plan.host, plan.own(self._spec.number))
+                self._inside.ask(plan.host, plan.own(self._spec.seat))
         if self._silent > _SILENCE and "inside" not in self._vetoes:
             self._veto("inside", f"the host does not answer at {self._spec.plan.host}")
         elif self._silent <= 1 and "inside" in self._vetoes:
@@ -340,6 +381,7 @@ class Forwarder:
 
     def _serve_alone(self) -> None:
         legs.take_addresses(self._spec)
+        self._steer()
         self._become(Role.ACTIVE)
         self._say_here()
 
@@ -350,9 +392,17 @@ class Forwarder:
                 counters |= guarded(self._spec)
         except HostError:  # somebody flushed the host's rules
             legs.guard(self._spec, self._host)
+        now, size = time.monotonic(), sum(counters[way][1] for way in ("out", "in"))
+        rate = round((size - self._size) / (now - self._counted))
+        self._counted, self._size = now, size
         self._view = structs.replace(
-            self._view, counters=counters, flows=flows, exhausted=flows_without_port()
+            self._view,
+            counters=counters,
+            flows=flows,
+            rate=rate,
+            exhausted=flows_without_port(),
         )
+        self._check_steering()
 
     # --- files --------------------------------------------------------------------------------
 

@@ -7,19 +7,29 @@ packets of an egress never leave by the host's own routes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, TypeVar
 
-from templated.drivers.egress import ip
+from templated.drivers.egress import ip, rules
 from templated.drivers.host.programs import run_here
 from templated.drivers.network.links import disable_ipv6, forwards_ipv4
 from templated.drivers.network.worker import Worker, enter_namespace
 from templated.errors import Conflict, HostError
-from templated.model.egress import MAX_EGRESSES, EgressSpec, LinkPlan, check_overlap, link_plan
+from templated.model.egress import (
+    MAX_EGRESSES,
+    MAX_LANES,
+    SEATS,
+    EgressSpec,
+    LinkPlan,
+    check_overlap,
+    link_plan,
+)
+from templated.model.network import EXIT_MASK
 
 T = TypeVar("T")
 _PRIORITY = 20000
@@ -58,13 +68,16 @@ class Ways:
         if worker is not None:
             await worker.stop()
 
-    def plan(self, index: int) -> LinkPlan:
-        """The plan of an egress that has this index."""
-        return link_plan(self._links, index, self.owner)
+    def plan(self, index: int, lane: int = 0) -> LinkPlan:
+        """The plan of a lane of the egress that has this index."""
+        return link_plan(self._links, index, self.owner, lane)
 
-    async def find(self, taken: Collection[int]) -> LinkPlan:
-        """A plan that no egress has and that is free on this host. Conflict when there is none."""
-        return await self._run(lambda: self._find(taken))
+    async def find(self, taken: Collection[int], lanes: int) -> LinkPlan:
+        """The first lane's plan of an egress with so many, which nobody has on this host.
+
+        Raises Conflict when there is none.
+        """
+        return await self._run(lambda: self._find(taken, lanes))
 
     async def check(self, spec: EgressSpec) -> None:
         """Whether the interface can be used, and where the egress leads is not the host's own.
@@ -77,13 +90,18 @@ class Ways:
         """Make the way; what is there already stays, and what lacks is made again."""
         await self._run(lambda: self._make(plan, spec))
 
+    async def spread(self, plan: LinkPlan, marks: Sequence[int]) -> None:
+        """Give new flows to the lanes of these marks, in turn; `plan` is the first lane's."""
+        script = rules.spreading(plan, marks, self.owner)
+        await self._run(lambda: run_here("nft", "-f", "-", stdin=script))
+
     async def remove(self, plan: LinkPlan) -> None:
         """Take a way away, as far as it is there."""
         await self._run(lambda: self._remove(plan))
 
-    async def sweep(self, keep: Collection[int]) -> list[int]:
-        """Remove this owner's ways but for these indexes; which they were."""
-        return await self._run(lambda: self._sweep(keep))
+    async def sweep(self, keep: Collection[LinkPlan]) -> None:
+        """Remove this owner's ways but for these."""
+        await self._run(lambda: self._sweep(keep))
 
     async def present(self, interface: str) -> bool:
         """Whether there is an interface of this name."""
@@ -96,17 +114,23 @@ class Ways:
 
     # In the worker's thread.
 
-    def _find(self, taken: Collection[int]) -> LinkPlan:
+    def _find(self, taken: Collection[int], lanes: int) -> LinkPlan:
         routes = _networks(ip.shown("route", "show", "table", "all"))
         marks = _marks()
         for index in range(1, MAX_EGRESSES + 1):
             if index in taken:
                 continue
-            plan = self.plan(index)
-            free = not any(plan.network.overlaps(route) for route in routes)
-            if free and plan.mark not in marks:
-                return plan
-        raise Conflict(f"all of {self._links} is in use", hint="set egress.links to another range")
+            try:
+                plans = [self.plan(index, lane) for lane in range(lanes)]
+            except ValueError:
+                break
+            free = not any(p.network.overlaps(route) for route in routes for p in plans)
+            if free and marks.isdisjoint(p.mark for p in plans):
+                return plans[0]
+        raise Conflict(
+            f"{self._links} has no room for another egress of {lanes} lanes",
+            hint="set egress.links to a larger range, or to another one",
+        )
 
     def _check(self, spec: EgressSpec) -> None:
         name = spec.interface
@@ -149,8 +173,7 @@ class Ways:
             *(f"route replace {net} via {plan.shared} dev {inside} {tail}" for net in to),
         )
         if plan.mark not in _marks():
-            rule = f"fwmark {plan.mark} table {plan.mark} priority {_PRIORITY} protocol {_PROTOCOL}"
-            ip.apply(f"rule add {rule}")
+            ip.apply(f"rule add {_rule(plan)}")
 
     def _bridge(self, name: str) -> None:
         link = _link(name)
@@ -168,30 +191,33 @@ class Ways:
 
     def _remove(self, plan: LinkPlan) -> None:
         if plan.mark in _marks():
-            ip.apply(f"rule del fwmark {plan.mark} table {plan.mark} protocol {_PROTOCOL}")
+            ip.apply(f"rule del {_rule(plan)}")
         ip.discard(f"route flush table {plan.mark}")
         for name in (plan.inside, plan.sync):
             link = _link(name)
             if link and link.get("ifalias") == self.owner:
-                for port in (1, 2):
-                    ip.discard(f"link del {name}.{port}")
+                for seat in range(1, SEATS + 1):
+                    ip.discard(f"link del {name}.{seat}")
                 ip.discard(f"link del {name}")
-        # The guards last: nothing reaches the forwarders any more, whose namespaces may still go.
-        for table in _guards() & {plan.port(port) for port in (1, 2)}:
-            run_here("nft", "delete", "table", "netdev", table, stdin="")
+        # Tables last, for the guards: nothing reaches the forwarders any more, whose namespaces may
+        # still go.
+        for family, name in _tables() & _tables_of(plan):
+            run_here("nft", "delete", "table", family, name, stdin="")
 
-    def _sweep(self, keep: Collection[int]) -> list[int]:
+    def _sweep(self, keep: Collection[LinkPlan]) -> None:
         names = {link["ifname"] for link in ip.shown("link", "show")}
-        marks, guards = _marks(), _guards()
-        stale = []
-        for index in range(1, MAX_EGRESSES + 1):
-            plan = self.plan(index)
+        marks, tables = _marks(), _tables()
+        for plan in self._plans():
             found = {plan.inside, plan.sync} & names or plan.mark in marks
-            found = found or guards & {plan.port(1), plan.port(2)}
-            if found and index not in keep:
+            if (found or tables & _tables_of(plan)) and plan not in keep:
                 self._remove(plan)
-                stale.append(index)
-        return stale
+
+    def _plans(self) -> Iterator[LinkPlan]:
+        """All that there can be in this owner's range of links."""
+        for lane in range(MAX_LANES):
+            for index in range(1, MAX_EGRESSES + 1):
+                with contextlib.suppress(ValueError):
+                    yield self.plan(index, lane)
 
 
 def _enter(netns: str) -> None:
@@ -205,10 +231,29 @@ def _marks() -> set[int]:
     return {int(rule["fwmark"], 0) for rule in ip.shown("rule", "show") if "fwmark" in rule}
 
 
-def _guards() -> set[str]:
-    """The names of all tables that guard interfaces; also those of others."""
-    text = run_here("nft", "-j", "list", "tables", "netdev", stdin="")
-    return {item["table"]["name"] for item in json.loads(text)["nftables"] if "table" in item}
+def _rule(plan: LinkPlan) -> str:
+    """The one that has a lane's packets follow its table of routes.
+
+    The first lane's comes after the others', and holds for what is left of a lane that has ended,
+    too: nothing of an egress ever follows the host's own routes.
+    """
+    mark, priority = f"{plan.mark}", _PRIORITY
+    if plan.lane == 0:
+        mark, priority = f"{mark}/{EXIT_MASK:#x}", _PRIORITY + 1
+    return f"fwmark {mark} table {plan.mark} priority {priority} protocol {_PROTOCOL}"
+
+
+def _tables() -> set[tuple[str, str]]:
+    """Family and name of all tables of nft; also those of others."""
+    found = json.loads(run_here("nft", "-j", "list", "tables", stdin=""))["nftables"]
+    tables = [item["table"] for item in found if "table" in item]
+    return {(table["family"], table["name"]) for table in tables}
+
+
+def _tables_of(plan: LinkPlan) -> set[tuple[str, str]]:
+    """What a lane may have: a guard for each forwarder, its steering, and how flows are spread."""
+    guards = {("netdev", plan.port(seat)) for seat in range(1, SEATS + 1)}
+    return guards | {("netdev", rules.steering_table(plan)), ("ip", plan.inside)}
 
 
 def _link(name: str) -> dict[str, Any]:

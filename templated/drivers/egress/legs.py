@@ -8,6 +8,10 @@ While that goes, its rules go first (see `rules`). What comes by `out` would the
 forwarder's own, and be answered by a reset. So it is led to the clones, by rules of routing that
 stay for as long as `out`, or nowhere; all that looks for the fixed address itself are questions of
 ARP, which have a mark.
+
+Where an egress has several lanes, only the first one's forwarders are heard of outside, so that the
+fixed address has one MAC there. What comes for the ports of another lane is led to its active
+forwarder as it comes in by the operator's interface, before that asks whose MAC it is (`steer`).
 """
 
 from __future__ import annotations
@@ -40,8 +44,8 @@ def make(spec: ForwarderSpec, host: int, own: int) -> None:
     with inside(host):
         mtu = _mtu(spec.egress.interface)
         for name, bridge, port in (
-            ("in", spec.inside, plan.port(spec.number)),
-            ("sync", spec.sync, plan.port(spec.number, sync=True)),
+            ("in", spec.inside, plan.port(spec.seat)),
+            ("sync", spec.sync, plan.port(spec.seat, sync=True)),
         ):
             ip.discard(f"link del {port}")  # one of a forwarder that ended a moment ago
             ip.apply(
@@ -59,8 +63,8 @@ def make(spec: ForwarderSpec, host: int, own: int) -> None:
         f"rule add priority 2 iif out table {_REPLIES}",
         f"route add blackhole default table {_REPLIES}",
         "link set dev lo up",
-        f"addr add {plan.own(spec.number)}/{plan.network.prefixlen} dev in",
-        f"addr add {sync_address(spec.number)}/28 dev sync",
+        f"addr add {plan.own(spec.seat)}/{plan.network.prefixlen} dev in",
+        f"addr add {sync_address(spec.seat)}/28 dev sync",
         "link set dev sync up",
         "link set dev in up",
         f"route replace {spec.clones} via {plan.host} dev in",
@@ -77,12 +81,21 @@ def make_out(spec: ForwarderSpec, host: int, own: int) -> None:
             f"link add link {spec.egress.interface} name out address {mac(spec, 'out')}"
             f" netns {_path(own)} type macvlan mode bridge"
         )
+    if spec.lane:
+        run_here("nft", "-f", "-", stdin=rules.unheard(spec))
 
 
 def guard(spec: ForwarderSpec, host: int) -> None:
     """Load the host's rules for what `out` sends. Raises HostError."""
     with inside(host):
         run_here("nft", "-f", "-", stdin=rules.guard(spec, mac(spec, "out")))
+
+
+def steer(spec: ForwarderSpec, host: int) -> None:
+    """Have what comes for the lane's ports come to this forwarder. Raises HostError."""
+    if spec.lane:
+        with inside(host):
+            run_here("nft", "-f", "-", stdin=rules.steering(spec, mac(spec, "out")))
 
 
 def set_up_out(spec: ForwarderSpec) -> None:

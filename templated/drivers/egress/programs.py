@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from templated.drivers.egress.rules import SYNC_PORT
-from templated.model.egress import ForwarderSpec
+from templated.model.egress import SEATS, ForwarderSpec
 
 INTERVAL = 0.05
 """Seconds between what the active forwarder announces; after three it is missed."""
@@ -22,9 +22,9 @@ _PRIORITY = 250
 _SYNC = "169.254.77"
 
 
-def sync_address(number: int) -> str:
-    """The address of forwarder `number` on the link between them, in a /28."""
-    return f"{_SYNC}.{number}"
+def sync_address(seat: int) -> str:
+    """The address of the forwarder of this seat on the link between them, in a /28."""
+    return f"{_SYNC}.{seat}"
 
 
 class Files:
@@ -87,7 +87,7 @@ vrrp_instance egress {{
 
 def conntrackd_config(spec: ForwarderSpec, files: Files) -> str:
     """The text of conntrackd.conf(5)."""
-    peer = 3 - spec.number
+    peer = SEATS + 1 - spec.seat
     return f"""\
 Sync {{
     Mode FTFW {{
@@ -95,7 +95,7 @@ Sync {{
         StartupResync Yes
     }}
     UDP {{
-        IPv4_address {sync_address(spec.number)}
+        IPv4_address {sync_address(spec.seat)}
         IPv4_Destination_Address {sync_address(peer)}
         Port {SYNC_PORT}
         Interface sync

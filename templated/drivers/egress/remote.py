@@ -37,7 +37,7 @@ class Remote:
     def __init__(self, spec: ForwarderSpec, changed: Callable[[Remote], None]) -> None:
         self.spec = spec
         self.files = Files(Path(spec.directory))
-        self.view = ForwarderView(number=spec.number, role=Role.GONE)
+        self.view = ForwarderView(number=spec.number, lane=spec.lane + 1, role=Role.GONE)
         self._changed = changed
         self._writer: asyncio.StreamWriter | None = None
         self._pid = 0

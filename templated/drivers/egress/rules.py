@@ -1,4 +1,4 @@
-"""The nftables rules of a forwarder. Pure: text from a spec.
+"""The nftables rules of a forwarder, and those of the host that go with it. Pure: text.
 
 They are loaded before the forwarder has any interface but lo. While its namespace goes, though, the
 kernel takes the rules away before the interfaces; `guard`, a table of the host's, holds what leaves
@@ -12,7 +12,10 @@ for a planned switch: the old one goes on with what is on its way, for a moment.
 
 from __future__ import annotations
 
-from templated.model.egress import NEVER, PORTS, ForwarderSpec
+from collections.abc import Sequence
+
+from templated.model.egress import NEVER, PORTS, ForwarderSpec, LinkPlan
+from templated.model.network import EXIT_MASK
 
 TABLE = "forwarder"
 ARP_MARK = 1
@@ -29,6 +32,7 @@ def ruleset(spec: ForwarderSpec) -> str:
     egress = spec.egress
     to = ["0.0.0.0/0"] if egress.internet else [str(network) for network in egress.networks]
     never = [*map(str, NEVER), spec.links]
+    first, last = egress.ports(spec.lane)
     counters = "".join(f"    counter {name} {{ }}\n" for name in counter_names())
     return f"""\
 table ip {TABLE}
@@ -38,6 +42,16 @@ table ip {TABLE} {{
     set to {{ type ipv4_addr; flags interval; elements = {{ {", ".join(to)} }} }}
     set never {{ type ipv4_addr; flags interval; elements = {{ {", ".join(never)} }} }}
     set lingering {{ type ipv4_addr; flags timeout; }}
+    chain untracked {{
+        type filter hook prerouting priority raw; policy accept;
+        iifname "sync" notrack
+        ip protocol vrrp notrack
+    }}
+    chain untracked_own {{
+        type filter hook output priority raw; policy accept;
+        oifname "sync" notrack
+        ip protocol vrrp notrack
+    }}
     chain forward {{
         type filter hook forward priority filter; policy drop;
         iifname "in" oifname "out" jump leave
@@ -56,7 +70,8 @@ table ip {TABLE} {{
     }}
     chain translate {{
         type nat hook postrouting priority srcnat; policy accept;
-        oifname "out" meta l4proto {{ tcp, udp }} snat to {egress.fixed}:{PORTS[0]}-{PORTS[1]}
+        oifname "out" meta l4proto tcp snat to {egress.fixed}:{first}-{last}
+        oifname "out" meta l4proto udp snat to {egress.fixed}:{PORTS[0]}-{PORTS[1]}
         oifname "out" snat to {egress.fixed}
     }}
     chain leaving {{
@@ -84,6 +99,11 @@ table ip {TABLE} {{
         counter name drop_local drop
     }}
 }}
+{_arp(egress.fixed)}"""
+
+
+def _arp(fixed: str) -> str:
+    return f"""\
 table arp {TABLE}
 delete table arp {TABLE}
 table arp {TABLE} {{
@@ -93,7 +113,7 @@ table arp {TABLE} {{
     }}
     chain output {{
         type filter hook output priority filter; policy accept;
-        oifname "out" arp saddr ip != {{ 0.0.0.0, {egress.fixed} }} drop
+        oifname "out" arp saddr ip != {{ 0.0.0.0, {fixed} }} drop
     }}
 }}
 """
@@ -101,12 +121,13 @@ table arp {TABLE} {{
 
 def guard_table(spec: ForwarderSpec) -> str:
     """The name of the table that `guard` makes."""
-    return spec.plan.port(spec.number)
+    return spec.plan.port(spec.seat)
 
 
 def guard(spec: ForwarderSpec, mac: str) -> str:
     """What lets nothing of a forwarder, which has this MAC, leave under another address."""
     name, fixed = guard_table(spec), spec.egress.fixed
+    senders = ["0.0.0.0"] if spec.lane else ["0.0.0.0", fixed]  # noqa: S104 - of a probe
     return f"""\
 table netdev {name}
 delete table netdev {name}
@@ -117,8 +138,81 @@ table netdev {name} {{
         type filter hook egress device "{spec.egress.interface}" priority filter; policy accept;
         ether saddr != {mac} accept
         ip saddr {fixed} accept
-        arp saddr ip {{ 0.0.0.0, {fixed} }} accept
+        arp saddr ip {{ {", ".join(senders)} }} accept
         counter name {GUARD} drop
+    }}
+}}
+"""
+
+
+def unheard(spec: ForwarderSpec) -> str:
+    """What keeps a forwarder of another lane than the first from telling that it has the address.
+
+    It still asks for others' addresses, as one that has none yet (a probe of RFC 5227).
+    """
+    fixed = spec.egress.fixed
+    return f"""\
+table netdev {TABLE}
+delete table netdev {TABLE}
+table netdev {TABLE} {{
+    chain leaving {{
+        type filter hook egress device "out" priority filter; policy accept;
+        arp operation reply drop
+        arp saddr ip {fixed} arp daddr ip {fixed} drop
+        arp saddr ip {fixed} arp saddr ip set 0.0.0.0
+    }}
+}}
+"""
+
+
+def steering_table(plan: LinkPlan) -> str:
+    """The name of the table that `steering` makes: the lane's, whoever is active."""
+    return plan.inside
+
+
+def steering(spec: ForwarderSpec, mac: str) -> str:
+    """What leads packets for the lane's ports to the forwarder that has this MAC.
+
+    Also errors about them (ICMP), which quote the port that was sent from: it is behind 8 bytes of
+    the error's own header, and the 20 of the packet's that it is about.
+    """
+    name, (first, last) = steering_table(spec.plan), spec.egress.ports(spec.lane)
+    fixed, ports = spec.egress.fixed, f"{first}-{last}"
+    about = "icmp type { destination-unreachable, time-exceeded, parameter-problem }"
+    quoted = f"@th,136,8 6 @th,224,16 {first:#x}-{last:#x}"
+    return f"""\
+table netdev {name}
+delete table netdev {name}
+table netdev {name} {{
+    comment "{spec.owner}"
+    chain arriving {{
+        type filter hook ingress device "{spec.egress.interface}" priority filter; policy accept;
+        ip daddr {fixed} tcp dport {ports} ether daddr set {mac}
+        ip daddr {fixed} {about} {quoted} ether daddr set {mac}
+    }}
+}}
+"""
+
+
+def spreading(plan: LinkPlan, marks: Sequence[int], owner: str) -> str:
+    """What gives new TCP flows of an egress to its lanes in turn, by these marks.
+
+    A flow keeps its lane, by its connection's mark, also when that takes no new ones any more.
+    `plan` is the first lane's. All else than TCP stays with that: datagrams come in fragments,
+    of which only the first one says its port.
+    """
+    turns = ", ".join(f"{turn} : {mark}" for turn, mark in enumerate(marks))
+    new = "ct state new ct mark 0 meta l4proto tcp"
+    return f"""\
+table ip {plan.inside}
+delete table ip {plan.inside}
+table ip {plan.inside} {{
+    comment "{owner}"
+    chain spread {{
+        type filter hook prerouting priority mangle + 1; policy accept;
+        meta mark != {plan.mark} accept
+        {new} ct mark set numgen inc mod {len(marks)} map {{ {turns} }}
+        ct mark & {EXIT_MASK:#x} == {plan.mark} meta mark set ct mark
     }}
 }}
 """

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from templated.drivers.host.programs import run_here
 from templated.drivers.network.base import Counted
 from templated.drivers.network.elements import Element
-from templated.model.network import Exit
+from templated.model.network import EXIT_MASK, Exit
 from templated.model.policy import NAT, NONE, Policy
 from templated.model.rules import PASSED, REASONS, Rule, hosting, leaving, reaching
 
@@ -129,7 +129,8 @@ def _forward(bridge: str, exits: Sequence[Exit]) -> Iterator[str]:
     yield f'oifname "{bridge}" ip daddr vmap @clones_in'
     # Clones without a policy reach no egress: nothing has marked their packets.
     for one in exits:
-        yield f'iifname "{bridge}" oifname "{one.ifname}" meta mark != {one.mark} drop'
+        mark = f"meta mark & {EXIT_MASK:#x} != {one.mark}"
+        yield f'iifname "{bridge}" oifname "{one.ifnames}" {mark} drop'
 
 
 def rerouted(segment: Segment, policies: Mapping[str, Policy], exits: Sequence[Exit]) -> str:
@@ -263,7 +264,7 @@ def _inward(segment: Segment, group: str, policy: Policy, own: Exit | None) -> I
         yield _drop(group, "egress")
         return
     if own is not None:
-        yield f'iifname != "{own.ifname}" {_drop(group, "egress")}'
+        yield f'iifname != "{own.ifnames}" {_drop(group, "egress")}'
     yield f"jump {group}.reach"
     yield received
 

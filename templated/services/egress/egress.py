@@ -8,14 +8,8 @@ from collections.abc import Callable
 from templated.drivers.egress.remote import Remote
 from templated.errors import Conflict, Timeout
 from templated.journal import EgressRow
-from templated.model.egress import (
-    PORTS,
-    EgressState,
-    EgressView,
-    ForwarderView,
-    LinkPlan,
-    Role,
-)
+from templated.model.egress import EgressState, EgressView, ForwarderView, LinkPlan
+from templated.services.egress.lane import Lane
 from templated.services.reports.egress_metrics import EgressMetrics
 from templated.services.reports.events import EventBus
 
@@ -23,7 +17,6 @@ BEGIN = 20.0
 """Seconds within which a forwarder tells of itself."""
 SETTLE = 10.0
 """Seconds within which one of them is the active one, after a start or a switch."""
-_NEARLY_ALL = 0.9
 
 
 class Egress:
@@ -34,14 +27,15 @@ class Egress:
     ) -> None:
         self.row = row
         self.plan = plan
+        """Of its first lane."""
         self.state = row.state
         self.problem = ""
         """Why its way could not be made as it should be."""
-        self.forwarders: list[Remote] = []
+        self.lanes: dict[int, Lane] = {}
+        """By number; the first one is always there, and serves."""
         self._events = events
         self._metrics = metrics
         self._failovers = 0
-        self._last_active: int | None = None
         self._seen: dict[int, ForwarderView] = {}
         self._changed = asyncio.Event()
 
@@ -51,15 +45,14 @@ class Egress:
         return self.row.spec.name
 
     @property
-    def active(self) -> Remote | None:
-        """The forwarder that sends; None: packets are dropped."""
-        found = [one for one in self.forwarders if one.view.role is Role.ACTIVE]
-        # For a moment after a takeover both may say so: the later one is right.
-        return max(found, key=lambda one: one.view.since, default=None)
+    def forwarders(self) -> list[Remote]:
+        """Those of all lanes."""
+        return [one for lane in self.lanes.values() for one in lane.forwarders]
 
     def view(self) -> EgressView:
         """What users see."""
-        spec, active = self.row.spec, self.active
+        spec = self.row.spec
+        lanes = tuple(lane.view() for lane in self.lanes.values())
         return EgressView(
             name=spec.name,
             interface=spec.interface,
@@ -68,8 +61,11 @@ class Egress:
             to=spec.to,
             internet=spec.internet,
             state=self.state,
-            active=None if active is None else active.spec.number,
+            active=lanes[0].active,
             forwarders=tuple(one.view for one in self.forwarders),
+            lanes=lanes,
+            min=spec.min,
+            max=spec.max,
             failovers=self._failovers,
             mark=self.plan.mark,
             link=str(self.plan.network),
@@ -82,25 +78,37 @@ class Egress:
         view, before = forwarder.view, self._seen.get(forwarder.spec.number)
         self._seen[view.number] = view
         self._metrics.count(self.name, view, before)
-        self._metrics.show(self.view(), None if self.active is None else self.active.view)
+        self._metrics.show(self.view())
         if before is None or (view.role, view.error) != (before.role, before.error):
             details = {"forwarder": view.number, "role": view.role.value, "error": view.error}
             self._events.emit("egress.forwarder", self.name, **details)
         if before is not None and view.contested > before.contested:
             self._events.emit("egress.contested", self.name, forwarder=view.number)
-        self._note_active()
+        for lane in self.lanes.values():
+            self._note_active(lane)
         self._changed.set()
 
-    def _note_active(self) -> None:
+    def told(self) -> None:
+        """What is known of it has changed otherwise than by a forwarder's word."""
+        self._metrics.show(self.view())
+
+    def forget(self, lane: Lane) -> None:
+        """A lane has gone."""
+        del self.lanes[lane.number]
+        for one in lane.forwarders:
+            self._seen.pop(one.spec.number, None)
+            self._metrics.forget_forwarder(self.name, one.spec.number)
+
+    def _note_active(self, lane: Lane) -> None:
         """By the later of two that say so: one that is about to give up may speak once more."""
-        active = self.active
-        if active is None or active.spec.number == self._last_active:
+        active = lane.active
+        if active is None or active.spec.number == lane.last_active:
             return
-        if self._last_active is not None:
+        if lane.last_active is not None:
             self._failovers += 1
             self._metrics.failovers.labels(self.name).inc()
-        self._last_active = active.spec.number
-        self._events.emit("egress.active", self.name, forwarder=self._last_active)
+        lane.last_active = active.spec.number
+        self._events.emit("egress.active", self.name, forwarder=lane.last_active)
 
     async def settled(self, what: Callable[[], bool], seconds: float, doing: str) -> None:
         """Wait until `what` holds. Raises Timeout that says what of `doing` it was."""
@@ -117,24 +125,28 @@ class Egress:
             ) from None
 
     async def switch(self) -> None:
-        """Have the standby take over. Conflict when there is none, Timeout when it does not."""
-        active = self.active
-        standby = next((one for one in self.forwarders if one.view.role is Role.STANDBY), None)
-        if active is None or standby is None:
-            raise Conflict(
-                f"egress {self.name} has no standby that could take over",
-                hint=f"see: templated egress show {self.name}",
-            )
-        active.resign()
-        await self.settled(lambda: self.active is standby, SETTLE, "the takeover")
+        """Have each lane's standby take over. Conflict when one has none, Timeout when it does not.
+
+        Lanes that were switched by then stay so.
+        """
+        for lane in list(self.lanes.values()):
+            active, standby = lane.active, lane.standby
+            if active is None or standby is None:
+                raise Conflict(
+                    f"egress {self.name} has no standby that could take over",
+                    hint=f"see: templated egress show {self.name}",
+                )
+            active.resign()
+            await self._takeover(lane, standby)
+
+    async def _takeover(self, lane: Lane, standby: Remote) -> None:
+        await self.settled(lambda: lane.active is standby, SETTLE, "the takeover")
 
     def _problems(self) -> list[str]:
         found = [self.problem] if self.problem else []
-        if self.forwarders and self.active is None and self.state is EgressState.ACTIVE:
-            found.append("no forwarder is active: packets are dropped")
-        for one in self.forwarders:
-            if one.view.error:
-                found.append(f"forwarder {one.spec.number}: {one.view.error}")
-            if one.view.flows > _NEARLY_ALL * (PORTS[1] - PORTS[0]):
-                found.append(f"forwarder {one.spec.number}: nearly all ports are in use")
-        return found
+        if self.state is EgressState.ACTIVE:
+            for lane in self.lanes.values():
+                if lane.active is None:
+                    which = f" of lane {lane.number + 1}" if len(self.lanes) > 1 else ""
+                    found.append(f"no forwarder{which} is active: packets are dropped")
+        return found + [problem for lane in self.lanes.values() for problem in lane.problems()]

@@ -25,14 +25,17 @@ from templated.errors import Conflict, HostError, InvalidRequest, NotFound, Temp
 from templated.journal import EgressRow, EgressRows
 from templated.model.config import Config
 from templated.model.egress import (
+    SEATS,
     EgressSpec,
     EgressState,
     EgressView,
     ForwarderSpec,
-    Role,
+    LaneState,
+    LinkPlan,
 )
 from templated.model.network import AddressPlan, BridgeNetwork, Exit
-from templated.services.egress.egress import BEGIN, SETTLE, Egress
+from templated.services.egress.egress import Egress
+from templated.services.egress.lanes import Lanes
 from templated.services.places import SUN_PATH
 from templated.services.reports.egress_metrics import EgressMetrics
 from templated.services.reports.events import EventBus
@@ -74,6 +77,9 @@ class Egresses:
         )
         self._egresses: dict[str, Egress] = {}
         self._turn = asyncio.Lock()
+        self._lanes = Lanes(
+            config.egress, rows, self._ways, tasks, events, self._turn, self._forwarder
+        )
         self.users: list[Callable[[str], list[str]]] = []
         """What names an egress in its policy, for people: none of these can be left without."""
 
@@ -136,14 +142,16 @@ class Egresses:
 
     async def _adopt(self, egress: Egress) -> None:
         try:
-            await self._ways.make(egress.plan, egress.row.spec)
+            for lane in egress.lanes.values():
+                await self._ways.make(lane.plan, egress.row.spec)
         except TemplatedError as error:
             egress.problem = error.message
             log.warning("egress %s: %s", egress.name, error.message)
         for forwarder in egress.forwarders:
             found = await forwarder.connect()
             log.info("forwarder %s %s", forwarder.spec.label, "runs" if found else "is started")
-            self._keep(forwarder)
+            self._lanes.keep(forwarder)
+        self._lanes.follow(egress)
 
     async def _remove_orphans(self) -> None:
         for directory in await asyncio.to_thread(self._leftovers):
@@ -154,7 +162,8 @@ class Egresses:
                 await orphan.end()
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
         try:
-            await self._ways.sweep({egress.plan.index for egress in self._egresses.values()})
+            known = self._egresses.values()
+            await self._ways.sweep([lane.plan for one in known for lane in one.lanes.values()])
         except HostError as error:
             log.warning("cannot look for ways of no egress: %s", error.message)
 
@@ -191,19 +200,19 @@ class Egresses:
         self._check(spec)
         await self._ways.open()
         await self._ways.check(spec)
-        plan = await self._ways.find({one.plan.index for one in self._egresses.values()})
+        taken = {one.plan.index for one in self._egresses.values()}
+        plan = await self._ways.find(taken, spec.max)
         row = await self._rows.add(spec, plan.index)
         egress = self._egresses[spec.name] = self._known(row)
         try:
-            await self._ways.make(plan, spec)
-            for forwarder in egress.forwarders:
-                # The first one asks whether somebody has the address; then it has it itself.
-                await forwarder.begin(BEGIN, fresh=forwarder.spec.number == 1)
-                self._keep(forwarder)
-            await egress.settled(lambda: _serves(egress), SETTLE, "its start")
+            await self._lanes.begin(egress, egress.lanes[0], fresh=True)
+            for _ in range(1, spec.min):
+                await self._lanes.add(egress)
+            await self._lanes.spread(egress)
             await self._rows.state(spec.name, EgressState.ACTIVE)
             egress.state = EgressState.ACTIVE
             await self._set_exits()
+            self._lanes.follow(egress)
         except BaseException:
             egress.state = EgressState.REMOVING
             await self._undo(egress)
@@ -242,9 +251,8 @@ class Egresses:
 
     async def _take_away(self, egress: Egress) -> None:
         await self._ways.open()
-        for forwarder in egress.forwarders:
-            await forwarder.end()
-        await self._ways.remove(egress.plan)
+        for lane in reversed(egress.lanes.values()):
+            await self._lanes.end(egress, lane)
         await self._rows.drop(egress.name)
         self._egresses.pop(egress.name, None)
         self._metrics.forget(egress.name)
@@ -255,7 +263,7 @@ class Egresses:
                 "an egress needs the host as the clones' gateway",
                 hint="network: {mode: bridge, host_address: true}",
             )
-        longest = self._directory / f"{spec.name}-1" / "conntrackd"
+        longest = self._directory / f"{spec.name}-{SEATS * spec.max}" / "conntrackd"
         if len(bytes(longest)) > SUN_PATH:
             raise InvalidRequest(
                 f"{longest} would be longer than {SUN_PATH} bytes, which a socket may have",
@@ -279,15 +287,13 @@ class Egresses:
 
     def _known(self, row: EgressRow) -> Egress:
         egress = Egress(row, self._ways.plan(row.index), self._events, self._metrics)
-        for number in range(1, row.spec.forwarders + 1):
-            spec = self._forwarder(row, number, egress)
-            egress.forwarders.append(Remote(spec, egress.heard))
+        for number, state in ((0, LaneState.SERVING), *row.lanes):
+            self._lanes.know(egress, number, state)
         return egress
 
-    def _forwarder(self, row: EgressRow, number: int, egress: Egress) -> ForwarderSpec:
-        plan = egress.plan
+    def _forwarder(self, egress: Egress, plan: LinkPlan, number: int) -> ForwarderSpec:
         return ForwarderSpec(
-            egress=row.spec,
+            egress=egress.row.spec,
             number=number,
             owner=self._ways.owner,
             index=plan.index,
@@ -297,11 +303,8 @@ class Egresses:
             clones=str(self._clones),
             links=str(self._links),
             netns=self._bridge.netns if self._bridge else None,
-            directory=str(self._directory / f"{row.spec.name}-{number}"),
+            directory=str(self._directory / f"{egress.name}-{number}"),
         )
-
-    def _keep(self, forwarder: Remote) -> None:
-        self._tasks.spawn(forwarder.keep(BEGIN), f"keeping forwarder {forwarder.spec.label}")
 
     async def _set_exits(self) -> None:
         active = [one for one in self._egresses.values() if one.state is EgressState.ACTIVE]
@@ -312,10 +315,3 @@ class Egresses:
             return self._egresses[name]
         except KeyError:
             raise NotFound(f"there is no egress {name}", hint="see: templated egress ls") from None
-
-
-def _serves(egress: Egress) -> bool:
-    """One sends, and the other one, if there is to be one, could."""
-    roles = {forwarder.view.role for forwarder in egress.forwarders}
-    wanted = {Role.ACTIVE} | ({Role.STANDBY} if len(egress.forwarders) > 1 else set())
-    return roles == wanted

@@ -5,9 +5,10 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from templated.drivers.egress.rules import DROPS, GUARD
-from templated.model.egress import EgressView, ForwarderView, Role
+from templated.model.egress import EgressView, ForwarderView, LaneState, Role
 
 _WAYS = ("out", "in")
+_STATES = ("egress", "state")
 _GOOD = (Role.ACTIVE, Role.STANDBY)
 
 
@@ -23,14 +24,20 @@ class EgressMetrics:
         def counter(name: str, text: str, labels: tuple[str, ...] = one) -> Counter:
             return Counter(f"templated_egress_{name}", text, labels, registry=registry)
 
-        self._active = gauge("active_forwarder", "The forwarder that sends; 0: none does.")
+        self._active = gauge(
+            "active_forwarder", "The forwarder of the first lane that sends; 0: none does."
+        )
+        self._lanes = gauge(
+            "lanes", "Lanes that take new flows, and that wait for the end of theirs.", _STATES
+        )
+        self._rate = gauge("bytes_per_second", "What all lanes forward, both ways.")
         self._up = gauge(
             "forwarder_up",
             "1 while a forwarder is the active one or a standby that could take over.",
             ("egress", "forwarder"),
         )
-        self._flows = gauge("flows", "Flows that the active forwarder tracks.")
-        self._lag = gauge("flows_behind", "Flows that the standby does not have a copy of.")
+        self._flows = gauge("flows", "Flows that the active forwarders track.")
+        self._lag = gauge("flows_behind", "Flows that the standbys do not have a copy of.")
         self.failovers = counter("failovers", "How often another forwarder became active.")
         self._contested = counter(
             "contested", "Takeovers while the one before still sent: the links are cut."
@@ -47,6 +54,7 @@ class EgressMetrics:
         self._all = (
             *(self._active, self._up, self._flows, self._lag, self.failovers, self._contested),
             *(self._restarts, self._exhausted, self._packets, self._bytes, self._dropped),
+            *(self._lanes, self._rate),
         )
 
     def count(self, egress: str, now: ForwarderView, before: ForwarderView | None) -> None:
@@ -70,15 +78,23 @@ class EgressMetrics:
         self._restarts.labels(egress).inc(max(0, now.restarts - old.restarts))
         self._exhausted.labels(egress).inc(max(0, now.exhausted - old.exhausted))
 
-    def show(self, view: EgressView, active: ForwarderView | None) -> None:
+    def show(self, view: EgressView) -> None:
         """What an egress is at present."""
         self._active.labels(view.name).set(view.active or 0)
         for one in view.forwarders:
             self._up.labels(view.name, str(one.number)).set(one.role in _GOOD)
-        standby = [one.flows for one in view.forwarders if one.role is Role.STANDBY]
-        flows = active.flows if active else 0
-        self._flows.labels(view.name).set(flows)
-        self._lag.labels(view.name).set(max(0, flows - max(standby)) if standby else 0)
+        copies = {one.lane: one.flows for one in view.forwarders if one.role is Role.STANDBY}
+        behind = [lane.flows - copies.get(lane.number, lane.flows) for lane in view.lanes]
+        self._lag.labels(view.name).set(sum(max(0, one) for one in behind))
+        self._flows.labels(view.name).set(sum(lane.flows for lane in view.lanes))
+        self._rate.labels(view.name).set(sum(lane.rate for lane in view.lanes))
+        for state in LaneState:
+            there = sum(lane.state is state for lane in view.lanes)
+            self._lanes.labels(view.name, state.value).set(there)
+
+    def forget_forwarder(self, egress: str, number: int) -> None:
+        """A forwarder has gone with its lane."""
+        self._up.remove_by_labels({"egress": egress, "forwarder": str(number)})
 
     def forget(self, egress: str) -> None:
         """An egress has gone."""

@@ -1,0 +1,170 @@
+"""The lanes of egresses: made, filled, drained and ended, as their load asks for.
+
+The first one is there as long as its egress is. Another one is written into the journal before it
+is begun, and stays there until nothing is left of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from templated.drivers.egress.host import Ways
+from templated.drivers.egress.remote import Remote
+from templated.errors import TemplatedError
+from templated.journal import EgressRows
+from templated.model.config import EgressConfig
+from templated.model.egress import SEATS, EgressState, ForwarderSpec, LaneState, LinkPlan
+from templated.model.units import seconds
+from templated.services.egress.egress import BEGIN, SETTLE, Egress
+from templated.services.egress.lane import Lane
+from templated.services.egress.load import Pace, needed
+from templated.services.reports.events import EventBus
+from templated.services.tasks import Tasks
+
+log = logging.getLogger(__name__)
+_TICK = 2.0
+"""Seconds between two looks at the load, which forwarders tell as often."""
+_LONGEST = 60.0
+"""The same, as long as lanes cannot be made or ended."""
+
+
+class Lanes:
+    """Makes and ends lanes. `spec_of` says what a forwarder is to be."""
+
+    def __init__(
+        self,
+        config: EgressConfig,
+        rows: EgressRows,
+        ways: Ways,
+        tasks: Tasks,
+        events: EventBus,
+        turn: asyncio.Lock,
+        spec_of: Callable[[Egress, LinkPlan, int], ForwarderSpec],
+    ) -> None:
+        self._config = config
+        self._rows = rows
+        self._ways = ways
+        self._tasks = tasks
+        self._events = events
+        self._turn = turn
+        self._spec_of = spec_of
+
+    def know(self, egress: Egress, number: int, state: LaneState = LaneState.SERVING) -> Lane:
+        """A lane of an egress, as the journal has it."""
+        spec, plan = egress.row.spec, self._ways.plan(egress.row.index, number)
+        forwarders = [
+            Remote(self._spec_of(egress, plan, SEATS * number + seat), egress.heard)
+            for seat in range(1, spec.forwarders + 1)
+        ]
+        lane = Lane(plan, spec.ports(number), forwarders, state)
+        egress.lanes = dict(sorted({**egress.lanes, number: lane}.items()))
+        return lane
+
+    async def begin(self, egress: Egress, lane: Lane, *, fresh: bool = False) -> None:
+        """Start a lane, and wait until it could serve. `fresh`: nobody has the address yet.
+
+        Raises HostError or Timeout; what was made by then stays.
+        """
+        await self._ways.make(lane.plan, egress.row.spec)
+        for forwarder in lane.forwarders:
+            # The first one asks whether somebody has the address; then it has it itself.
+            await forwarder.begin(BEGIN, fresh=fresh and forwarder.spec.seat == 1)
+            self.keep(forwarder)
+        await egress.settled(lambda: lane.serves, SETTLE, "its start")
+
+    def keep(self, forwarder: Remote) -> None:
+        """Hear it, and start it again when it ends."""
+        self._tasks.spawn(forwarder.keep(BEGIN), f"keeping forwarder {forwarder.spec.label}")
+
+    async def end(self, egress: Egress, lane: Lane) -> None:
+        """Take a lane away. Raises HostError or Timeout when something of it stays."""
+        for forwarder in lane.forwarders:
+            await forwarder.end()
+        await self._ways.remove(lane.plan)
+
+    async def spread(self, egress: Egress) -> None:
+        """Have new flows go to the lanes that serve. Raises HostError."""
+        if egress.row.spec.max == 1:
+            return
+        serving = [lane for lane in egress.lanes.values() if lane.state is LaneState.SERVING]
+        up = [lane for lane in serving if lane.active is not None] or serving
+        await self._ways.spread(egress.plan, [lane.plan.mark for lane in up])
+
+    def follow(self, egress: Egress) -> None:
+        """Have the number of lanes follow the load from now on."""
+        if egress.row.spec.max > 1:
+            self._tasks.spawn(self._follow(egress), f"lanes of egress {egress.name}")
+
+    async def _follow(self, egress: Egress) -> None:
+        pace, wait = Pace(seconds(self._config.quiet)), _TICK
+        while True:
+            await asyncio.sleep(wait)
+            async with self._turn:
+                if egress.state is not EgressState.ACTIVE:
+                    return
+                try:
+                    await self._adapt(egress, pace)
+                    await self.spread(egress)
+                    wait = _TICK
+                except TemplatedError as error:
+                    wait = min(2 * wait, _LONGEST)
+                    log.warning("lanes of egress %s: %s", egress.name, error.message)
+
+    async def _adapt(self, egress: Egress, pace: Pace) -> None:
+        """One step: more lanes, fewer, or the end of some that have drained."""
+        spec, lanes = egress.row.spec, list(egress.lanes.values())
+        views = [lane.view() for lane in lanes]
+        need = needed(spec, sum(v.rate for v in views), sum(v.flows for v in views))
+        wanted = pace.wanted(time.monotonic(), need)
+        serving = [lane for lane in lanes if lane.state is LaneState.SERVING]
+        for lane in lanes:
+            if lane.state is LaneState.DRAINING and len(serving) < wanted:
+                await self._move(egress, lane, LaneState.SERVING)
+                serving.append(lane)
+        for lane in serving[:0:-1]:
+            if len(serving) > wanted:
+                await self._move(egress, lane, LaneState.DRAINING)
+                serving.remove(lane)
+        for _ in range(wanted - len(serving)):
+            await self.add(egress)
+        for lane in lanes:
+            if lane.state is LaneState.DRAINING and lane.has_ended(seconds(self._config.drain)):
+                await self._end(egress, lane)
+
+    async def add(self, egress: Egress) -> None:
+        """One more lane. Raises HostError or Timeout; nothing of it is left then."""
+        number = next(n for n in range(1, egress.row.spec.max) if n not in egress.lanes)
+        lane = self.know(egress, number)
+        try:
+            await self._write(egress)
+            await self.begin(egress, lane)
+        except BaseException:
+            lane.move(LaneState.DRAINING)  # if it cannot be ended now, it is later
+            await self._end(egress, lane)
+            raise
+        self._tell(egress, lane)
+
+    async def _end(self, egress: Egress, lane: Lane) -> None:
+        await self.end(egress, lane)
+        egress.forget(lane)
+        await self._write(egress)
+        self._events.emit("egress.lane", egress.name, lane=lane.number + 1, state="ended")
+        egress.told()
+
+    async def _move(self, egress: Egress, lane: Lane, state: LaneState) -> None:
+        lane.move(state)
+        await self._write(egress)
+        self._tell(egress, lane)
+
+    async def _write(self, egress: Egress) -> None:
+        others = [(n, lane.state) for n, lane in egress.lanes.items() if n > 0]
+        await self._rows.lanes(egress.name, others)
+
+    def _tell(self, egress: Egress, lane: Lane) -> None:
+        details = {"lane": lane.number + 1, "state": lane.state.value}
+        self._events.emit("egress.lane", egress.name, **details)
+        log.info("egress %s: lane %d is %s", egress.name, lane.number + 1, lane.state.value)
+        egress.told()
