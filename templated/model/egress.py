@@ -111,12 +111,14 @@ EGRESS_TRANSITIONS: Table[EgressState] = {
 class LaneState(enum.StrEnum):
     """Where a lane is; written before it is acted upon."""
 
+    STARTING = "starting"
     SERVING = "serving"
     DRAINING = "draining"
     """It takes no new flows, and ends with its last one."""
 
 
 LANE_TRANSITIONS: Table[LaneState] = {
+    LaneState.STARTING: frozenset({LaneState.SERVING, LaneState.DRAINING}),
     LaneState.SERVING: frozenset({LaneState.DRAINING}),
     LaneState.DRAINING: frozenset({LaneState.SERVING}),
 }

@@ -12,12 +12,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from templated.drivers.network import make_network
 from templated.errors import Conflict, HostError, InvalidRequest, NotFound, TemplatedError
 from templated.journal import EgressRows, Journal
-from templated.model.config import Config
+from templated.model.config import Config, EgressConfig
 from templated.model.egress import EgressState, EgressView, Role
 from templated.model.network import AddressPlan, BridgeNetwork
 from templated.services.egress import egresses
@@ -41,10 +42,10 @@ FIXED = "172.20.0.100"
 class Daemon:
     """The parts of a daemon that egresses need, over the rig's namespaces."""
 
-    def __init__(self, rig: Rig, tmp_path: Path) -> None:
+    def __init__(self, rig: Rig, tmp_path: Path, egress: EgressConfig) -> None:
         bridge = BridgeNetwork(netns=rig.host.name, create=False)
         self.config: Config = configured(tmp_path, metrics=None, network={"mode": "user"})
-        self.config = _with(self.config, bridge)
+        self.config = msgspec.structs.replace(self.config, network=bridge, egress=egress)
         plan = AddressPlan(bridge.subnet, b"test")
         self.metrics = Metrics()
         self.events = EventBus(self.metrics.events)
@@ -62,16 +63,10 @@ class Daemon:
         return [event.details for event in self.events.recent() if event.type == kind]
 
 
-def _with(config: Config, bridge: BridgeNetwork) -> Config:
-    import msgspec
-
-    return msgspec.structs.replace(config, network=bridge)
-
-
 @asynccontextmanager
-async def daemon(rig: Rig, tmp_path: Path) -> AsyncIterator[Daemon]:
-    """One that ends as a daemon does: forwarders go on."""
-    made = Daemon(rig, tmp_path)
+async def daemon(rig: Rig, tmp_path: Path, **egress: str) -> AsyncIterator[Daemon]:
+    """One that ends as a daemon does: forwarders go on. `egress` is configured so."""
+    made = Daemon(rig, tmp_path, EgressConfig(**egress))
     await made.journal.open()
     try:
         await made.egresses.load()

@@ -45,12 +45,12 @@ table ip {TABLE} {{
     chain untracked {{
         type filter hook prerouting priority raw; policy accept;
         iifname "sync" notrack
-        ip protocol vrrp notrack
+        iifname "in" ip protocol {{ vrrp, igmp }} notrack
+        iifname "in" ip daddr {spec.link} notrack
     }}
     chain untracked_own {{
         type filter hook output priority raw; policy accept;
-        oifname "sync" notrack
-        ip protocol vrrp notrack
+        notrack
     }}
     chain forward {{
         type filter hook forward priority filter; policy drop;

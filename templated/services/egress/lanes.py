@@ -52,7 +52,7 @@ class Lanes:
         self._turn = turn
         self._spec_of = spec_of
 
-    def know(self, egress: Egress, number: int, state: LaneState = LaneState.SERVING) -> Lane:
+    def know(self, egress: Egress, number: int, state: LaneState) -> Lane:
         """A lane of an egress, as the journal has it."""
         spec, plan = egress.row.spec, self._ways.plan(egress.row.index, number)
         forwarders = [
@@ -119,7 +119,10 @@ class Lanes:
         views = [lane.view() for lane in lanes]
         need = needed(spec, sum(v.rate for v in views), sum(v.flows for v in views))
         wanted = pace.wanted(time.monotonic(), need)
-        serving = [lane for lane in lanes if lane.state is LaneState.SERVING]
+        for lane in lanes:
+            if lane.state is LaneState.STARTING and lane.serves:  # begun by a daemon before
+                await self._move(egress, lane, LaneState.SERVING)
+        serving = [lane for lane in lanes if lane.state is not LaneState.DRAINING]
         for lane in lanes:
             if lane.state is LaneState.DRAINING and len(serving) < wanted:
                 await self._move(egress, lane, LaneState.SERVING)
@@ -137,7 +140,7 @@ class Lanes:
     async def add(self, egress: Egress) -> None:
         """One more lane. Raises HostError or Timeout; nothing of it is left then."""
         number = next(n for n in range(1, egress.row.spec.max) if n not in egress.lanes)
-        lane = self.know(egress, number)
+        lane = self.know(egress, number, LaneState.STARTING)
         try:
             await self._write(egress)
             await self.begin(egress, lane)
@@ -145,7 +148,8 @@ class Lanes:
             lane.move(LaneState.DRAINING)  # if it cannot be ended now, it is later
             await self._end(egress, lane)
             raise
-        self._tell(egress, lane)
+        await self._move(egress, lane, LaneState.SERVING)
+        await self.spread(egress)
 
     async def _end(self, egress: Egress, lane: Lane) -> None:
         await self.end(egress, lane)
@@ -157,14 +161,10 @@ class Lanes:
     async def _move(self, egress: Egress, lane: Lane, state: LaneState) -> None:
         lane.move(state)
         await self._write(egress)
-        self._tell(egress, lane)
+        self._events.emit("egress.lane", egress.name, lane=lane.number + 1, state=state.value)
+        log.info("egress %s: lane %d is %s", egress.name, lane.number + 1, state.value)
+        egress.told()
 
     async def _write(self, egress: Egress) -> None:
         others = [(n, lane.state) for n, lane in egress.lanes.items() if n > 0]
         await self._rows.lanes(egress.name, others)
-
-    def _tell(self, egress: Egress, lane: Lane) -> None:
-        details = {"lane": lane.number + 1, "state": lane.state.value}
-        self._events.emit("egress.lane", egress.name, **details)
-        log.info("egress %s: lane %d is %s", egress.name, lane.number + 1, lane.state.value)
-        egress.told()
