@@ -1,9 +1,10 @@
 """Many TCP flows that send all the time, and how long each was silent at the other end.
 
 Run as two processes, each in a network namespace: `sink ADDRESS PORT` reads, and prints when its
-stdin closes; `send ADDRESS PORT FLOWS SECONDS` prints a line when all are connected, and what it
-has sent at its end. `drain ADDRESS PORT` reads one flow to its end and prints how fast it was;
-`pour ADDRESS PORT SECONDS` sends it; `shout ADDRESS PORT` sends datagrams. What is printed is JSON.
+stdin closes; `send ADDRESS PORT FLOWS SECONDS [EVERY]` prints a line when all are connected, and
+what it has sent at its end. `drain ADDRESS PORT` reads one flow to its end and prints how fast it
+was; `pour ADDRESS PORT SECONDS` sends it; `shout ADDRESS PORT` sends datagrams. What is printed is
+JSON.
 
 They are plain loops over epoll: 1,000 flows that send every 50 ms are 20,000 messages a second, on
 each side.
@@ -85,7 +86,7 @@ class _Flow:
         return {"flow": number, "messages": messages, "silent": self._silent, "peer": self._name}
 
 
-def send(address: str, port: int, flows: int, seconds: float) -> None:
+def send(address: str, port: int, flows: int, seconds: float, every: float = EVERY) -> None:
     """Send from each flow for so long, then close them; print how much each has sent."""
     sockets = [socket.create_connection((address, port), 10) for _ in range(flows)]
     for one in sockets:
@@ -96,7 +97,7 @@ def send(address: str, port: int, flows: int, seconds: float) -> None:
     began, turn = time.monotonic(), 0
     while (past := time.monotonic() - began) < seconds:
         # All that is due by now, at once: a sleep for each would take longer than to send.
-        for number in range(turn, int(past / EVERY * flows)):
+        for number in range(turn, int(past / every * flows)):
             flow = number % flows
             if flow not in failed:
                 try:
@@ -157,7 +158,7 @@ def main(what: str, address: str, port: str, *more: str) -> None:
     if what == "sink":
         sink(address, int(port))
     elif what == "send":
-        send(address, int(port), int(more[0]), float(more[1]))
+        send(address, int(port), int(more[0]), *map(float, more[1:]))
     elif what == "drain":
         drain(address, int(port))
     elif what == "shout":

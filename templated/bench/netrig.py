@@ -11,6 +11,7 @@ import sys
 from types import TracebackType
 from typing import IO, Any, Self
 
+from templated.bench.flows import EVERY
 from templated.errors import HostError, Timeout
 
 FIXED = "172.20.0.100"
@@ -199,9 +200,11 @@ class Sink:
 class Flows:
     """TCP flows from the clone to the VPC, which send from now on for so many seconds."""
 
-    def __init__(self, rig: Rig, number: int, seconds: float, port: int = 9000) -> None:
+    def __init__(
+        self, rig: Rig, number: int, seconds: float, port: int = 9000, every: float = EVERY
+    ) -> None:
         self._sink = Sink(rig, port)
-        send = program("send", SERVER, str(port), str(number), str(seconds))
+        send = program("send", SERVER, str(port), str(number), str(seconds), str(every))
         self._send = rig.clone.start(*send, stdout=subprocess.PIPE)
         line(self._send)
 

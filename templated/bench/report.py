@@ -130,6 +130,16 @@ def _egress(report: dict[str, Any]) -> None:
         f"throughput: {bulk['egress_gbit']:g} Gbit/s, by hand {bulk['by_hand_gbit']:g}; "
         f"ratio {bulk['ratio']:g}"
     )
+    scaling, lanes = report["scaling"], report["lanes_throughput"]
+    click.echo(
+        f"1 to 3 lanes after {scaling['grown_s']:g} s of load, and back, under {scaling['flows']}"
+        f" flows: {scaling['flows_lost']} lost, longest silence p99 {scaling['p99']:g} ms;"
+        f" {scaling['flows_of_lanes']} in each lane as the others drained"
+    )
+    click.echo(
+        f"two active forwarders: {lanes['two_gbit']:g} Gbit/s, one {lanes['one_gbit']:g};"
+        f" ratio {lanes['ratio']:g}"
+    )
     click.echo(f"made in {report['create_s']:g} s; {report['churn']['rounds']} times again")
     seen, wrong = report["packets_seen"], report["wrong_sources"]
     click.echo(f"captured outside: {seen} packets, {wrong} of a wrong source")

@@ -274,6 +274,9 @@ def _report(**change: object) -> dict[str, Any]:
     made: dict[str, Any] = {key: dict(row) for key in ROUNDS}
     made |= {"kind": "egress", "flows": 1000, "create_s": 1.5, "churn": {"rounds": 3}}
     made["throughput"] = {"egress_gbit": 5.0, "by_hand_gbit": 5.1, "ratio": 0.98}
+    lanes = {"grown_s": 6.5, "load": 500, "flows_of_lanes": [150, 60, 40]}
+    made["scaling"] = row | lanes | {"flows": 200}
+    made["lanes_throughput"] = {"one_gbit": 4.0, "two_gbit": 5.0, "ratio": 1.25}
     made |= {"packets_seen": 9000, "wrong_sources": 0, "host": {"cpus": 2, "load": 0.5}}
     return made | change
 

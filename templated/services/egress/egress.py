@@ -33,6 +33,9 @@ class Egress:
         """Why its way could not be made as it should be."""
         self.lanes: dict[int, Lane] = {}
         """By number; the first one is always there, and serves."""
+        self.marks: list[int] = []
+        """Of the lanes that new flows go to, since `spread_at`, of the monotonic clock."""
+        self.spread_at = 0.0
         self._events = events
         self._metrics = metrics
         self._failovers = 0

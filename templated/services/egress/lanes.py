@@ -27,6 +27,8 @@ from templated.services.tasks import Tasks
 log = logging.getLogger(__name__)
 _TICK = 2.0
 """Seconds between two looks at the load, which forwarders tell as often."""
+_AGAIN = 10.0
+"""Seconds after which rules are made again that somebody may have flushed."""
 _LONGEST = 60.0
 """The same, as long as lanes cannot be made or ended."""
 
@@ -91,7 +93,10 @@ class Lanes:
             return
         serving = [lane for lane in egress.lanes.values() if lane.state is LaneState.SERVING]
         up = [lane for lane in serving if lane.active is not None] or serving
-        await self._ways.spread(egress.plan, [lane.plan.mark for lane in up])
+        now, marks = time.monotonic(), [lane.plan.mark for lane in up]
+        if marks != egress.marks or now - egress.spread_at > _AGAIN:
+            await self._ways.spread(egress.plan, marks)
+            egress.marks, egress.spread_at = marks, now
 
     def follow(self, egress: Egress) -> None:
         """Have the number of lanes follow the load from now on."""
