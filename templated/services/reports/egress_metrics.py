@@ -30,7 +30,6 @@ class EgressMetrics:
         self._lanes = gauge(
             "lanes", "Lanes that take new flows, and that wait for the end of theirs.", _STATES
         )
-        self._rate = gauge("bytes_per_second", "What all lanes forward, both ways.")
         self._up = gauge(
             "forwarder_up",
             "1 while a forwarder is the active one or a standby that could take over.",
@@ -54,7 +53,7 @@ class EgressMetrics:
         self._all = (
             *(self._active, self._up, self._flows, self._lag, self.failovers, self._contested),
             *(self._restarts, self._exhausted, self._packets, self._bytes, self._dropped),
-            *(self._lanes, self._rate),
+            self._lanes,
         )
 
     def count(self, egress: str, now: ForwarderView, before: ForwarderView | None) -> None:
@@ -87,7 +86,6 @@ class EgressMetrics:
         behind = [lane.flows - copies.get(lane.number, lane.flows) for lane in view.lanes]
         self._lag.labels(view.name).set(sum(max(0, one) for one in behind))
         self._flows.labels(view.name).set(sum(lane.flows for lane in view.lanes))
-        self._rate.labels(view.name).set(sum(lane.rate for lane in view.lanes))
         for state in LaneState:
             there = sum(lane.state is state for lane in view.lanes)
             self._lanes.labels(view.name, state.value).set(there)
