@@ -200,4 +200,5 @@ def host_errors(what: str = "the host refuses", hint: str = "") -> Iterator[None
     try:
         yield
     except OSError as error:
-        raise HostError(f"{what}: {error.strerror or error}", hint=hint) from error
+        where = f", {error.filename}" if error.filename else ""
+        raise HostError(f"{what}: {error.strerror or error}{where}", hint=hint) from error

@@ -103,7 +103,7 @@ _WRITES = (
     *("activate", "generation_state", "deactivate", "drop_generation"),
     *("deploy", "publish", "set_alias", "drop_alias", "drop_version", "drop_function", "reserve"),
     *("scale", "provision", "unprovision", "set_policy"),
-    *("add_egress", "egress_state", "drop_egress"),
+    *("add_egress", "egress_state", "egress_lanes", "drop_egress"),
     *("add_event", "event_state", "drop_event"),
 )
 READS = (

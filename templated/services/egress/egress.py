@@ -8,7 +8,7 @@ from collections.abc import Callable
 from templated.drivers.egress.remote import Remote
 from templated.errors import Conflict, Timeout
 from templated.journal import EgressRow
-from templated.model.egress import EgressState, EgressView, ForwarderView, LinkPlan
+from templated.model.egress import EgressState, EgressView, ForwarderView, LaneState, LinkPlan
 from templated.services.egress.lane import Lane
 from templated.services.reports.egress_metrics import EgressMetrics
 from templated.services.reports.events import EventBus
@@ -149,7 +149,7 @@ class Egress:
         found = [self.problem] if self.problem else []
         if self.state is EgressState.ACTIVE:
             for lane in self.lanes.values():
-                if lane.active is None:
+                if lane.active is None and lane.state is not LaneState.STARTING:
                     which = f" of lane {lane.number + 1}" if len(self.lanes) > 1 else ""
                     found.append(f"no forwarder{which} is active: packets are dropped")
         return found + [problem for lane in self.lanes.values() for problem in lane.problems()]
