@@ -15,6 +15,7 @@ from templated.drivers.accounts import access_rules
 from templated.drivers.secretfile import others_read
 from templated.errors import ConfigError, NotFound
 from templated.model.config import Config, default_config_path, defaults
+from templated.model.egress import EgressSpec
 from templated.model.spec import TemplateSpec
 
 T = TypeVar("T")
@@ -78,6 +79,12 @@ def parse_template(text: str, source: str) -> TemplateSpec:
     """A template from YAML text; ConfigError names `source`, the line and the field."""
     _require_short(len(text), source)
     return _convert(_parse(text, source), TemplateSpec)
+
+
+def parse_egress(text: str, source: str) -> EgressSpec:
+    """An egress from YAML text; ConfigError names `source`, the line and the field."""
+    _require_short(len(text), source)
+    return _convert(_parse(text, source), EgressSpec)
 
 
 def template_files(directories: tuple[str, ...]) -> dict[str, Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 from typing import Annotated
 
@@ -33,6 +33,15 @@ NEVER = tuple(
 """Networks that no egress leads to: this host, link-local and metadata, multicast, reserved."""
 
 
+class EgressHost(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One of the two hosts of an egress."""
+
+    address: Address
+    """By which the other one reaches it."""
+    clones: Cidr
+    """The subnet of its clones, as in its daemon's configuration."""
+
+
 class EgressSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an egress must be, as it was asked for. Raises ValueError when its parts do not fit."""
 
@@ -52,6 +61,10 @@ class EgressSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How many lanes there are: active forwarders, each with a slice of the ports."""
     bandwidth: Size = "256MiB"
     """What one active forwarder is meant to carry a second, both ways together."""
+    hosts: tuple[EgressHost, ...] = ()
+    """Two, with a forwarder on each; none: all forwarders are on this one."""
+    link: Annotated[int, Meta(ge=1, le=MAX_EGRESSES)] | None = None
+    """The index of the link that both hosts have: see `LinkPlan`."""
 
     def __post_init__(self) -> None:
         fixed = ipaddress.IPv4Interface(self.address)
@@ -69,6 +82,32 @@ class EgressSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         for network in self.networks:
             if bad := next((never for never in NEVER if network.overlaps(never)), None):
                 raise ValueError(f"to: {network} overlaps {bad}, where no egress leads")
+        if self.hosts:
+            self._check_hosts()
+        elif self.link is not None:
+            raise ValueError("link: an egress of one host chooses its link by itself")
+
+    def _check_hosts(self) -> None:
+        if len(self.hosts) != 2 or self.forwarders != 2:
+            raise ValueError("hosts: an egress between hosts has two, with a forwarder on each")
+        if self.max > 1:
+            raise ValueError("max: an egress between hosts has one lane")
+        if self.link is None:
+            raise ValueError(f"link: give a number to {MAX_EGRESSES} that is free on both hosts")
+        if len({IPv4Address(host.address) for host in self.hosts}) == 1:
+            raise ValueError(f"hosts: both have the address {self.hosts[0].address}")
+        clones = [IPv4Network(host.clones) for host in self.hosts]
+        if clones[0].overlaps(clones[1]):
+            raise ValueError(f"hosts: the clones of both are in {clones[0]}")
+        for network in (*self.networks, self.outside):
+            if bad := next((one for one in clones if network.overlaps(one)), None):
+                raise ValueError(f"hosts: {network} overlaps the clones' subnet {bad}")
+
+    def seats(self, clones: IPv4Network) -> list[int]:
+        """Which of each lane's forwarders are on the host that has these clones, from 1."""
+        if not self.hosts:
+            return list(range(1, self.forwarders + 1))
+        return [n for n, one in enumerate(self.hosts, 1) if IPv4Network(one.clones) == clones]
 
     @property
     def fixed(self) -> str:
@@ -143,6 +182,7 @@ class LinkPlan:
     """Where the forwarders of one lane are reached, and how its packets are told from others.
 
     A /28: .1 is the host, .2 the address that the active forwarder has, .3 and .4 each one's own.
+    Of two hosts that share it, the second is .14.
     """
 
     index: int
@@ -154,11 +194,17 @@ class LinkPlan:
     """The bridge to the inside legs."""
     sync: str
     """The bridge between the forwarders, on which the host has no address."""
+    side: int = field(default=1, compare=False)
+    """Which of two hosts this one is."""
 
     @property
     def host(self) -> str:
         """The host's address."""
-        return str(self.network[1])
+        return self.host_of(self.side)
+
+    def host_of(self, side: int) -> str:
+        """The address of one of two hosts."""
+        return str(self.network[1 if side == 1 else 14])
 
     @property
     def shared(self) -> str:
@@ -173,8 +219,12 @@ class LinkPlan:
         """The host's end of a leg of the forwarder of this seat."""
         return f"{self.sync if sync else self.inside}.{seat}"
 
+    def tunnel(self, *, sync: bool = False) -> str:
+        """The port of a bridge that leads to the other host's."""
+        return f"{self.sync if sync else self.inside}.v"
 
-def link_plan(links: IPv4Network, index: int, owner: str, lane: int = 0) -> LinkPlan:
+
+def link_plan(links: IPv4Network, index: int, owner: str, lane: int = 0, side: int = 1) -> LinkPlan:
     """The plan of a lane of the egress with this index, 1 to MAX_EGRESSES.
 
     Its names begin as those of lane 0, and its mark is the same but for the bits that EXIT_MASK
@@ -187,7 +237,7 @@ def link_plan(links: IPv4Network, index: int, owner: str, lane: int = 0) -> Link
     network = IPv4Network((int(links.network_address) + 16 * place, 28))
     mark = 1 << 30 | lane << 24 | int.from_bytes(digest[:2], "big") << 8 | index
     tag = f"{digest.hex()[:5]}{index:02x}" + (f"{lane:x}" if lane else "")
-    return LinkPlan(index, lane, network, mark, f"tl{tag}", f"ts{tag}")
+    return LinkPlan(index, lane, network, mark, f"tl{tag}", f"ts{tag}", side)
 
 
 SEATS = 2
@@ -219,7 +269,10 @@ class ForwarderSpec(Struct, frozen=True, kw_only=True):
     @property
     def plan(self) -> LinkPlan:
         """Its link."""
-        return LinkPlan(self.index, self.lane, IPv4Network(self.link), 0, self.inside, self.sync)
+        side = self.seat if self.egress.hosts else 1
+        return LinkPlan(
+            *(self.index, self.lane, IPv4Network(self.link), 0, self.inside, self.sync, side)
+        )
 
     @property
     def lane(self) -> int:
@@ -232,9 +285,29 @@ class ForwarderSpec(Struct, frozen=True, kw_only=True):
         return (self.number - 1) % SEATS + 1
 
     @property
+    def sources(self) -> dict[str, str]:
+        """The subnets that packets come from, and by which host's address each is reached."""
+        plan, hosts = self.plan, self.egress.hosts
+        if not hosts:
+            return {self.clones: plan.host}
+        return {one.clones: plan.host_of(side) for side, one in enumerate(hosts, 1)}
+
+    @property
     def label(self) -> str:
         """Its name, in files and messages."""
         return f"{self.egress.name}-{self.number}"
+
+
+class Peer(enum.StrEnum):
+    """What a forwarder sees of the one on the other host."""
+
+    NONE = ""
+    """It does not look: the other one is on this host, or there is none."""
+    SENDS = "sends"
+    """It is heard as the active one."""
+    SEEN = "seen"
+    """It answers."""
+    UNSEEN = "unseen"
 
 
 class ForwarderView(Struct, frozen=True, kw_only=True):
@@ -263,6 +336,8 @@ class ForwarderView(Struct, frozen=True, kw_only=True):
     """How often keepalived or conntrackd had to be started again."""
     error: str = ""
     """What went wrong last, and still does."""
+    peer: Peer = Peer.NONE
+    """Of two hosts: what it sees of the other one's."""
 
 
 class LaneView(Struct, frozen=True, kw_only=True):
@@ -302,6 +377,12 @@ class EgressView(Struct, frozen=True, kw_only=True):
     created: str
     problem: str = ""
     """What an operator should look at; empty when all is well."""
+    hosts: tuple[EgressHost, ...] = ()
+    """Of an egress between two hosts; forwarder 1 is on the first."""
+    here: int | None = None
+    """Which of `hosts` this is."""
+    peer: Peer = Peer.NONE
+    """What this host's forwarder sees of the other one."""
 
 
 def check_overlap(spec: EgressSpec, others: dict[str, IPv4Network]) -> None:

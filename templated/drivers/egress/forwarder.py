@@ -12,6 +12,8 @@ A veto is no failure of its own: with none of them left, it is a standby again.
 
 Of a lane that is not the first one nobody answers outside. There the host's rule that leads the
 lane's ports to a MAC tells which of two is the active one: who took over last.
+
+Between two hosts the other one is looked for, since no daemon hears both (`peer`).
 """
 
 from __future__ import annotations
@@ -28,11 +30,12 @@ from typing import Any
 
 from msgspec import structs
 
-from templated.drivers.egress import adverts, legs, rules
+from templated.drivers.egress import legs, rules, vxlan
 from templated.drivers.egress.arp import Arp, Heard
 from templated.drivers.egress.child import Child
 from templated.drivers.egress.counters import count, flows_without_port, guarded, steered
 from templated.drivers.egress.namespaces import inside
+from templated.drivers.egress.peer import Watch
 from templated.drivers.egress.programs import Files, conntrackd_config, keepalived_config
 from templated.drivers.host.programs import run, run_here
 from templated.errors import HostError, TemplatedError
@@ -48,7 +51,6 @@ _SILENCE = 3
 _ASKED, _PAUSE = 8, 0.1
 """How often, and with which pause in seconds, one that took over asks whether the one before still
 answers: the namespace of one that was killed does, until it has gone."""
-_LISTEN = 0.3
 _HOLD = 1.0
 """Seconds times its seat after which a contested one asks again: they never retry together."""
 _UNASKED = 30.0
@@ -71,6 +73,7 @@ class Forwarder:
         self._silent = 0
         self._counted, self._size = time.monotonic(), 0
         """When bytes were counted, and how many there were."""
+        self._peer = Watch(spec)
         self._announcing = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._inside = self._outside = None  # type: Arp | None
@@ -94,6 +97,7 @@ class Forwarder:
             pid=int(os.readlink("/proc/self")),
             restarts=sum(child.restarts for child in children),
             error="; ".join(problems),
+            peer=self._peer.state,
         )
 
     async def prepare(self, *, fresh: bool) -> None:
@@ -103,8 +107,12 @@ class Forwarder:
         """
         self._inside = self._arp("in", self._spec.plan.shared)
         self._outside = self._arp("out", self._spec.egress.fixed)
+        if self._peer.wanted and await self._peer.sends():
+            return
         if fresh:
             await self._check_free()
+        elif self._peer.wanted and (mac := await self._other()):
+            self._contested(mac)  # before it does harm: the links between the hosts are cut
 
     async def run(self) -> None:
         """Serve until cancelled; then the addresses are given up."""
@@ -118,6 +126,8 @@ class Forwarder:
                     self._serve_alone()
                 group.create_task(self._watch())
                 group.create_task(self._announce())
+                if self._peer.wanted:
+                    group.create_task(self._look_for_peer())
         finally:
             asyncio.get_running_loop().remove_reader(fifo)
             os.close(fifo)
@@ -249,7 +259,7 @@ class Forwarder:
         quiet, asked = 0, 0
         while quiet < 2:
             await asyncio.sleep(_HOLD * self._spec.seat)
-            if await self._heard_inside():
+            if await self._peer.sends():
                 break
             asked += 1
             quiet = 0 if await self._stays(asked) else quiet + 1
@@ -260,13 +270,6 @@ class Forwarder:
         if self._spec.lane:  # nobody answers for it, and so it is only given some time
             return asked * _HOLD * self._spec.seat < _UNASKED
         return bool(await self._other())
-
-    async def _heard_inside(self) -> bool:
-        try:
-            own = self._spec.plan.own(self._spec.seat)
-            return await adverts.heard(own, _LISTEN)
-        except OSError:
-            return False
 
     async def _other(self) -> str:
         """The MAC of another one that has the fixed address; empty: there is none, or no leg."""
@@ -285,9 +288,12 @@ class Forwarder:
         except OSError as error:
             raise HostError(f"cannot send on {self._spec.egress.interface}: {error}") from error
         if mac:
+            hint = "take an address that nobody has"
+            if self._peer.wanted:
+                hint += f"; if it is the other host's forwarder, let UDP port {vxlan.PORT} through"
             raise HostError(
                 f"{fixed} is taken: {mac} answers for it on {self._spec.egress.interface}",
-                hint="take an address that nobody has",
+                hint=hint,
             )
 
     # --- the legs -----------------------------------------------------------------------------
@@ -299,6 +305,8 @@ class Forwarder:
                     self._announcing.set()
             elif leg == "in" and heard.ip == self._spec.plan.host:
                 self._silent = 0
+            elif leg == "in":
+                self._peer.heard(heard)
 
         try:
             arp = Arp(leg)
@@ -326,6 +334,12 @@ class Forwarder:
             with contextlib.suppress(OSError):
                 if arp is not None:
                     arp.announce(ip)
+
+    async def _look_for_peer(self) -> None:
+        while True:
+            if await self._peer.look(self._inside, active=self._view.role is Role.ACTIVE):
+                self.report()
+            await asyncio.sleep(_TICK)
 
     async def _watch(self) -> None:
         """Every half second: are the host and the interface there? Every two: count."""

@@ -15,7 +15,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, TypeVar
 
-from templated.drivers.egress import ip, rules
+from templated.drivers.egress import ip, rules, vxlan
 from templated.drivers.host.programs import run_here
 from templated.drivers.network.links import disable_ipv6, forwards_ipv4
 from templated.drivers.network.worker import Worker, enter_namespace
@@ -68,16 +68,20 @@ class Ways:
         if worker is not None:
             await worker.stop()
 
-    def plan(self, index: int, lane: int = 0) -> LinkPlan:
-        """The plan of a lane of the egress that has this index."""
-        return link_plan(self._links, index, self.owner, lane)
+    def plan(self, index: int, lane: int = 0, side: int = 1) -> LinkPlan:
+        """The plan of a lane of the egress that has this index; of two hosts, on this side."""
+        return link_plan(self._links, index, self.owner, lane, side)
 
-    async def find(self, taken: Collection[int], lanes: int) -> LinkPlan:
-        """The first lane's plan of an egress with so many, which nobody has on this host.
+    def seats(self, spec: EgressSpec) -> list[int]:
+        """Which of each lane's forwarders are on this host, from 1."""
+        return spec.seats(self._clones)
+
+    async def find(self, taken: Collection[int], spec: EgressSpec) -> LinkPlan:
+        """The first lane's plan of an egress, which nobody has on this host.
 
         Raises Conflict when there is none.
         """
-        return await self._run(lambda: self._find(taken, lanes))
+        return await self._run(lambda: self._find(taken, spec))
 
     async def check(self, spec: EgressSpec) -> None:
         """Whether the interface can be used, and where the egress leads is not the host's own.
@@ -114,21 +118,26 @@ class Ways:
 
     # In the worker's thread.
 
-    def _find(self, taken: Collection[int], lanes: int) -> LinkPlan:
+    def _find(self, taken: Collection[int], spec: EgressSpec) -> LinkPlan:
         routes = _networks(ip.shown("route", "show", "table", "all"))
         marks = _marks()
-        for index in range(1, MAX_EGRESSES + 1):
+        for index in range(1, MAX_EGRESSES + 1) if spec.link is None else (spec.link,):
             if index in taken:
                 continue
             try:
-                plans = [self.plan(index, lane) for lane in range(lanes)]
+                plans = [self.plan(index, lane) for lane in range(spec.max)]
             except ValueError:
                 break
             free = not any(p.network.overlaps(route) for route in routes for p in plans)
             if free and marks.isdisjoint(p.mark for p in plans):
                 return plans[0]
+        if spec.link is not None:
+            raise Conflict(
+                f"link {spec.link} of {self._links} is not free on this host",
+                hint="choose another one, on both hosts",
+            )
         raise Conflict(
-            f"{self._links} has no room for another egress of {lanes} lanes",
+            f"{self._links} has no room for another egress of {spec.max} lanes",
             hint="set egress.links to a larger range, or to another one",
         )
 
@@ -159,10 +168,14 @@ class Ways:
         others = {f"the host's {r['dev']}": IPv4Network(r["dst"]) for r in own if "/" in r["dst"]}
         others |= {"the clones' subnet": self._clones, "the forwarders' links": self._links}
         check_overlap(spec, others)
+        if spec.hosts:
+            vxlan.check(spec, self._clones)
 
     def _make(self, plan: LinkPlan, spec: EgressSpec) -> None:
         for name in (plan.inside, plan.sync):
-            self._bridge(name)
+            self._bridge(name, plan.side)
+        if spec.hosts:
+            vxlan.make(plan, spec, self.owner)
         inside = plan.inside
         _sysctl(f"conf/{inside}/rp_filter", "0")  # what comes by it has addresses from elsewhere
         ip.apply(f"addr replace {plan.host}/{plan.network.prefixlen} dev {inside}")
@@ -175,12 +188,14 @@ class Ways:
         if plan.mark not in _marks():
             ip.apply(f"rule add {_rule(plan)}")
 
-    def _bridge(self, name: str) -> None:
+    def _bridge(self, name: str, side: int) -> None:
         link = _link(name)
         if link and link.get("ifalias") != self.owner:
             raise Conflict(f"interface {name} is not this daemon's", hint=f"ip link show {name}")
         if not link:
-            mac = (b"\x0a" + hashlib.sha256(f"{self.owner} {name}".encode()).digest()[:5]).hex(":")
+            # Hosts made from one image may have the same owner.
+            seed = f"{self.owner} {name} {side}".encode()
+            mac = (b"\x0a" + hashlib.sha256(seed).digest()[:5]).hex(":")
             ip.apply(
                 f"link add {name} address {mac} type bridge"
                 " stp_state 0 forward_delay 0 mcast_snooping 0"
@@ -193,6 +208,7 @@ class Ways:
         if plan.mark in _marks():
             ip.apply(f"rule del {_rule(plan)}")
         ip.discard(f"route flush table {plan.mark}")
+        vxlan.remove(plan, self.owner)
         for name in (plan.inside, plan.sync):
             link = _link(name)
             if link and link.get("ifalias") == self.owner:
@@ -208,7 +224,7 @@ class Ways:
         names = {link["ifname"] for link in ip.shown("link", "show")}
         marks, tables = _marks(), _tables()
         for plan in self._plans():
-            found = {plan.inside, plan.sync} & names or plan.mark in marks
+            found = names & _links_of(plan) or plan.mark in marks
             if (found or tables & _tables_of(plan)) and plan not in keep:
                 self._remove(plan)
 
@@ -251,9 +267,15 @@ def _tables() -> set[tuple[str, str]]:
 
 
 def _tables_of(plan: LinkPlan) -> set[tuple[str, str]]:
-    """What a lane may have: a guard for each forwarder, its steering, and how flows are spread."""
+    """What a lane may have: a guard for each forwarder, its steering, and more."""
     guards = {("netdev", plan.port(seat)) for seat in range(1, SEATS + 1)}
-    return guards | {("netdev", rules.steering_table(plan)), ("ip", plan.inside)}
+    spread, joined = ("ip", plan.inside), ("ip", plan.tunnel())
+    return guards | {("netdev", rules.steering_table(plan)), spread, joined}
+
+
+def _links_of(plan: LinkPlan) -> set[str]:
+    """The bridges of a lane, and what joins them with those of another host."""
+    return {plan.inside, plan.sync, plan.tunnel(), plan.tunnel(sync=True)}
 
 
 def _link(name: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def make(spec: ForwarderSpec, host: int, own: int) -> None:
     make_out(spec, host, own)
     plan = spec.plan
     with inside(host):
-        mtu = _mtu(spec.egress.interface)
+        mtu = _mtu(plan.tunnel() if spec.egress.hosts else spec.egress.interface)
         for name, bridge, port in (
             ("in", spec.inside, plan.port(spec.seat)),
             ("sync", spec.sync, plan.port(spec.seat, sync=True)),
@@ -67,8 +67,11 @@ def make(spec: ForwarderSpec, host: int, own: int) -> None:
         f"addr add {sync_address(spec.seat)}/28 dev sync",
         "link set dev sync up",
         "link set dev in up",
-        f"route replace {spec.clones} via {plan.host} dev in",
-        f"route replace {spec.clones} via {plan.host} dev in table {_REPLIES}",
+        *(
+            f"route replace {net} via {host} dev in {table}"
+            for net, host in spec.sources.items()
+            for table in ("", f"table {_REPLIES}")
+        ),
     )
     set_up_out(spec)
 

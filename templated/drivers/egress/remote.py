@@ -19,7 +19,7 @@ from templated.drivers.egress.programs import Files
 from templated.drivers.host.programs import run
 from templated.errors import HostError, Timeout
 from templated.model.api import ErrorInfo
-from templated.model.egress import ForwarderSpec, ForwarderView, Role
+from templated.model.egress import ForwarderSpec, ForwarderView, Peer, Role
 
 _log = logging.getLogger(__name__)
 UNIT = "templated-forwarder@{}.service"
@@ -186,7 +186,8 @@ class Remote:
             self._changed(self)
 
     def _gone(self, why: str) -> None:
-        self.view = msgspec.structs.replace(self.view, role=Role.GONE, pid=0, error=why)
+        peer = Peer.UNSEEN if self.spec.egress.hosts else Peer.NONE
+        self.view = msgspec.structs.replace(self.view, role=Role.GONE, pid=0, error=why, peer=peer)
         if not self._ending:
             self._changed(self)
 

@@ -33,6 +33,7 @@ def ruleset(spec: ForwarderSpec) -> str:
     to = ["0.0.0.0/0"] if egress.internet else [str(network) for network in egress.networks]
     never = [*map(str, NEVER), spec.links]
     first, last = egress.ports(spec.lane)
+    clones = f"{{ {', '.join(spec.sources)} }}"
     counters = "".join(f"    counter {name} {{ }}\n" for name in counter_names())
     return f"""\
 table ip {TABLE}
@@ -54,18 +55,18 @@ table ip {TABLE} {{
     }}
     chain forward {{
         type filter hook forward priority filter; policy drop;
+        tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu
         iifname "in" oifname "out" jump leave
         iifname "out" oifname "in" ct state established,related counter name in accept
         iifname "out" counter name drop_unasked drop
         counter name drop_other drop
     }}
     chain leave {{
-        ip saddr != {spec.clones} counter name drop_source drop
+        ip saddr != {clones} counter name drop_source drop
         ip daddr @never counter name drop_destination drop
-        ip daddr {spec.clones} counter name drop_destination drop
+        ip daddr {clones} counter name drop_destination drop
         ip daddr != @to counter name drop_destination drop
         ct state invalid counter name drop_other drop
-        tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu
         counter name out accept
     }}
     chain translate {{

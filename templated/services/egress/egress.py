@@ -8,7 +8,14 @@ from collections.abc import Callable
 from templated.drivers.egress.remote import Remote
 from templated.errors import Conflict, Timeout
 from templated.journal import EgressRow
-from templated.model.egress import EgressState, EgressView, ForwarderView, LaneState, LinkPlan
+from templated.model.egress import (
+    EgressState,
+    EgressView,
+    ForwarderView,
+    LaneState,
+    LinkPlan,
+    Peer,
+)
 from templated.services.egress.lane import Lane
 from templated.services.reports.egress_metrics import EgressMetrics
 from templated.services.reports.events import EventBus
@@ -74,6 +81,9 @@ class Egress:
             link=str(self.plan.network),
             created=self.row.created,
             problem="; ".join(self._problems()),
+            hosts=spec.hosts,
+            here=self.plan.side if spec.hosts else None,
+            peer=self.lanes[0].peer,
         )
 
     def heard(self, forwarder: Remote) -> None:
@@ -104,13 +114,13 @@ class Egress:
 
     def _note_active(self, lane: Lane) -> None:
         """By the later of two that say so: one that is about to give up may speak once more."""
-        active = lane.active
-        if active is None or active.spec.number == lane.last_active:
+        active = lane.active_number
+        if active is None or active == lane.last_active:
             return
         if lane.last_active is not None:
             self._failovers += 1
             self._metrics.failovers.labels(self.name).inc()
-        lane.last_active = active.spec.number
+        lane.last_active = active
         self._events.emit("egress.active", self.name, forwarder=lane.last_active)
 
     async def settled(self, what: Callable[[], bool], seconds: float, doing: str) -> None:
@@ -133,7 +143,12 @@ class Egress:
         Lanes that were switched by then stay so.
         """
         for lane in list(self.lanes.values()):
-            active, standby = lane.active, lane.standby
+            active, standby = lane.active, lane.standby_number
+            if active is None and lane.peer is Peer.SENDS:
+                raise Conflict(
+                    f"the active forwarder of egress {self.name} is on host {lane.other_host}",
+                    hint=f"there: templated egress switch {self.name}",
+                )
             if active is None or standby is None:
                 raise Conflict(
                     f"egress {self.name} has no standby that could take over",
@@ -142,14 +157,14 @@ class Egress:
             active.resign()
             await self._takeover(lane, standby)
 
-    async def _takeover(self, lane: Lane, standby: Remote) -> None:
-        await self.settled(lambda: lane.active is standby, SETTLE, "the takeover")
+    async def _takeover(self, lane: Lane, standby: int) -> None:
+        await self.settled(lambda: lane.active_number == standby, SETTLE, "the takeover")
 
     def _problems(self) -> list[str]:
         found = [self.problem] if self.problem else []
         if self.state is EgressState.ACTIVE:
             for lane in self.lanes.values():
-                if lane.active is None and lane.state is not LaneState.STARTING:
+                if lane.active_number is None and lane.state is not LaneState.STARTING:
                     which = f" of lane {lane.number + 1}" if len(self.lanes) > 1 else ""
                     found.append(f"no forwarder{which} is active: packets are dropped")
         return found + [problem for lane in self.lanes.values() for problem in lane.problems()]

@@ -141,6 +141,8 @@ class Egresses:
         await self._ways.close()
 
     async def _adopt(self, egress: Egress) -> None:
+        if not egress.forwarders:
+            return
         try:
             for lane in egress.lanes.values():
                 await self._ways.make(lane.plan, egress.row.spec)
@@ -201,7 +203,7 @@ class Egresses:
         await self._ways.open()
         await self._ways.check(spec)
         taken = {one.plan.index for one in self._egresses.values()}
-        plan = await self._ways.find(taken, spec.max)
+        plan = await self._ways.find(taken, spec)
         row = await self._rows.add(spec, plan.index)
         egress = self._egresses[spec.name] = self._known(row)
         try:
@@ -286,7 +288,11 @@ class Egresses:
     # --- inside -------------------------------------------------------------------------------
 
     def _known(self, row: EgressRow) -> Egress:
-        egress = Egress(row, self._ways.plan(row.index), self._events, self._metrics)
+        seats = self._ways.seats(row.spec)
+        plan = self._ways.plan(row.index, side=seats[0] if row.spec.hosts and seats else 1)
+        egress = Egress(row, plan, self._events, self._metrics)
+        if not seats:
+            egress.problem = f"neither of its hosts has its clones in {self._clones}, as this one"
         for number, state in ((0, LaneState.SERVING), *row.lanes):
             self._lanes.know(egress, number, state)
         return egress

@@ -11,6 +11,7 @@ from templated.model.egress import (
     LaneState,
     LaneView,
     LinkPlan,
+    Peer,
     Role,
 )
 from templated.model.lifecycle import move
@@ -51,8 +52,38 @@ class Lane:
         return next((one for one in self.forwarders if one.view.role is Role.STANDBY), None)
 
     @property
+    def peer(self) -> Peer:
+        """Of two hosts: what the forwarder here sees of the other one."""
+        return self.forwarders[0].view.peer if self.forwarders else Peer.NONE
+
+    @property
+    def other_host(self) -> str:
+        """The address of the other of two hosts."""
+        return self.forwarders[0].spec.egress.hosts[2 - self.plan.side].address
+
+    @property
+    def active_number(self) -> int | None:
+        """The forwarder that sends, here or on the other host."""
+        if (active := self.active) is not None:
+            return active.spec.number
+        return 3 - self.plan.side if self.peer is Peer.SENDS else None
+
+    @property
+    def standby_number(self) -> int | None:
+        """One that could take over, here or on the other host, where all that is known is that it
+        answers."""
+        if (standby := self.standby) is not None:
+            return standby.spec.number
+        return 3 - self.plan.side if self.peer is Peer.SEEN else None
+
+    @property
     def serves(self) -> bool:
-        """One sends, and the other one, if there is to be one, could."""
+        """One sends, and the other one, if there is to be one, could. The other host may come
+        later."""
+        if self.peer is not Peer.NONE:
+            return self.active is not None or (
+                self.standby is not None and self.active_number is not None
+            )
         return self.active is not None and (len(self.forwarders) < 2 or self.standby is not None)
 
     def move(self, state: LaneState) -> None:
@@ -73,7 +104,7 @@ class Lane:
         return LaneView(
             number=self.number + 1,
             state=self.state,
-            active=None if active is None else active.spec.number,
+            active=self.active_number,
             ports=self.ports,
             flows=0 if active is None else active.view.flows,
             rate=0 if active is None else active.view.rate,
@@ -81,6 +112,8 @@ class Lane:
 
     def problems(self) -> Iterator[str]:
         """What an operator should look at."""
+        if self.peer is Peer.UNSEEN:
+            yield f"forwarder {3 - self.plan.side}, on host {self.other_host}, is not seen"
         for one in self.forwarders:
             if one.view.error:
                 yield f"forwarder {one.spec.number}: {one.view.error}"

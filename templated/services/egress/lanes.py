@@ -56,10 +56,10 @@ class Lanes:
 
     def know(self, egress: Egress, number: int, state: LaneState) -> Lane:
         """A lane of an egress, as the journal has it."""
-        spec, plan = egress.row.spec, self._ways.plan(egress.row.index, number)
+        spec, plan = egress.row.spec, self._ways.plan(egress.row.index, number, egress.plan.side)
         forwarders = [
             Remote(self._spec_of(egress, plan, SEATS * number + seat), egress.heard)
-            for seat in range(1, spec.forwarders + 1)
+            for seat in self._ways.seats(spec)
         ]
         lane = Lane(plan, spec.ports(number), forwarders, state)
         egress.lanes = dict(sorted({**egress.lanes, number: lane}.items()))
@@ -73,7 +73,7 @@ class Lanes:
         await self._ways.make(lane.plan, egress.row.spec)
         for forwarder in lane.forwarders:
             # The first one asks whether somebody has the address; then it has it itself.
-            await forwarder.begin(BEGIN, fresh=fresh and forwarder.spec.seat == 1)
+            await forwarder.begin(BEGIN, fresh=fresh and forwarder is lane.forwarders[0])
             self.keep(forwarder)
         await egress.settled(lambda: lane.serves, SETTLE, "its start")
 

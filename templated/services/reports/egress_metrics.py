@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from templated.drivers.egress.rules import DROPS, GUARD
-from templated.model.egress import EgressView, ForwarderView, LaneState, Role
+from templated.model.egress import EgressView, ForwarderView, LaneState, Peer, Role
 
 _WAYS = ("out", "in")
 _STATES = ("egress", "state")
@@ -82,6 +82,9 @@ class EgressMetrics:
         self._active.labels(view.name).set(view.active or 0)
         for one in view.forwarders:
             self._up.labels(view.name, str(one.number)).set(one.role in _GOOD)
+        if view.here is not None:
+            seen = view.peer in (Peer.SENDS, Peer.SEEN)
+            self._up.labels(view.name, str(3 - view.here)).set(seen)
         copies = {one.lane: one.flows for one in view.forwarders if one.role is Role.STANDBY}
         behind = [lane.flows - copies.get(lane.number, lane.flows) for lane in view.lanes]
         self._lag.labels(view.name).set(sum(max(0, one) for one in behind))
