@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from templated.bench import netrig
+from templated.bench.netrig import FIXED as FIXED
 from templated.bench.netrig import Flows as Flows
 from templated.bench.netrig import Sink as Sink
 from templated.bench.netrig import run as run
@@ -27,6 +28,7 @@ class Rig(netrig.Rig):
     def __init__(self, directory: Path, *, clones: bool = True) -> None:
         super().__init__()
         self.directory = directory
+        self.clones = CLONES
         if clones:
             self.host.ip("link", "add", "templated0", "type", "bridge")
             self.host.ip("addr", "add", "10.78.0.1/16", "dev", "templated0")

@@ -15,8 +15,9 @@ import msgspec
 import pytest
 
 from templated.model.egress import EgressView, LaneState
-from tests.real.egress_rig import Flows, Rig, run
-from tests.real.test_egress import FIXED, Daemon, answer, daemon, in_thread, rig, server, until
+from tests.real.egress_parts import Daemon, answer, daemon, in_thread, server, until
+from tests.real.egress_rig import FIXED, Flows, Rig, run
+from tests.real.test_egress import rig
 
 pytestmark = [
     pytest.mark.real,

@@ -1,0 +1,178 @@
+"""An egress between two hosts: a daemon, a clone and a forwarder on each; see `egress_site`."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from templated.drivers.egress import vxlan
+from templated.errors import Conflict
+from templated.model.egress import EgressView, Peer, Role
+from tests.real.egress_parts import Daemon, answer, daemon, in_thread, left_running, server, until
+from tests.real.egress_rig import FIXED, Flows
+from tests.real.egress_site import HOSTS, Host, Site
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces"),
+    pytest.mark.skipif(shutil.which("keepalived") is None, reason="needs keepalived"),
+]
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    made = Site(f"templated-{os.getpid()}-site{next(_numbers)}", tmp_path)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@asynccontextmanager
+async def daemons(site: Site, tmp_path: Path) -> AsyncIterator[tuple[Daemon, Daemon]]:
+    """One on each host."""
+    async with AsyncExitStack() as stack:
+        made = []
+        for host in site.hosts:
+            place = tmp_path / f"host{host.side}"
+            place.mkdir(exist_ok=True)
+            made.append(await stack.enter_async_context(daemon(host, place)))
+        yield made[0], made[1]
+
+
+async def _created(site: Site, *made: Daemon) -> EgressView:
+    """The egress on both hosts, with marks; forwarder 1 is active. The second one's view."""
+    for host, one in zip(site.hosts, made, strict=True):
+        view = await one.egresses.create(host.spec())
+        host.mark(one.egresses._egresses["acme"].plan.mark)
+    await until(made[0], lambda view: view.peer is Peer.SEEN)
+    return view
+
+
+async def _seen(*hosts: Host) -> list[str]:
+    """What the server sees of a clone of each host."""
+    with server(hosts[0]):
+        return [await in_thread(answer, host) for host in hosts]
+
+
+def _bulk(host: Host) -> str:
+    """What comes of a megabyte to the VPC and back: the number of bytes."""
+    program = (
+        "import socket; s = socket.create_connection(('172.20.0.1', 8), 5);"
+        "s.sendall(bytes(1000000)); s.shutdown(1);"
+        "print(sum(map(len, iter(lambda: s.recv(65536), b''))))"
+    )
+    echo = (
+        "import socket; l = socket.create_server(('', 8)); print(flush=True); s = l.accept()[0]\n"
+        "data = b''.join(iter(lambda: s.recv(65536), b'')); s.sendall(data)"
+    )
+    process = host.vpc.start("python3", "-c", echo, stdout=-1)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        return host.clone.run("python3", "-c", program, check=False).strip()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _forged(site: Site, number: int) -> None:
+    """A frame in VXLAN from another address than the other host's."""
+    site.switch.ip("addr", "replace", "10.9.0.9/24", "dev", "under")
+    packet = (8 << 24).to_bytes(4, "big") + (number << 8).to_bytes(4, "big") + bytes(60)
+    program = "import socket; s = socket.socket(type=2); s.sendto(bytes.fromhex('%s'), ('%s', %d))"
+    said = program % (packet.hex(), HOSTS[0].address, vxlan.PORT)
+    site.switch.run("python3", "-c", said)
+
+
+def test_life(site: Site, tmp_path: Path) -> None:
+    """Made on one host and on the other; both are seen under the one address; removed."""
+    one, two = site.hosts
+
+    async def scenario() -> None:
+        before = [host.shown() for host in site.hosts]
+        async with daemons(site, tmp_path) as (first, second):
+            view = await first.egresses.create(one.spec())
+            assert (view.active, view.here, view.peer) == (1, 1, Peer.UNSEEN)
+            assert view.problem == "forwarder 2, on host 10.9.0.2, is not seen"
+            with pytest.raises(Conflict, match="no standby"):
+                await first.egresses.switch("acme")
+            view = await second.egresses.create(two.spec())
+            assert (view.active, view.here, view.problem) == (1, 2, "")
+            await until(first, lambda view: not view.problem)
+            for host, made in zip(site.hosts, (first, second), strict=True):
+                host.mark(made.egresses._egresses["acme"].plan.mark)
+            one.watch()
+            assert await _seen(one, two) == [FIXED, FIXED]
+            assert await in_thread(_bulk, two) == "1000000"
+            with pytest.raises(Conflict, match=r"is on host 10\.9\.0\.1"):
+                await second.egresses.switch("acme")
+            view = await first.egresses.switch("acme")
+            assert (view.active, view.forwarders[0].number) == (2, 1)
+            await until(second, lambda view: view.active == 2 and not view.problem)
+            assert await _seen(one, two) == [FIXED, FIXED]
+            assert await in_thread(_bulk, one) == "1000000"
+            assert one.wrong() == 0
+            plan = first.egresses._egresses["acme"].plan
+            _forged(site, vxlan._number(plan, sync=False))
+            told = one.host.run("nft", "list", "counter", "ip", plan.tunnel(), "other")
+            assert "packets 1 " in told
+            for made in (first, second):
+                await made.egresses.remove("acme")
+        for host in site.hosts:
+            host.host.run("nft", "delete", "table", "ip", "marks")
+            assert not left_running(host)
+        assert [host.shown() for host in site.hosts] == before
+
+    asyncio.run(scenario())
+
+
+def test_takeovers(site: Site, tmp_path: Path) -> None:
+    """The active one's process ends, and then all of its host: flows of the other's clone go on."""
+    one, two = site.hosts
+
+    async def scenario() -> None:
+        async with daemons(site, tmp_path) as (first, second):
+            await _created(site, first, second)
+            one.watch()
+            flows = await asyncio.to_thread(Flows, two, 50, 5)
+            try:
+                await asyncio.sleep(1)
+                os.kill(first.egresses.view("acme").forwarders[0].pid, signal.SIGKILL)
+                await until(second, lambda view: view.forwarders[0].role is Role.ACTIVE)
+                view = await until(first, lambda view: view.active == 2 and not view.problem)
+                assert view.forwarders[0].role is Role.STANDBY
+                await second.egresses.switch("acme")
+                await until(first, lambda view: view.active == 1)
+                lost, _, sources = await in_thread(flows.result)
+            finally:
+                flows.close()
+            assert (lost, sources) == (0, {FIXED})
+            flows = await asyncio.to_thread(Flows, two, 50, 3.5, 9001)
+            try:
+                await asyncio.sleep(1)
+                one.cut("vpc", "under")
+                await until(second, lambda view: view.active == 2)
+                lost, _, sources = await in_thread(flows.result)
+            finally:
+                flows.close()
+            assert (lost, sources) == (0, {FIXED})
+            assert one.wrong() == 0
+            view = await until(second, lambda view: view.peer is Peer.UNSEEN)
+            assert "on host 10.9.0.1, is not seen" in view.problem
+            one.cut("vpc", "under", state="up")
+            await until(first, lambda view: view.active == 2 and not view.problem)
+            assert await _seen(one, two) == [FIXED, FIXED]
+            for made in (first, second):
+                await made.egresses.remove("acme")
+
+    asyncio.run(scenario())
