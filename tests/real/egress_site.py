@@ -46,7 +46,10 @@ class Host(Rig):
         self.host.ip("link", "set", "tpclone", "master", "templated0")
         self.clone.ip("route", "replace", "default", "via", str(self.clones[1]))
         self.ways = Ways(
-            owner=f"templated:{self.tag}", clones=self.clones, links=LINKS, netns=self.host.name
+            owner=f"templated:{site.owner or self.tag}",
+            clones=self.clones,
+            links=LINKS,
+            netns=self.host.name,
         )
 
     def spec(self, **fields: Any) -> EgressSpec:
@@ -60,9 +63,13 @@ class Host(Rig):
 
 
 class Site:
-    """Both hosts, the VPC with its server, and what connects them. `close` removes all."""
+    """Both hosts, the VPC with its server, and what connects them. `close` removes all.
 
-    def __init__(self, tag: str, directory: Path) -> None:
+    `owner`: of both daemons, as on hosts that were made from one image.
+    """
+
+    def __init__(self, tag: str, directory: Path, owner: str = "") -> None:
+        self.owner = owner
         self._nets: list[Net] = []
         self.hosts: list[Host] = []
         try:

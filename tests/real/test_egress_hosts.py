@@ -10,14 +10,15 @@ import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from templated.drivers.egress import vxlan
-from templated.errors import Conflict
-from templated.model.egress import EgressView, Peer, Role
+from templated.errors import Conflict, HostError, InvalidRequest, TemplatedError
+from templated.model.egress import EgressHost, EgressView, Peer, Role
 from tests.real.egress_parts import Daemon, answer, daemon, in_thread, left_running, server, until
-from tests.real.egress_rig import FIXED, Flows
+from tests.real.egress_rig import FIXED, LINKS, Flows
 from tests.real.egress_site import HOSTS, Host, Site
 
 pytestmark = [
@@ -29,8 +30,9 @@ _numbers = itertools.count()
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    made = Site(f"templated-{os.getpid()}-site{next(_numbers)}", tmp_path)
+def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
+    owner = getattr(request, "param", "")
+    made = Site(f"templated-{os.getpid()}-site{next(_numbers)}", tmp_path, owner)
     try:
         yield made
     finally:
@@ -94,6 +96,23 @@ def _forged(site: Site, number: int) -> None:
     site.switch.run("python3", "-c", said)
 
 
+async def _refused(made: Daemon, host: Host) -> None:
+    """What does not fit this host; nothing is left of any."""
+    elsewhere = EgressHost(address="10.9.0.7", clones=HOSTS[0].clones)
+    others = EgressHost(address=HOSTS[0].address, clones="10.80.0.0/16")
+    host.host.ip("addr", "add", f"{LINKS[16 * 7 + 1]}/28", "dev", "lo")
+    refusals: list[tuple[type[TemplatedError], str, dict[str, Any]]] = [
+        (InvalidRequest, "none is this one", {"hosts": (elsewhere, HOSTS[1])}),
+        (InvalidRequest, "are in 10.78.0.0/16", {"hosts": (others, HOSTS[1])}),
+        (Conflict, "link 7 of 100.127.0.0/16 is not free", {"link": 7}),
+    ]
+    for kind, part, fields in refusals:
+        with pytest.raises(kind) as caught:
+            await made.egresses.create(host.spec(**fields))
+        assert part in caught.value.message and "\n" not in caught.value.message
+    host.host.ip("addr", "del", f"{LINKS[16 * 7 + 1]}/28", "dev", "lo")
+
+
 def test_life(site: Site, tmp_path: Path) -> None:
     """Made on one host and on the other; both are seen under the one address; removed."""
     one, two = site.hosts
@@ -101,6 +120,7 @@ def test_life(site: Site, tmp_path: Path) -> None:
     async def scenario() -> None:
         before = [host.shown() for host in site.hosts]
         async with daemons(site, tmp_path) as (first, second):
+            await _refused(first, one)
             view = await first.egresses.create(one.spec())
             assert (view.active, view.here, view.peer) == (1, 1, Peer.UNSEEN)
             assert view.problem == "forwarder 2, on host 10.9.0.2, is not seen"
@@ -124,8 +144,10 @@ def test_life(site: Site, tmp_path: Path) -> None:
             assert one.wrong() == 0
             plan = first.egresses._egresses["acme"].plan
             _forged(site, vxlan._number(plan, sync=False))
-            told = one.host.run("nft", "list", "counter", "ip", plan.tunnel(), "other")
-            assert "packets 1 " in told
+            counter = ("nft", "list", "counter", "ip", plan.tunnel(), "other")
+            async with asyncio.timeout(5):
+                while "packets 1 " not in one.host.run(*counter):
+                    await asyncio.sleep(0.05)
             for made in (first, second):
                 await made.egresses.remove("acme")
         for host in site.hosts:
@@ -174,5 +196,83 @@ def test_takeovers(site: Site, tmp_path: Path) -> None:
             assert await _seen(one, two) == [FIXED, FIXED]
             for made in (first, second):
                 await made.egresses.remove("acme")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.long
+def test_split_brain(site: Site, tmp_path: Path) -> None:
+    """The network between the hosts is cut: one goes on, the other says why it does not."""
+    one, two = site.hosts
+
+    async def scenario() -> None:
+        async with daemons(site, tmp_path) as (first, second):
+            await first.egresses.create(one.spec())
+            one.cut("under")
+            before = two.shown()
+            with pytest.raises(HostError, match="is taken") as caught:
+                await second.egresses.create(two.spec())
+            assert f"UDP port {vxlan.PORT}" in caught.value.hint
+            assert two.shown() == before
+            one.cut("under", state="up")
+            await second.egresses.create(two.spec())
+            for host, made in zip(site.hosts, (first, second), strict=True):
+                host.mark(made.egresses._egresses["acme"].plan.mark)
+            one.watch()
+            flows = await asyncio.to_thread(Flows, one, 50, 5)
+            try:
+                await asyncio.sleep(1)
+                one.cut("under")
+                view = await until(second, lambda view: view.forwarders[0].contested > 0)
+                lost, _, sources = await in_thread(flows.result)
+            finally:
+                flows.close()
+            assert (lost, sources) == (0, {FIXED})
+            view = await until(second, lambda view: view.forwarders[0].role is Role.FAULT)
+            assert "sends under" in view.problem and view.active is None
+            os.kill(view.forwarders[0].pid, signal.SIGKILL)
+            view = await until(second, lambda view: view.forwarders[0].role is Role.GONE)
+            view = await until(second, lambda view: view.forwarders[0].role is Role.FAULT)
+            assert "sends under" in view.problem and view.forwarders[0].takeovers == 0
+            view = await until(first, lambda view: view.peer is Peer.UNSEEN)
+            assert view.active == 1 and "is not seen" in view.problem
+            assert await _seen(one, two) == [FIXED, ""]
+            one.cut("under", state="up")
+            await until(second, lambda view: view.active == 1 and not view.problem)
+            await until(first, lambda view: not view.problem)
+            assert await _seen(one, two) == [FIXED, FIXED]
+            assert one.wrong() == 0
+            for made in (first, second):
+                await made.egresses.remove("acme")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("site", ["same"], indirect=True)
+def test_the_next_daemon(site: Site, tmp_path: Path) -> None:
+    """It makes again what lacks, and takes away what nobody knows. Both have the same owner."""
+    one, two = site.hosts
+
+    async def scenario() -> None:
+        before = one.shown()
+        async with daemons(site, tmp_path) as (first, second):
+            await _created(site, first, second)
+            plan = first.egresses._egresses["acme"].plan
+        one.host.ip("link", "del", plan.tunnel())
+        one.host.run("nft", "delete", "table", "ip", plan.tunnel())
+        two.host.ip("link", "del", plan.tunnel(sync=True))
+        async with daemons(site, tmp_path) as (first, second):
+            await until(first, lambda view: not view.problem and view.active is not None)
+            await until(second, lambda view: not view.problem and view.active is not None)
+            assert await _seen(one, two) == [FIXED, FIXED]
+            await first.rows.drop("acme")
+        one.host.run("nft", "delete", "table", "ip", "marks")
+        async with daemons(site, tmp_path) as (first, second):
+            assert first.egresses.views() == []
+            assert not left_running(one) and one.shown() == before
+            await until(second, lambda view: view.active == 2)
+            assert await _seen(two) == [FIXED]
+            await second.egresses.remove("acme")
 
     asyncio.run(scenario())

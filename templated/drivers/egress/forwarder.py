@@ -53,6 +53,8 @@ _ASKED, _PAUSE = 8, 0.1
 answers: the namespace of one that was killed does, until it has gone."""
 _HOLD = 1.0
 """Seconds times its seat after which a contested one asks again: they never retry together."""
+_PATIENCE = 3.0
+"""Seconds that the other host, which has just come back, may take to be heard."""
 _UNASKED = 30.0
 """Seconds that one waits which cannot ask."""
 
@@ -108,7 +110,7 @@ class Forwarder:
         self._inside = self._arp("in", self._spec.plan.shared)
         self._outside = self._arp("out", self._spec.egress.fixed)
         if self._peer.wanted and await self._peer.sends():
-            return
+            return  # the address is the other host's at present, as it should be
         if fresh:
             await self._check_free()
         elif self._peer.wanted and (mac := await self._other()):
@@ -287,6 +289,8 @@ class Forwarder:
             mac = await self._outside.holder(fixed)
         except OSError as error:
             raise HostError(f"cannot send on {self._spec.egress.interface}: {error}") from error
+        if mac and self._peer.wanted and await self._peer.sends(_PATIENCE):
+            return
         if mac:
             hint = "take an address that nobody has"
             if self._peer.wanted:

@@ -44,9 +44,9 @@ class Watch:
                 inside.ask(self._other, self._own)
         return self.state is not before
 
-    async def sends(self) -> bool:
+    async def sends(self, seconds: float = _LISTEN) -> bool:
         """Whether another forwarder is heard inside as the active one."""
         try:
-            return await adverts.heard(self._own, _LISTEN)
+            return await adverts.heard(self._own, seconds)
         except OSError:
             return False
