@@ -106,14 +106,15 @@ def _read(file: str, given: dict[str, Any]) -> dict[str, Any]:
     from templated.drivers.configfile import parse_egress
 
     if other := next((key for key in given if key != "name"), None):
-        raise InvalidRequest(f"-f and --{other} exclude each other", hint=f"put it into {file}")
+        raise InvalidRequest(f"-f and --{other} exclude each other", hint="put it into the file")
+    source = "stdin" if file == "-" else file
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise InvalidRequest(f"{file} is not UTF-8 text") from None
-    spec = parse_egress(text, "stdin" if file == "-" else file)
+        raise InvalidRequest(f"{source} is not UTF-8 text") from None
+    spec = parse_egress(text, source)
     if spec.name != given.get("name", spec.name):
-        raise InvalidRequest(f"the name in {file} is {spec.name}, not {given['name']}")
+        raise InvalidRequest(f"the name in {source} is {spec.name}, not {given['name']}")
     wanted: dict[str, Any] = msgspec.to_builtins(spec)
     return wanted
 
