@@ -77,7 +77,12 @@ def _bulk(host: Host) -> str:
         "import socket; l = socket.create_server(('', 8)); print(flush=True); s = l.accept()[0]\n"
         "data = b''.join(iter(lambda: s.recv(65536), b'')); s.sendall(data)"
     )
-    process = host.vpc.start("python3", "-c", echo, stdout=-1)
+    return _served(host, echo, program)
+
+
+def _served(host: Host, said: str, program: str) -> str:
+    """What a program of the clone prints, while the VPC runs another one, once that has begun."""
+    process = host.vpc.start("python3", "-c", said, stdout=-1)
     try:
         assert process.stdout is not None
         process.stdout.readline()
@@ -85,6 +90,27 @@ def _bulk(host: Host) -> str:
     finally:
         process.kill()
         process.communicate()
+
+
+def _large(host: Host) -> str:
+    """What comes of datagrams that the way between the hosts is too narrow for: their size."""
+    said = """
+import contextlib, socket, time
+s = socket.socket(type=socket.SOCK_DGRAM)
+s.bind(("172.20.0.1", 9))
+print(flush=True)
+s.connect(s.recvfrom(9)[1])
+s.setsockopt(socket.IPPROTO_IP, 10, 1)  # IP_MTU_DISCOVER, IP_PMTUDISC_WANT: as is said to it
+for _ in range(20):
+    with contextlib.suppress(OSError):
+        s.send(bytes(1472))
+    time.sleep(0.1)
+"""
+    program = (
+        "import socket; s = socket.socket(type=2); s.settimeout(5);"
+        "s.connect(('172.20.0.1', 9)); s.send(b'?'); print(len(s.recv(2000)))"
+    )
+    return _served(host, said, program)
 
 
 def _forged(site: Site, number: int) -> None:
@@ -134,6 +160,7 @@ def test_life(site: Site, tmp_path: Path) -> None:
             one.watch()
             assert await _seen(one, two) == [FIXED, FIXED]
             assert await in_thread(_bulk, two) == "1000000"
+            assert await in_thread(_large, two) == "1472"
             with pytest.raises(Conflict, match=r"is on host 10\.9\.0\.1"):
                 await second.egresses.switch("acme")
             view = await first.egresses.switch("acme")

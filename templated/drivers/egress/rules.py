@@ -96,6 +96,7 @@ table ip {TABLE} {{
     chain output {{
         type filter hook output priority filter; policy drop;
         oifname "in" ip protocol {{ vrrp, icmp, igmp }} accept
+        oifname "out" icmp type destination-unreachable icmp code frag-needed accept
         oifname "sync" accept
         counter name drop_local drop
     }}
