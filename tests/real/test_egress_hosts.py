@@ -268,6 +268,11 @@ def test_split_brain(site: Site, tmp_path: Path) -> None:
             await until(second, lambda view: view.active == 1 and not view.problem)
             await until(first, lambda view: not view.problem)
             assert await _seen(one, two) == [FIXED, FIXED]
+            one.cut("vpc")  # its clones go by the other host then
+            await until(first, lambda view: view.active == 2)
+            assert await _seen(one, two) == [FIXED, FIXED]
+            one.cut("vpc", state="up")
+            await until(first, lambda view: view.forwarders[0].role is Role.STANDBY)
             assert one.wrong() == 0
             for made in (first, second):
                 await made.egresses.remove("acme")
