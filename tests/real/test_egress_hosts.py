@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,17 @@ def test_the_next_daemon(site: Site, tmp_path: Path) -> None:
             await until(first, lambda view: not view.problem and view.active is not None)
             await until(second, lambda view: not view.problem and view.active is not None)
             assert await _seen(one, two) == [FIXED, FIXED]
+        one.clones = IPv4Network("10.80.0.0/16")  # as after a change of its configuration
+        one.host.ip("addr", "add", "10.80.0.1/16", "dev", "templated0")
+        async with daemons(site, tmp_path) as (first, second):
+            view = first.egresses.view("acme")
+            assert view.problem.startswith("neither of its hosts has its clones in 10.80.0.0/16")
+            assert (view.forwarders, view.here) == ((), None) and not left_running(one)
+            await until(second, lambda view: view.active == 2)
+        one.clones = IPv4Network(HOSTS[0].clones)
+        one.host.ip("addr", "del", "10.80.0.1/16", "dev", "templated0")
+        async with daemons(site, tmp_path) as (first, second):
+            await until(first, lambda view: not view.problem and view.active == 2)
             await first.rows.drop("acme")
         one.host.run("nft", "delete", "table", "ip", "marks")
         async with daemons(site, tmp_path) as (first, second):

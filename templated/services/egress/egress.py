@@ -82,7 +82,7 @@ class Egress:
             created=self.row.created,
             problem="; ".join(self._problems()),
             hosts=spec.hosts,
-            here=self.plan.side if spec.hosts else None,
+            here=self.plan.side if spec.hosts and self.forwarders else None,
             peer=self.lanes[0].peer,
         )
 
