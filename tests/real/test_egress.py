@@ -7,151 +7,45 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from templated.drivers.network import make_network
 from templated.errors import Conflict, HostError, InvalidRequest, NotFound, TemplatedError
-from templated.journal import EgressRows, Journal
-from templated.model.config import Config
 from templated.model.egress import EgressState, EgressView, Role
-from templated.model.network import AddressPlan, BridgeNetwork
 from templated.services.egress import egresses
-from templated.services.egress.egresses import Egresses
-from templated.services.reports.egress_metrics import EgressMetrics
-from templated.services.reports.events import EventBus
-from templated.services.reports.metrics import Metrics
-from templated.services.tasks import Tasks
-from tests.real.egress_rig import Flows, Rig, run
-from tests.real.harness import processes
-from tests.unit.fake_daemon import configured
+from tests.real.egress_rig import (
+    FIXED,
+    Daemon,
+    Flows,
+    Rig,
+    answer,
+    both,
+    daemon,
+    rigged,
+    roles,
+    run,
+    running,
+    server,
+    until,
+)
 
 pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces"),
     pytest.mark.skipif(shutil.which("keepalived") is None, reason="needs keepalived"),
 ]
-FIXED = "172.20.0.100"
-
-
-class Daemon:
-    """The parts of a daemon that egresses need, over the rig's namespaces."""
-
-    def __init__(self, rig: Rig, tmp_path: Path) -> None:
-        bridge = BridgeNetwork(netns=rig.host.name, create=False)
-        self.config: Config = configured(tmp_path, metrics=None, network={"mode": "user"})
-        self.config = _with(self.config, bridge)
-        plan = AddressPlan(bridge.subnet, b"test")
-        self.metrics = Metrics()
-        self.events = EventBus(self.metrics.events)
-        self.network = make_network(bridge, plan, "test")
-        self.journal = Journal(tmp_path / "journal")
-        self.tasks = Tasks()
-        self.rows = EgressRows(self.journal)
-        self.egresses = Egresses(
-            *(self.config, self.rows, self.network, plan, rig.directory),
-            *(rig.ways.owner.removeprefix("templated:"), self.tasks, self.events),
-            EgressMetrics(self.metrics.registry),
-        )
-
-    def seen(self, kind: str) -> list[dict[str, object]]:
-        return [event.details for event in self.events.recent() if event.type == kind]
-
-
-def _with(config: Config, bridge: BridgeNetwork) -> Config:
-    import msgspec
-
-    return msgspec.structs.replace(config, network=bridge)
-
-
-@asynccontextmanager
-async def daemon(rig: Rig, tmp_path: Path) -> AsyncIterator[Daemon]:
-    """One that ends as a daemon does: forwarders go on."""
-    made = Daemon(rig, tmp_path)
-    await made.journal.open()
-    try:
-        await made.egresses.load()
-        await made.network.open({})
-        await made.egresses.open()
-        yield made
-    finally:
-        await made.tasks.end()
-        await made.egresses.close()
-        await made.network.close(remove=False)
-        await made.journal.close()
 
 
 @pytest.fixture
 def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path / "forwarders")
-    try:
+    with rigged(tmp_path) as made:
         yield made
-    finally:
-        for pid in _processes(made):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        made.close()
-
-
-def _processes(rig: Rig) -> list[int]:
-    """Whatever of this rig's forwarders still runs."""
-    return [pid for pid, said in processes() if f"forwarder run {rig.directory}/" in said]
-
-
-def answer(rig: Rig, port: int = 7, target: str = "172.20.0.1") -> str:
-    """What a server of the VPC sees of a connection of the clone: its address; empty: none."""
-    program = (
-        "import socket; s = socket.create_connection(('%s', %d), 2); print(s.recv(99).decode())"
-    )
-    return rig.clone.run("python3", "-c", program % (target, port), check=False).strip()
-
-
-@contextlib.contextmanager
-def server(rig: Rig, port: int = 7) -> Iterator[None]:
-    """A server of the VPC that tells each client its address."""
-    program = f"""
-import socket
-listener = socket.create_server(("", {port}))
-print("ready", flush=True)
-while True:
-    peer, name = listener.accept()
-    peer.send(name[0].encode())
-    peer.close()
-"""
-    process = rig.vpc.start("python3", "-c", program, stdout=subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        process.stdout.readline()
-        yield
-    finally:
-        process.kill()
-        process.communicate()
-
-
-async def until(
-    made: Daemon, what: Callable[[EgressView], bool], seconds: float = 15
-) -> EgressView:
-    """The view of acme once `what` holds of it."""
-    async with asyncio.timeout(seconds):
-        while not what(view := made.egresses.view("acme")):
-            await asyncio.sleep(0.05)
-    return view
-
-
-def roles(view: EgressView) -> list[Role]:
-    return [one.role for one in view.forwarders]
 
 
 def _dropped(view: EgressView, number: int, reason: str) -> int:
     return view.forwarders[number - 1].counters.get(f"drop_{reason}", (0, 0))[0]
-
-
-def both(view: EgressView) -> bool:
-    return sorted(roles(view)) == [Role.ACTIVE, Role.STANDBY]
 
 
 in_thread = asyncio.to_thread
@@ -186,7 +80,7 @@ def test_life(rig: Rig, tmp_path: Path) -> None:
             assert await made.rows.egresses() == []
         rig.host.run("nft", "delete", "table", "ip", "marks")
         assert rig.shown() == before
-        assert not _processes(rig)
+        assert not running(rig)
         assert list(rig.directory.iterdir()) == []
 
     asyncio.run(scenario())
@@ -223,7 +117,7 @@ def test_refusals(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             await refused(HostError, "interface vpc0 is down")
             rig.host.ip("link", "set", "vpc0", "up")
             assert made.egresses.views() == [] and await made.rows.egresses() == []
-            assert rig.shown() == before and not _processes(rig)
+            assert rig.shown() == before and not running(rig)
 
             await made.egresses.create(rig.spec(forwarders=1))
             await refused(Conflict, "already")
@@ -427,10 +321,10 @@ def test_orphans(rig: Rig, tmp_path: Path) -> None:
             await made.egresses.create(rig.spec())
             # as a daemon leaves it that is killed while it makes or removes one
             await made.rows.drop("acme")
-        assert _processes(rig) and rig.shown() != before
+        assert running(rig) and rig.shown() != before
         async with daemon(rig, tmp_path) as made:
             assert made.egresses.views() == []
-            assert not _processes(rig) and rig.shown() == before
+            assert not running(rig) and rig.shown() == before
             assert list(rig.directory.iterdir()) == []
 
     asyncio.run(scenario())
