@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -15,6 +16,7 @@ from templated.bench.egress import ROUNDS, goals
 from templated.bench.netrig import FIXED
 from templated.bench.report import show
 from templated.drivers.egress import counters
+from templated.drivers.egress import forwarder as program
 from templated.drivers.egress.programs import Files, conntrackd_config, keepalived_config
 from templated.drivers.egress.rules import DROPS, counter_names, guard, ruleset
 from templated.errors import InvalidRequest
@@ -204,6 +206,23 @@ def test_flows_that_found_no_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "entries  insert_failed drop\n00000004 00000008 00000009\n00000004 0 00000010\n"
     )
     assert counters.flows_without_port() == 25
+
+
+def test_flows_that_are_refused_are_told_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the count that finds more of them, for some counts."""
+    found = iter([0, 4, *[4] * program._REMEMBERED, 5])
+    monkeypatch.setattr(program, "count", lambda: ({}, 0))
+    monkeypatch.setattr(program, "inside", lambda namespace: contextlib.nullcontext())
+    monkeypatch.setattr(program, "guarded", lambda spec: {})
+    monkeypatch.setattr(program, "flows_without_port", lambda: next(found))
+    made = program.Forwarder(forwarder(), Files(tmp_path), 0, 0)
+    told = []
+    for _ in range(program._REMEMBERED + 3):
+        made._count()
+        told.append("no port left" in made.view.error)
+    assert told == [False, *[True] * program._REMEMBERED, False, True]
 
 
 def test_doctor_names_what_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

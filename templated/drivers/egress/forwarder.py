@@ -45,6 +45,8 @@ _ASKED, _PAUSE = 8, 0.1
 """How often, and with which pause in seconds, one that took over asks whether the one before still
 answers: the namespace of one that was killed does, until it has gone."""
 _LISTEN = 0.3
+_REMEMBERED = 5
+"""Counts for which it is told that flows were refused."""
 _HOLD = 1.0
 """Seconds times its number after which a contested one asks again: they never retry together."""
 
@@ -61,6 +63,7 @@ class Forwarder:
         self._vetoes: set[str] = set()
         self._problems: dict[str, str] = {}
         self._silent = 0
+        self._since_refused = 0
         self._announcing = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._inside = self._outside = None  # type: Arp | None
@@ -350,8 +353,17 @@ class Forwarder:
                 counters |= guarded(self._spec)
         except HostError:  # somebody flushed the host's rules
             legs.guard(self._spec, self._host)
+        exhausted = flows_without_port()
+        self._since_refused += 1
+        if exhausted > self._view.exhausted:
+            self._since_refused = 0
+            self._problems["ports"] = (
+                f"flows are refused: {self._spec.egress.fixed} has no port left"
+            )
+        elif self._since_refused >= _REMEMBERED:
+            self._problems.pop("ports", None)
         self._view = structs.replace(
-            self._view, counters=counters, flows=flows, exhausted=flows_without_port()
+            self._view, counters=counters, flows=flows, exhausted=exhausted
         )
 
     # --- files --------------------------------------------------------------------------------
