@@ -21,6 +21,8 @@ Address = Annotated[str, Meta(pattern=r"^[0-9.]{7,15}$(?!\n)", examples=["172.20
 
 MAX_EGRESSES = 255
 """Each has a virtual router's number (RFC 5798) of its own, and a /28 of the range of links."""
+LINK_PREFIXES = ("tl", "ts")
+"""How the names of the bridges between the host and forwarders begin, see `LinkPlan`."""
 PORTS = (1024, 65535)
 """The ports of the fixed address that flows are given, per protocol and destination."""
 NEVER = tuple(
@@ -150,7 +152,8 @@ def link_plan(links: IPv4Network, index: int, owner: str) -> LinkPlan:
     network = IPv4Network((int(links.network_address) + 16 * index, 28))
     mark = 1 << 30 | int.from_bytes(digest[:2], "big") << 8 | index
     tag = digest.hex()[:5]
-    return LinkPlan(index, network, mark, f"tl{tag}{index:02x}", f"ts{tag}{index:02x}")
+    inside, sync = (f"{prefix}{tag}{index:02x}" for prefix in LINK_PREFIXES)
+    return LinkPlan(index, network, mark, inside, sync)
 
 
 class ForwarderSpec(Struct, frozen=True, kw_only=True):
