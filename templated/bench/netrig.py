@@ -17,6 +17,8 @@ FIXED = "172.20.0.100"
 SERVER = "172.20.0.1"
 """The VPC's gateway and its one server."""
 LENGTH = 16
+NETWORK = f"172.20.0.0/{LENGTH}"
+"""The VPC's."""
 _CLONE = "10.78.200.3"
 _HOST = "10.78.0.1"
 _WITHIN = 60.0
@@ -104,11 +106,17 @@ class Rig:
         self.host.ip("link", "set", "tpclone", "master", bridge)
         self.clone.ip("route", "replace", "default", "via", _HOST)
 
-    def mark(self, mark: int, bridge: str = "templated0") -> None:
-        """What a policy does: packets of clones get the mark of their egress, and no other."""
+    def mark(self, mark: int | None, bridge: str = "templated0") -> None:
+        """What a policy does: packets of clones get the mark of their egress, and no other.
+
+        None: nothing marks them but policies.
+        """
+        self.host.run("nft", "add table ip marks; delete table ip marks")
+        if mark is None:
+            return
         self.host.run(
             "nft",
-            "add table ip marks; delete table ip marks; add table ip marks;"
+            "add table ip marks;"
             "add chain ip marks in { type filter hook prerouting priority -150; };"
             f'add rule ip marks in iifname "{bridge}" meta mark set {mark}',
         )

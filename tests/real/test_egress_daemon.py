@@ -144,10 +144,11 @@ def _have_data(prometheus: Prometheus) -> None:
 
 
 @pytest.mark.long
-def test_bench(fresh: Daemon) -> None:
-    """Nothing is lost, and nothing is of a wrong source."""
-    few = ("--flows", "20", "--rounds", "1", "--seconds", "4", "--pairs", "1")
-    report = fresh.json("bench", "egress", *few)
+def test_bench(host: Daemon) -> None:
+    """Nothing is lost, and nothing is of a wrong source, also of clones that send as they start."""
+    few = ("--flows", "20", "--rounds", "1", "--seconds", "4", "--pairs", "1", "--clones", "6")
+    report = host.json("bench", "egress", *few)
+    assert sum(report["clones"]["paths"].values()) == 6 <= report["clones"]["packets"]
     assert report["wrong_sources"] == 0 < report["packets_seen"]
     assert all(report[key]["flows_lost"] == 0 for key in ROUNDS)
 

@@ -251,6 +251,10 @@ def test_report_of_the_bench(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "planned switch" in said and "9000 packets, 0 of a wrong source" in said
     assert "missed" not in said and goals(_report()) == []
+    clones = {"starts": 9, "paths": {"warm": 4, "direct": 5}, "packets": 8}
+    show(_report(clones=clones))
+    said = capsys.readouterr().out
+    assert "9 clones (4 warm, 5 direct) sent 8 packets" in said and said.count("missed") == 1
     bad = _report(
         cut={"flows_lost": 2, "sources": [FIXED], "p99": 301.0, "max": 400.0},
         switch={"flows_lost": 0, "sources": [FIXED, "10.78.0.3"], "p99": 55.0, "max": 61.0},
