@@ -128,6 +128,8 @@ def _daemon(rig: Rig, source: Source | None) -> Iterator[tuple[Served, Client]]:
             "gateway": None,
             "accel": "tcg" if source is None else source.accel,
             "network": {"mode": "bridge", "netns": rig.host.name},
+            # Pools are filled whatever else this host does.
+            "pools": {"pressure": {"cpu": 100, "memory": 100, "io": 100}},
         }
         (places / "templates").mkdir()
         if source is not None:  # the images are the other daemon's

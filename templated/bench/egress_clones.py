@@ -8,6 +8,7 @@ without its policy would be seen there under another address, or be asked for by
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,20 +25,28 @@ from templated.client import Client
 from templated.model.spec import ExecProbe, NetworkSpec, PoolSpec, SettleProbe, TemplateSpec
 
 _NAME = "bench-sender"
-_AT_ONCE = 3
-_POOL = PoolSpec(standby=1, warm=1)
-"""Fewer than start at once: so all paths are taken."""
+_AT_ONCE = 2
+_POOL = PoolSpec(standby=2, warm=2)
+_WITHIN, _POLL = 10.0, 0.05
+"""Seconds for a member of a pool; without one a clone starts directly."""
+_STAYS = 0.2
+"""Seconds for which a clone lives on: otherwise it would be gone before its guest has a turn."""
 _SENDER = f"""
-import socket, time
+import pathlib, socket, time
 sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 while True:
     try:
         sender.sendto(b"here", ("{SERVER}", 9))
     except OSError:
         pass
+    pathlib.Path("/run/sends").touch()
     time.sleep(0.005)
 """
-_START = 'setsid python3 -c "$0" >/dev/null 2>&1 </dev/null &'
+# Frozen when it is in its loop.
+_START = """
+setsid python3 -c "$0" >/dev/null 2>&1 </dev/null &
+until [ -e /run/sends ]; do sleep 0.1; done
+"""
 
 
 @dataclass(frozen=True)
@@ -60,20 +69,21 @@ def source(client: Client, template: str | None) -> Source:
 def measure_clones(
     client: Client, rig: Rig, made_of: Source, egress: str, count: int, progress: Progress
 ) -> dict[str, Any]:
-    """Start and end so many, some of them at once, by whatever path the daemon takes.
+    """Start and end so many, two at once, a third of them directly and the others from pools.
 
     Only policies may mark packets meanwhile. Raises what a build or a start raises.
     """
     progress("building a template that sends")
-    rig.host.ip("route", "add", NETWORK, "dev", "vpc0")
-    try:
-        with _built(client, made_of.spec, egress):
+    with _built(client, made_of.spec, egress):
+        # Not before: while it is built a template has no policy.
+        rig.host.ip("route", "add", NETWORK, "dev", "vpc0")
+        try:
             before = rig.right()
             with session(client, _NAME, progress) as opened:
                 paths = _starts(opened, count)
             return {"starts": count, "paths": paths, "packets": rig.right() - before}
-    finally:
-        rig.host.ip("route", "del", NETWORK, "dev", "vpc0")
+        finally:
+            rig.host.ip("route", "del", NETWORK, "dev", "vpc0")
 
 
 @contextlib.contextmanager
@@ -100,8 +110,12 @@ def _starts(opened: Session, count: int) -> dict[str, int]:
             if ended:
                 return
             opened.progress(f"clone {number + 1} of {count}")
-            clone = opened.make(str(number))
+            direct = number % 3 == 0
+            if not direct:
+                _await_member(opened.client)
+            clone = opened.make(str(number), "direct" if direct else None)
             paths[clone.path.value] += 1
+            time.sleep(_STAYS)
             opened.client.remove_clone(clone.name)
 
     def stop() -> None:
@@ -110,3 +124,12 @@ def _starts(opened: Session, count: int) -> dict[str, int]:
 
     together([work] * min(_AT_ONCE, count), stop)
     return dict(paths)
+
+
+def _await_member(client: Client) -> None:
+    deadline = time.monotonic() + _WITHIN
+    while time.monotonic() < deadline:
+        pool = client.show_pool(_NAME)
+        if pool.warm.ready or pool.standby.ready:
+            return
+        time.sleep(_POLL)
