@@ -111,15 +111,14 @@ class Rig:
 
         None: nothing marks them but policies.
         """
-        self.host.run("nft", "add table ip marks; delete table ip marks")
-        if mark is None:
-            return
-        self.host.run(
-            "nft",
-            "add table ip marks;"
-            "add chain ip marks in { type filter hook prerouting priority -150; };"
-            f'add rule ip marks in iifname "{bridge}" meta mark set {mark}',
-        )
+        script = "add table ip marks; delete table ip marks;"
+        if mark is not None:
+            script += (
+                "add table ip marks;"
+                "add chain ip marks in { type filter hook prerouting priority -150; };"
+                f'add rule ip marks in iifname "{bridge}" meta mark set {mark}'
+            )
+        self.host.run("nft", script)
 
     def watch(self, *allowed: str) -> None:
         """Count what reaches the VPC that is of no allowed source; see `wrong`."""
