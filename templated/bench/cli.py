@@ -62,6 +62,7 @@ templated bench policy --egress acme --connect 10.1.2.3:443 -n 100
 _EGRESS_EXAMPLES = """
 templated bench egress
 templated bench egress --flows 100 --rounds 1 -o json
+templated bench egress --clones 1000 --template python-fn
 """
 _PORTS_EXAMPLES = """
 templated bench ports
@@ -485,20 +486,32 @@ def ports(settings: Settings, n: int) -> None:
 @_count("--rounds", default=3, least=1, most=100, about="Of each failover, switch and restart.")
 @_count("--seconds", default=6, least=4, most=600, about="For which flows send in a round.")
 @_count("--pairs", default=3, least=1, most=100, about="Measurements of throughput, each way.")
+@_count("--clones", default=0, most=100000, about="Clones that send, started and ended at the end.")
+@_template
 @click.pass_obj
-def egress(settings: Settings, flows: int, rounds: int, seconds: int, pairs: int) -> None:
+def egress(
+    settings: Settings,
+    flows: int,
+    rounds: int,
+    seconds: int,
+    pairs: int,
+    clones: int,
+    template: str | None,
+) -> None:
     """Fail, switch and restart an egress under many flows, and measure its throughput.
 
     On a host that is a network namespace, with a daemon of its own; both are gone afterwards. Needs
-    root, keepalived and conntrackd.
+    root, keepalived and conntrackd; for --clones also the daemon that has the template.
     """
     from templated.bench.egress import Plan, measure_egress
+    from templated.bench.egress_clones import source
     from templated.bench.report import show
     from templated.cli import render
 
     progress = ProgressLine(settings)
     try:
-        plan = Plan(flows=flows, rounds=rounds, seconds=float(seconds), pairs=pairs)
+        made_of = source(settings.client(), template) if clones else None
+        plan = Plan(flows, rounds, float(seconds), pairs, clones, made_of)
         report = measure_egress(plan, progress)
     finally:
         progress.end()

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from templated.bench.egress_clones import Source, measure_clones
 from templated.bench.lanes import DRAIN, QUIET, measure_lanes
-from templated.bench.netrig import FIXED, LENGTH, SERVER, Flows, Rig, line, program, run
+from templated.bench.netrig import FIXED, LENGTH, NETWORK, SERVER, Flows, Rig, line, program, run
 from templated.bench.served import Served, served
 from templated.bench.stats import summarize
 from templated.client import Client
@@ -36,7 +37,6 @@ ROUNDS = {
 }
 """What is done to the flows, for people."""
 _NAME = "bench"
-_NETWORK = f"172.20.0.0/{LENGTH}"
 _BY_HAND = "172.20.0.200"
 _BEFORE = 1.5
 """Seconds for which flows run before something is done to them."""
@@ -55,6 +55,9 @@ class Plan:
     """For which flows send in a round, and one bulk flow in a measurement of throughput."""
     pairs: int
     """Measurements of throughput, each way."""
+    clones: int = 0
+    """Clones that are started and ended, of `source`."""
+    source: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class _Bench:
 def measure_egress(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any]:
     """All figures of one run; see `goals`. Raises HostError, Timeout; leaves nothing then, too."""
     host = {"cpus": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 2)}
-    with Rig() as rig, _daemon(rig) as (daemon, client):
+    with Rig() as rig, _daemon(rig, plan.source) as (daemon, client):
         bench = _Bench(rig, daemon, client, plan, progress)
         rig.add_clone()
         rig.watch(_BY_HAND)
@@ -99,6 +102,7 @@ def measure_egress(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any
                 **{key: _rounds(bench, key, action) for key, action in _ACTIONS.items()},
                 "throughput": _throughput(bench),
                 "churn": _churn(bench),
+                **_cloned(bench),
                 "host": host,
             }
             client.remove_egress(_NAME)
@@ -110,7 +114,7 @@ def measure_egress(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any
 
 
 @contextlib.contextmanager
-def _daemon(rig: Rig) -> Iterator[tuple[Served, Client]]:
+def _daemon(rig: Rig, source: Source | None) -> Iterator[tuple[Served, Client]]:
     with (
         tempfile.TemporaryDirectory(prefix="tb.", dir="/tmp") as name,
         tempfile.TemporaryDirectory(prefix="templated-bench.", dir="/dev/shm") as shm,
@@ -124,11 +128,16 @@ def _daemon(rig: Rig) -> Iterator[tuple[Served, Client]]:
             "socket": f"{name}/run/socket",
             "metrics": None,
             "gateway": None,
-            "accel": "tcg",
+            "accel": "tcg" if source is None else source.accel,
             "network": {"mode": "bridge", "netns": rig.host.name},
             "egress": {"quiet": QUIET, "drain": DRAIN},
+            # Pools are filled whatever else this host does.
+            "pools": {"pressure": {"cpu": 100, "memory": 100, "io": 100}},
         }
         (places / "templates").mkdir()
+        if source is not None:  # the images are the other daemon's
+            (places / "state").mkdir(mode=0o700)
+            (places / "state/images").symlink_to(source.state_dir / "images")
         (places / "config").write_text(json.dumps(config))  # JSON is YAML
         client = Client(str(places / "run/socket"))
         with served(client, places / "config") as daemon:
@@ -142,7 +151,7 @@ def _create(client: Client) -> EgressView:
             "interface": "vpc0",
             "address": f"{FIXED}/{LENGTH}",
             "gateway": SERVER,
-            "to": [_NETWORK],
+            "to": [NETWORK],
         }
     )
 
@@ -254,7 +263,7 @@ def _made_by_hand(rig: Rig) -> Iterator[int]:
         "add table ip nat; add chain ip nat out { type nat hook postrouting priority srcnat; };"
         "add rule ip nat out oifname hand1 masquerade",
     )
-    rig.host.ip("route", "add", _NETWORK, "via", "192.0.2.2", "table", str(mark))
+    rig.host.ip("route", "add", NETWORK, "via", "192.0.2.2", "table", str(mark))
     rig.host.ip("rule", "add", "fwmark", str(mark), "table", str(mark))
     try:
         yield mark
@@ -292,6 +301,16 @@ def _churn(bench: _Bench) -> dict[str, Any]:
     return {"rounds": rounds}
 
 
+def _cloned(bench: _Bench) -> dict[str, Any]:
+    """What came of the clones; nothing when none were asked for."""
+    plan = bench.plan
+    if plan.source is None or not plan.clones:
+        return {}
+    bench.rig.mark(None)
+    made = measure_clones(bench.client, bench.rig, plan.source, _NAME, plan.clones, bench.progress)
+    return {"clones": made}
+
+
 def goals(report: Mapping[str, Any]) -> list[str]:
     """What of the report is not as it must be: a line each."""
     missed = []
@@ -309,6 +328,9 @@ def goals(report: Mapping[str, Any]) -> list[str]:
     carried = report["lanes_throughput"]["ratio"]
     if carried < 1.5 and report["host"]["cpus"] > 2:
         missed.append(f"throughput: two active forwarders have {carried} of one's")
+    clones = report.get("clones", {"starts": 0, "packets": 0})
+    if clones["packets"] < clones["starts"]:
+        missed.append(f"{clones['starts']} clones sent {clones['packets']} packets only")
     if report["wrong_sources"]:
         missed.append(f"{report['wrong_sources']} packets had a wrong source")
     return missed

@@ -18,6 +18,8 @@ FIXED = "172.20.0.100"
 SERVER = "172.20.0.1"
 """The VPC's gateway and its one server."""
 LENGTH = 16
+NETWORK = f"172.20.0.0/{LENGTH}"
+"""The VPC's."""
 _CLONE = "10.78.200.3"
 _HOST = "10.78.0.1"
 _WITHIN = 60.0
@@ -105,14 +107,19 @@ class Rig:
         self.host.ip("link", "set", "tpclone", "master", bridge)
         self.clone.ip("route", "replace", "default", "via", _HOST)
 
-    def mark(self, mark: int, bridge: str = "templated0") -> None:
-        """What a policy does: packets of clones get the mark of their egress, and no other."""
-        self.host.run(
-            "nft",
-            "add table ip marks; delete table ip marks; add table ip marks;"
-            "add chain ip marks in { type filter hook prerouting priority -150; };"
-            f'add rule ip marks in iifname "{bridge}" meta mark set {mark}',
-        )
+    def mark(self, mark: int | None, bridge: str = "templated0") -> None:
+        """What a policy does: packets of clones get the mark of their egress, and no other.
+
+        None: nothing marks them but policies.
+        """
+        script = "add table ip marks; delete table ip marks;"
+        if mark is not None:
+            script += (
+                "add table ip marks;"
+                "add chain ip marks in { type filter hook prerouting priority -150; };"
+                f'add rule ip marks in iifname "{bridge}" meta mark set {mark}'
+            )
+        self.host.run("nft", script)
 
     def watch(self, *allowed: str) -> None:
         """Count what reaches the VPC that is of no allowed source; see `wrong`."""

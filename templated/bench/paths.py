@@ -257,7 +257,7 @@ def _memory(session: Session, memory: str, n: int) -> dict[str, Any]:
     session.progress(f"building the same template with {memory}")
     samples: dict[str, list[float]] = {own: [], memory: []}
     try:
-        build_variant(session, name, larger)
+        build_variant(session.client, name, larger)
         for i in range(n):
             session.progress(f"memory {i + 1} of {n}")
             samples[own].append(session.start("direct")["restore"])
@@ -270,13 +270,13 @@ def _memory(session: Session, memory: str, n: int) -> dict[str, Any]:
     return {"restore": summaries, "ratio": ratio}
 
 
-def build_variant(session: Session, name: str, spec: TemplateSpec) -> None:
+def build_variant(client: Client, name: str, spec: TemplateSpec) -> None:
     """Build a template of the run's own. Raises BuildError."""
-    operation = session.client.build_template(
+    operation = client.build_template(
         name,
         spec=msgspec.json.encode(spec).decode(),  # JSON is YAML
         source="the benchmark's template",
     )
-    for event in session.client.operation_events(operation.id):
+    for event in client.operation_events(operation.id):
         if event.error is not None:
             raise BuildError(f"{name}: {event.error.message}", hint=event.error.hint)

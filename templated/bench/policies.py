@@ -79,7 +79,9 @@ def _twin(session: Session, plan: Plan) -> Iterator[str]:
     network = msgspec.convert({**msgspec.to_builtins(spec.network), **_keys(plan)}, NetworkSpec)
     session.progress("building the same template with a policy")
     try:
-        build_variant(session, name, replace(spec, name=name, network=network, pool=PoolSpec()))
+        build_variant(
+            session.client, name, replace(spec, name=name, network=network, pool=PoolSpec())
+        )
         yield name
     finally:
         with contextlib.suppress(TemplatedError):

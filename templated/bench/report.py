@@ -141,6 +141,9 @@ def _egress(report: dict[str, Any]) -> None:
         f" ratio {lanes['ratio']:g}"
     )
     click.echo(f"made in {report['create_s']:g} s; {report['churn']['rounds']} times again")
+    if clones := report.get("clones"):
+        paths = ", ".join(f"{number} {path}" for path, number in clones["paths"].items())
+        click.echo(f"{clones['starts']} clones ({paths}) sent {clones['packets']} packets")
     seen, wrong = report["packets_seen"], report["wrong_sources"]
     click.echo(f"captured outside: {seen} packets, {wrong} of a wrong source")
     for line in goals(report):

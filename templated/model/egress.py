@@ -22,6 +22,8 @@ Address = Annotated[str, Meta(pattern=r"^[0-9.]{7,15}$(?!\n)", examples=["172.20
 
 MAX_EGRESSES = 255
 """Each has a virtual router's number (RFC 5798) of its own, and a /28 of the range of links."""
+LINK_PREFIXES = ("tl", "ts")
+"""How the names of the bridges between the host and forwarders begin, see `LinkPlan`."""
 PORTS = (1024, 65535)
 """The ports of the fixed address that flows are given, per protocol and destination."""
 MAX_LANES = 8
@@ -237,7 +239,8 @@ def link_plan(links: IPv4Network, index: int, owner: str, lane: int = 0, side: i
     network = IPv4Network((int(links.network_address) + 16 * place, 28))
     mark = 1 << 30 | lane << 24 | int.from_bytes(digest[:2], "big") << 8 | index
     tag = f"{digest.hex()[:5]}{index:02x}" + (f"{lane:x}" if lane else "")
-    return LinkPlan(index, lane, network, mark, f"tl{tag}", f"ts{tag}", side)
+    inside, sync = (f"{prefix}{tag}" for prefix in LINK_PREFIXES)
+    return LinkPlan(index, lane, network, mark, inside, sync, side)
 
 
 SEATS = 2

@@ -296,7 +296,7 @@ class PolicyView(Struct, frozen=True, kw_only=True):
     dropped: dict[str, int]
     """Packets, by reason; those that there were."""
     problem: str = ""
-    """What keeps the egress from being used."""
+    """What keeps the egress from being used, or who else would use a published port."""
 
 
 class TraceView(Struct, frozen=True, kw_only=True):

@@ -16,10 +16,11 @@ from templated.drivers.host.capabilities import may_raise_priority
 from templated.drivers.host.programs import PACKAGES, find
 from templated.drivers.hypervisor.base import Hypervisor
 from templated.drivers.image.store import ImageStore
-from templated.drivers.network.foreign import blockers
+from templated.drivers.network.foreign import blockers, judged_between_ports
 from templated.drivers.network.worker import in_namespace
 from templated.errors import HostError, TemplatedError
 from templated.model.config import Config
+from templated.model.egress import LINK_PREFIXES
 from templated.model.network import BridgeNetwork
 from templated.services.daemon import make_hypervisor, uid_range, uids_problem
 from templated.services.egress.egresses import PROGRAMS
@@ -50,6 +51,7 @@ def run_checks(config: Config) -> list[Check]:
         _nftables,
         _egresses,
         _foreign_rules,
+        _bridged_frames,
         _libvirt,
         _limits,
         _pressure,
@@ -300,6 +302,33 @@ def _foreign_rules(config: Config) -> Iterator[Check]:
         yield Check("foreign rules", "WARN", detail, one.fix)
     if not found:
         yield Check("foreign rules", "PASS", "none drops what clones send by the host")
+
+
+def _bridged_frames(config: Config) -> Iterator[Check]:
+    """Whether such rules also cut forwarders of egresses off from each other: both would send."""
+    network = config.network
+    if not isinstance(network, BridgeNetwork) or not network.host_address or os.geteuid() != 0:
+        return
+
+    def look() -> set[str]:
+        found = (
+            [blockers(f"{prefix}+") for prefix in LINK_PREFIXES] if judged_between_ports() else []
+        )
+        return {one.chain for some in found for one in some}
+
+    name = "br_netfilter"
+    try:
+        chains = in_namespace(network.netns, look)
+    except (OSError, HostError) as error:
+        yield Check(name, "WARN", f"rules cannot be read: {error}", "nft list ruleset")
+        return
+    if chains:
+        key = "net.bridge.bridge-nf-call-iptables"
+        detail = f"{key} is 1: {' and '.join(sorted(chains))} drops what forwarders send each other"
+        rules = "; ".join(f"iptables -I FORWARD -i {one}+ -j ACCEPT" for one in LINK_PREFIXES)
+        yield Check(name, "WARN", detail, f"sysctl -w {key}=0, or {rules}")
+    else:
+        yield Check(name, "PASS", "no rule drops what stays on a bridge")
 
 
 def _libvirt(config: Config) -> Iterator[Check]:

@@ -42,7 +42,8 @@ printf '[global]\nno-index = true\nfind-links = /srv/wheels\n' >"$root/etc/pip.c
 rm -f "$root/etc/apt/sources.list"
 
 chroot "$root" systemctl --quiet enable systemd-networkd lab-archive ssh
-chroot "$root" systemctl --quiet disable prometheus libvirtd.service libvirt-guests 2>/dev/null
+chroot "$root" systemctl --quiet disable prometheus libvirtd.service libvirt-guests \
+    keepalived conntrackd 2>/dev/null
 # Profiles for all programs take minutes to compile here; test_libvirt.py loads libvirt's.
 chroot "$root" systemctl --quiet mask apparmor.service
 # The console carries what the lab prints; a prompt on it helps nobody. The others are background

@@ -130,3 +130,14 @@ def end(rig: Rig) -> None:
     for pid in left_running(rig):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def rigged(tmp_path: Path) -> Iterator[Rig]:
+    """A rig; whatever of its forwarders still runs at the end is killed."""
+    made = Rig(tmp_path / "forwarders")
+    try:
+        yield made
+    finally:
+        end(made)
+        made.close()

@@ -20,9 +20,9 @@ from tests.real.egress_parts import (
     answer,
     both,
     daemon,
-    end,
     in_thread,
     left_running,
+    rigged,
     roles,
     server,
     until,
@@ -38,12 +38,8 @@ pytestmark = [
 
 @pytest.fixture
 def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path / "forwarders")
-    try:
+    with rigged(tmp_path) as made:
         yield made
-    finally:
-        end(made)
-        made.close()
 
 
 def _dropped(view: EgressView, number: int, reason: str) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ import pytest
 from templated.bench.egress import ROUNDS
 from tests.real.egress_rig import Rig, Sink
 from tests.real.harness import ROOT, Daemon
+from tests.real.prometheus import OF_A_BRIDGE, Prometheus, concrete, free_port
+from tests.real.prometheus import until as eventually
+from tests.unit.observability import expressions
 
 pytestmark = [
     pytest.mark.real,
@@ -42,6 +47,7 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 def bridged(fresh: Daemon, rig: Rig) -> Daemon:
     """A daemon whose network is the rig's host; it ends before the rig goes."""
     fresh.config["network"] = {"mode": "bridge", "netns": rig.host.name}
+    fresh.config["metrics"] = {"listen": f"127.0.0.1:{free_port()}"}
     fresh.start()
     return fresh
 
@@ -89,7 +95,10 @@ def test_commands_and_restarts(bridged: Daemon, rig: Rig) -> None:
 
 
 def test_a_clone_by_an_egress(bridged: Daemon, rig: Rig) -> None:
-    """Its flows go on, under the fixed address, while forwarders switch and the daemon dies."""
+    """Its flows go on, under the fixed address, while forwarders switch and the daemon dies.
+
+    Each panel of the dashboard about networks and egresses has data then.
+    """
     bridged.variant("out", "network: {egress: acme}")
     assert "no egress acme" in bridged.fails("template", "build", "out")
     before = rig.shown()
@@ -97,8 +106,11 @@ def test_a_clone_by_an_egress(bridged: Daemon, rig: Rig) -> None:
     bridged.build("out")
     bridged.cli("clone", "c", "--template", "out")
     assert "the policy of out" in bridged.fails("egress", "rm", "acme")
-    sink = Sink(rig)
-    try:
+    listen = bridged.config["metrics"]["listen"]
+    with (
+        contextlib.closing(Sink(rig)) as sink,
+        contextlib.closing(Prometheus(listen)) as prometheus,
+    ):
         bridged.cli("cp", str(ROOT / "templated/bench/flows.py"), "c:/root/flows.py")
         send = "python3 /root/flows.py send 172.20.0.1 9000 20 8 >/root/told 2>&1 </dev/null &"
         bridged.cli("exec", "c", "--", "sh", "-c", f"setsid {send}")
@@ -114,8 +126,7 @@ def test_a_clone_by_an_egress(bridged: Daemon, rig: Rig) -> None:
             lines = bridged.output("c", "cat", "/root/told").splitlines()
         lost, _, sources = sink.result(json.loads(lines[1])["sent"])
         assert (lost, sources) == (0, {FIXED})
-    finally:
-        sink.close()
+        _have_data(prometheus)
     assert "172.20.0.100" not in bridged.guest("c", _connect("172.20.0.1", 22))
     bridged.cli("rm", "c")
     bridged.cli("template", "rm", "out")
@@ -123,11 +134,21 @@ def test_a_clone_by_an_egress(bridged: Daemon, rig: Rig) -> None:
     assert rig.shown() == before
 
 
+def _have_data(prometheus: Prometheus) -> None:
+    """What a daemon in user mode has no data for; see test_observability.py."""
+    asked = [(where, concrete(one)) for where, one in expressions() if OF_A_BRIDGE.search(one)]
+    assert len(asked) > 10
+    prometheus.wait()
+    for where, one in asked:
+        eventually(partial(prometheus.has, one), f"no data: {where}: {one}", 30)
+
+
 @pytest.mark.long
-def test_bench(fresh: Daemon) -> None:
-    """Nothing is lost, and nothing is of a wrong source."""
-    few = ("--flows", "20", "--rounds", "1", "--seconds", "4", "--pairs", "1")
-    report = fresh.json("bench", "egress", *few)
+def test_bench(host: Daemon) -> None:
+    """Nothing is lost, and nothing is of a wrong source, also of clones that send as they start."""
+    few = ("--flows", "20", "--rounds", "1", "--seconds", "4", "--pairs", "1", "--clones", "6")
+    report = host.json("bench", "egress", *few)
+    assert sum(report["clones"]["paths"].values()) == 6 <= report["clones"]["packets"]
     assert report["wrong_sources"] == 0 < report["packets_seen"]
     assert all(report[key]["flows_lost"] == 0 for key in ROUNDS)
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,17 +15,21 @@ import msgspec
 import pytest
 
 from templated.model.egress import EgressView, LaneState
-from tests.real.egress_parts import Daemon, answer, daemon, in_thread, server, until
+from tests.real.egress_parts import Daemon, answer, daemon, in_thread, rigged, server, until
 from tests.real.egress_rig import FIXED, Flows, Rig, run
-from tests.real.test_egress import rig
 
 pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces"),
     pytest.mark.skipif(shutil.which("keepalived") is None, reason="needs keepalived"),
 ]
-__all__ = ["rig"]
 _DELAYED = "net.netfilter.nf_conntrack_tcp_timeout_time_wait"
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with rigged(tmp_path) as made:
+        yield made
 
 
 @asynccontextmanager

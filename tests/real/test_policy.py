@@ -21,8 +21,6 @@ import pytest
 from templated.drivers.network import Port
 from templated.drivers.network.base import PortOwner
 from templated.drivers.network.bridge import TapNetwork
-from templated.drivers.network.foreign import blockers
-from templated.drivers.network.worker import in_namespace
 from templated.errors import HostError
 from templated.model.network import BridgeNetwork, Exit
 from templated.model.policy import PolicyKeys, PolicyLimits, policy_of
@@ -499,50 +497,3 @@ def test_a_move_finds_the_tables_gone(ns: Namespace, world: Namespace) -> None:
         assert ns.run("nft", "list", "ruleset").strip() == ""
 
     asyncio.run(scenario())
-
-
-DOCKER = (
-    ("-N", "DOCKER-USER"),
-    ("-P", "FORWARD", "DROP"),
-    ("-A", "FORWARD", "-j", "DOCKER-USER"),
-    ("-A", "FORWARD", "-o", "docker0", "-j", "ACCEPT"),
-)
-FIREWALLD = """
-table inet firewalld {
-    chain filter_FORWARD {
-        type filter hook forward priority filter + 10; policy accept;
-        ct state established,related accept
-        iifname "lo" accept
-        reject with icmpx admin-prohibited
-    }
-}
-table inet harmless {
-    chain forward { type filter hook forward priority 0; policy drop; iifname "templated*" accept; }
-    chain input { type filter hook input priority 0; policy drop; }
-}
-"""
-
-
-@pytest.mark.parametrize("program", ["iptables-nft", "iptables-legacy"])
-def test_rules_of_others_that_block_are_named(ns: Namespace, program: str) -> None:
-    """docker's, by both kinds of iptables, and firewalld's, until they let the bridge in."""
-    if shutil.which(program) is None:
-        pytest.skip(f"needs {program}")
-
-    def found() -> list[tuple[str, str]]:
-        return [(b.owner, b.fix) for b in in_namespace(ns.name, lambda: blockers(BRIDGE))]
-
-    assert found() == []
-    try:
-        for words in DOCKER:
-            ns.run(program, *words)
-    except AssertionError as error:
-        pytest.skip(f"this kernel has no {program}: {error}")
-    ((owner, fix),) = found()
-    assert owner == "docker"
-    for command in fix.replace("iptables", program).split("; "):
-        ns.run(*command.split())
-    assert found() == []
-    ns.run("nft", FIREWALLD)
-    ((owner, fix),) = found()
-    assert owner == "firewalld" and f"--add-interface={BRIDGE}" in fix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from ipaddress import IPv4Network
@@ -16,6 +17,7 @@ from templated.bench.egress import ROUNDS, goals
 from templated.bench.netrig import FIXED
 from templated.bench.report import show
 from templated.drivers.egress import counters
+from templated.drivers.egress import forwarder as program
 from templated.drivers.egress.programs import Files, conntrackd_config, keepalived_config
 from templated.drivers.egress.rules import DROPS, counter_names, guard, ruleset, steering
 from templated.errors import InvalidRequest
@@ -258,6 +260,23 @@ def test_flows_that_found_no_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert counters.flows_without_port() == 25
 
 
+def test_flows_that_are_refused_are_told_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the count that finds more of them, for some counts."""
+    found = iter([0, 4, *[4] * program._REMEMBERED, 5])
+    monkeypatch.setattr(program, "count", lambda: ({}, 0))
+    monkeypatch.setattr(program, "inside", lambda namespace: contextlib.nullcontext())
+    monkeypatch.setattr(program, "guarded", lambda spec: {})
+    monkeypatch.setattr(program, "flows_without_port", lambda: next(found))
+    made = program.Forwarder(forwarder(), Files(tmp_path), 0, 0)
+    told = []
+    for _ in range(program._REMEMBERED + 3):
+        made._count()
+        told.append("no port left" in made.view.error)
+    assert told == [False, *[True] * program._REMEMBERED, False, True]
+
+
 def test_doctor_names_what_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And its package."""
     config = msgspec.structs.replace(configured(tmp_path), network=BridgeNetwork())
@@ -287,6 +306,10 @@ def test_report_of_the_bench(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "planned switch" in said and "9000 packets, 0 of a wrong source" in said
     assert "missed" not in said and goals(_report()) == []
+    clones = {"starts": 9, "paths": {"warm": 4, "direct": 5}, "packets": 8}
+    show(_report(clones=clones))
+    said = capsys.readouterr().out
+    assert "9 clones (4 warm, 5 direct) sent 8 packets" in said and said.count("missed") == 1
     bad = _report(
         cut={"flows_lost": 2, "sources": [FIXED], "p99": 301.0, "max": 400.0},
         switch={"flows_lost": 0, "sources": [FIXED, "10.78.0.3"], "p99": 55.0, "max": 61.0},

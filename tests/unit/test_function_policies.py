@@ -32,6 +32,7 @@ from templated.services.functions.registry import Registry
 from templated.services.policies import Policies
 from templated.services.reports.events import EventBus
 from templated.services.tasks import Tasks
+from templated.services.upkeep.nets import Nets
 from tests.unit.fake_daemon import configured
 
 WEB, HELLO = template_group("web"), function_group("web", "hello")
@@ -45,6 +46,7 @@ class Recorded(SlirpNetwork):
         self.held: dict[str, Policy] = {}
         self.transactions = 0
         self.refuses = False
+        self.listening = {("tcp", 8080)}
 
     async def set_policies(self, changes: Mapping[str, Policy | None]) -> None:
         if self.refuses:
@@ -54,7 +56,7 @@ class Recorded(SlirpNetwork):
         self.held = {group: policy for group, policy in after.items() if policy is not None}
 
     async def host(self) -> HostFacts:
-        return HostFacts(frozenset({IPv4Address("192.0.2.7")}), frozenset({("tcp", 8080)}))
+        return HostFacts(frozenset({IPv4Address("192.0.2.7")}), frozenset(self.listening))
 
 
 def keys(**said: Any) -> PolicyKeys:
@@ -213,6 +215,24 @@ def test_ports_of_the_host_that_are_taken(tmp_path: Path) -> None:
         await policies.apply("web", keys(publish=["8080:80/udp", "81:80"], peers="open"))
         with pytest.raises(Conflict, match="81/tcp of the host is published by template web"):
             await policies.apply("other", keys(publish=["81:443"]))
+
+    play(tmp_path, scenario)
+
+
+def test_a_program_that_listens_to_a_published_port_later(tmp_path: Path) -> None:
+    """The policy's view says so, as long as it does."""
+
+    async def scenario(policies: Policies, recorded: Recorded) -> None:
+        await policies.apply("web", keys(publish=["9090:80", "9091:81"]))
+        context: Any = SimpleNamespace(policies=policies, network=recorded)
+        clones: Any = SimpleNamespace(running_clones=list, views=list)
+        nets = Nets(context, clones)
+        assert (await nets.view("web")).problem == ""
+        recorded.listening = {("tcp", 9090), ("udp", 9091)}
+        (view,) = await nets.views()
+        assert "listens to port 9090/tcp" in view.problem and "9091" not in view.problem
+        recorded.listening.clear()
+        assert (await nets.view("web")).problem == ""
 
     play(tmp_path, scenario)
 

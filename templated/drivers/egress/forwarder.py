@@ -51,6 +51,8 @@ _SILENCE = 3
 _ASKED, _PAUSE = 8, 0.1
 """How often, and with which pause in seconds, one that took over asks whether the one before still
 answers: the namespace of one that was killed does, until it has gone."""
+_REMEMBERED = 5
+"""Counts for which it is told that flows were refused."""
 _HOLD = 1.0
 """Seconds times its seat after which a contested one asks again: they never retry together."""
 _PATIENCE = 3.0
@@ -76,6 +78,7 @@ class Forwarder:
         self._counted, self._size = time.monotonic(), 0
         """When bytes were counted, and how many there were."""
         self._peer = Watch(spec)
+        self._since_refused = 0
         self._announcing = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._inside = self._outside = None  # type: Arp | None
@@ -413,14 +416,21 @@ class Forwarder:
         now, size = time.monotonic(), sum(counters[way][1] for way in ("out", "in"))
         rate = round((size - self._size) / (now - self._counted))
         self._counted, self._size = now, size
+        exhausted = flows_without_port()
+        self._note_refused(exhausted > self._view.exhausted)
         self._view = structs.replace(
-            self._view,
-            counters=counters,
-            flows=flows,
-            rate=rate,
-            exhausted=flows_without_port(),
+            self._view, counters=counters, flows=flows, rate=rate, exhausted=exhausted
         )
         self._check_steering()
+
+    def _note_refused(self, more: bool) -> None:
+        """Flows were refused, which is told for a while."""
+        self._since_refused = 0 if more else self._since_refused + 1
+        if more:
+            fixed = self._spec.egress.fixed
+            self._problems["ports"] = f"flows are refused: {fixed} has no port left"
+        elif self._since_refused >= _REMEMBERED:
+            self._problems.pop("ports", None)
 
     # --- files --------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ _FIXES = {
     "firewalld": "firewall-cmd --permanent --zone=trusted --add-interface={0}, and --reload",
     "ufw": "ufw route allow in on {0}; ufw route allow out on {0}",
 }
+_BRIDGED = Path("/proc/sys/net/bridge/bridge-nf-call-iptables")
 
 
 class Blocker(NamedTuple):
@@ -36,10 +37,22 @@ class Blocker(NamedTuple):
     fix: str
 
 
+def judged_between_ports() -> bool:
+    """Whether frames from port to port of a bridge, too, pass the host's rules for IPv4 packets.
+
+    So it is in each namespace once the module br_netfilter is loaded, as by docker.
+    """
+    try:
+        return _BRIDGED.read_text().strip() != "0"
+    except OSError:
+        return False
+
+
 def blockers(bridge: str) -> list[Blocker]:
     """The chains that block forwarded packets of a bridge, in the calling thread's namespace.
 
-    Raises HostError when nft cannot list what there is. Blocks.
+    `bridge` may end with a plus: all whose names begin so. Raises HostError when nft cannot list
+    what there is. Blocks.
     """
     found = list(_nftables(bridge)) if shutil.which("nft") else []
     names = Path("/proc/thread-self/net/ip_tables_names")
@@ -65,7 +78,8 @@ def _nftables(bridge: str) -> Iterator[Blocker]:
             names = [c["name"] for c in chains if (c["family"], c["table"]) == (family, table)]
             owner = next((who for begin, who in _TELLING if _any(names, begin)), "")
             insert = f"nft insert rule {family} {table} {name}"
-            other = f"{insert} iifname {{0}} accept; {insert} oifname {{0}} accept"
+            by = bridge.replace("+", "*")
+            other = f"{insert} iifname {by} accept; {insert} oifname {by} accept"
             fix = _FIXES.get(owner, other).format(bridge)
             yield Blocker(f"{family} {table} {name}", owner, fix)
 

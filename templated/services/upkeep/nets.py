@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from ipaddress import IPv4Address, IPv4Network
 
 from prometheus_client import CollectorRegistry, Counter
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 INTERVAL = 5.0
 """Seconds between two readings of the counters."""
 Counts = Mapping[str, Counted]
+Ports = frozenset[tuple[str, int]]
+"""Protocols and ports of the host."""
 
 
 class PolicyMetrics:
@@ -125,15 +127,16 @@ class Nets:
 
     async def views(self) -> list[PolicyView]:
         """The policies in force: those of templates, then those of functions. Raises HostError."""
-        return [self._view(*one) for one in await self._counted()]
+        counted, taken = await self._counted(), await self._taken()
+        return [self._view(*one, taken) for one in counted]
 
     async def view(self, name: str) -> PolicyView:
         """The policy of a template, a function, or a clone. Raises NotFound, HostError."""
-        counted = await self._counted()
+        counted, taken = await self._counted(), await self._taken()
         of_clone = self._of_clone(name)
         named = [one for one in counted if (one[0].function or one[0].template) == name]
         for ruled, counts in named or [one for one in counted if one[0] is of_clone]:
-            return self._view(ruled, counts)
+            return self._view(ruled, counts, taken)
         raise NotFound(
             f"{name[:80]!r} has no network policy",
             hint="see: templated net ls; a template's is in its file, under network",
@@ -146,13 +149,19 @@ class Nets:
         ordered = sorted(found, key=lambda item: (item[1].function, item[1].template))
         return [(ruled, counters.get(group, {})) for group, ruled in ordered]
 
+    async def _taken(self) -> Ports:
+        """What programs of the host listen to; nobody asks when no port is published."""
+        if any(ruled.policy.publish for ruled in self._context.policies.all().values()):
+            return (await self._context.network.host()).listening
+        return frozenset()
+
     def _of_clone(self, name: str) -> Ruled | None:
         clone = next((clone for clone in self._clones.views() if clone.name == name), None)
         if clone is None:
             return None
         return self._context.policies.get(clone.template, self._clones.function_of(name))
 
-    def _view(self, ruled: Ruled, counted: Counts) -> PolicyView:
+    def _view(self, ruled: Ruled, counted: Counts, taken: Ports) -> PolicyView:
         policy = ruled.policy
         running = holders(self._context, self._clones)
         holder = None if ruled.function else running.get(ruled.template)
@@ -170,13 +179,16 @@ class Nets:
             sent=sent,
             received=received,
             dropped={r: counted[r].packets for r in REASONS if r in counted and counted[r].packets},
-            problem=self._problem(policy),
+            problem="; ".join(self._problems(policy, taken)),
         )
 
-    def _problem(self, policy: Policy) -> str:
-        if policy.egress in (NONE, NAT) or self._exit(policy) is not None:
-            return ""
-        return f"egress {policy.egress} is not there: clones reach nothing"
+    def _problems(self, policy: Policy, taken: Ports) -> Iterator[str]:
+        if policy.egress not in (NONE, NAT) and self._exit(policy) is None:
+            yield f"egress {policy.egress} is not there: clones reach nothing"
+        for port in policy.publish:
+            if (port.protocol, port.host_port) in taken:
+                named = f"{port.host_port}/{port.protocol}"
+                yield f"a program of the host listens to port {named}, which is published here"
 
     def _exit(self, policy: Policy) -> Exit | None:
         exits = self._context.network.exits
