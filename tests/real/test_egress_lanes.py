@@ -59,7 +59,7 @@ def test_lanes_follow_the_load(rig: Rig, tmp_path: Path) -> None:
             await made.egresses.create(rig.spec(max=3, bandwidth="256KiB"))
             rig.mark(made.egresses._egresses["acme"].plan.mark)
             rig.watch()
-            flows = await in_thread(Flows, rig, 20, 30.0, 9000)
+            flows = await in_thread(Flows, rig, 20, 24.0, 9000)
             load = await in_thread(Flows, rig, 400, 9.0, 9001)
             try:
                 view = await until(made, lambda v: states(v) == [LaneState.SERVING] * 3)

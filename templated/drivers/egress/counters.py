@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from templated.drivers.egress.rules import TABLE, guard_table, steering_table
@@ -12,12 +13,26 @@ from templated.errors import HostError
 from templated.model.egress import ForwarderSpec
 
 _COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
+_LIST = Path("/proc/thread-self/net/nf_conntrack")
+_FEW = 500
 _STAT = Path("/proc/thread-self/net/stat/nf_conntrack")
 
 
 def count() -> tuple[dict[str, tuple[int, int]], int]:
     """The packets and bytes of each counter, and how many flows are tracked. HostError."""
-    return _counters("ip", TABLE), int(_COUNT.read_text())
+    return _counters("ip", TABLE), _flows()
+
+
+def _flows() -> int:
+    """The kernel's number has flows that are over, until it finds them, which takes a minute.
+
+    It finds them as they are listed: so these are counted, as long as there are few.
+    """
+    number = int(_COUNT.read_text())
+    if 0 < number <= _FEW:
+        with suppress(OSError):  # a kernel may be made without the list
+            return len(_LIST.read_bytes().splitlines())
+    return number
 
 
 def guarded(spec: ForwarderSpec) -> dict[str, tuple[int, int]]:

@@ -413,7 +413,7 @@ class Forwarder:
                 counters |= guarded(self._spec)
         except HostError:  # somebody flushed the host's rules
             legs.guard(self._spec, self._host)
-        now, size = time.monotonic(), sum(counters[way][1] for way in ("out", "in"))
+        now, size = time.monotonic(), sum(counters.get(way, (0, 0))[1] for way in ("out", "in"))
         rate = round((size - self._size) / (now - self._counted))
         self._counted, self._size = now, size
         exhausted = flows_without_port()
