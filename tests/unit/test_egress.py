@@ -265,7 +265,7 @@ def test_flows_that_are_refused_are_told_for_a_while(
 ) -> None:
     """From the count that finds more of them, for some counts."""
     found = iter([0, 4, *[4] * program._REMEMBERED, 5])
-    monkeypatch.setattr(program, "count", lambda: ({}, 0))
+    monkeypatch.setattr(program, "count", lambda spec: ({}, 0))
     monkeypatch.setattr(program, "inside", lambda namespace: contextlib.nullcontext())
     monkeypatch.setattr(program, "guarded", lambda spec: {})
     monkeypatch.setattr(program, "flows_without_port", lambda: next(found))

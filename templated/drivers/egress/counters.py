@@ -18,20 +18,21 @@ _FEW = 500
 _STAT = Path("/proc/thread-self/net/stat/nf_conntrack")
 
 
-def count() -> tuple[dict[str, tuple[int, int]], int]:
+def count(spec: ForwarderSpec) -> tuple[dict[str, tuple[int, int]], int]:
     """The packets and bytes of each counter, and how many flows are tracked. HostError."""
-    return _counters("ip", TABLE), _flows()
+    return _counters("ip", TABLE), _flows(spec.egress.fixed)
 
 
-def _flows() -> int:
+def _flows(fixed: str) -> int:
     """The kernel's number has flows that are over, until it finds them, which takes a minute.
 
-    It finds them as they are listed: so these are counted, as long as there are few.
+    It finds them as they are listed, and what forwarders send each other can be told from flows
+    there, whose answers go to the fixed address: so these are counted, as long as there are few.
     """
     number = int(_COUNT.read_text())
-    if 0 < number <= _FEW:
+    if number <= _FEW:
         with suppress(OSError):  # a kernel may be made without the list
-            return len(_LIST.read_bytes().splitlines())
+            return _LIST.read_bytes().count(f" dst={fixed} ".encode())
     return number
 
 

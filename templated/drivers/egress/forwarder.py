@@ -407,7 +407,7 @@ class Forwarder:
         self._say_here()
 
     def _count(self) -> None:
-        counters, flows = count()
+        counters, flows = count(self._spec)
         try:
             with inside(self._host):
                 counters |= guarded(self._spec)

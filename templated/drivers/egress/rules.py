@@ -7,7 +7,8 @@ by the operator's interface to the fixed address then, too.
 What leaves by `out` has the fixed address as its source, whatever else may go wrong: the hook
 after source NAT checks each packet, and that the address is here (`fib saddr type local`). A
 forwarder that has given it away sends nothing, without anybody having to tell it. `lingering` is
-for a planned switch: the old one goes on with what is on its way, for a moment.
+for a planned switch: the old one goes on with what is on its way, for a moment. Where a flow may
+go is judged once, by its first packet: the policy is the same as long as the forwarder runs.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def ruleset(spec: ForwarderSpec) -> str:
     to = ["0.0.0.0/0"] if egress.internet else [str(network) for network in egress.networks]
     never = [*map(str, NEVER), spec.links]
     first, last = egress.ports(spec.lane)
+    clamp = "tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu"
     clones = f"{{ {', '.join(spec.sources)} }}"
     counters = "".join(f"    counter {name} {{ }}\n" for name in counter_names())
     return f"""\
@@ -43,25 +45,17 @@ table ip {TABLE} {{
     set to {{ type ipv4_addr; flags interval; elements = {{ {", ".join(to)} }} }}
     set never {{ type ipv4_addr; flags interval; elements = {{ {", ".join(never)} }} }}
     set lingering {{ type ipv4_addr; flags timeout; }}
-    chain untracked {{
-        type filter hook prerouting priority raw; policy accept;
-        iifname "sync" notrack
-        iifname "in" ip protocol {{ vrrp, igmp }} notrack
-        iifname "in" ip daddr {spec.link} notrack
-    }}
-    chain untracked_own {{
-        type filter hook output priority raw; policy accept;
-        notrack
-    }}
     chain forward {{
         type filter hook forward priority filter; policy drop;
-        tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu
         iifname "in" oifname "out" jump leave
+        {clamp if egress.hosts else "# answers come by links that are as wide"}
         iifname "out" oifname "in" ct state established,related counter name in accept
         iifname "out" counter name drop_unasked drop
         counter name drop_other drop
     }}
     chain leave {{
+        ct state established counter name out accept
+        {clamp}
         ip saddr != {clones} counter name drop_source drop
         ip daddr @never counter name drop_destination drop
         ip daddr {clones} counter name drop_destination drop
@@ -77,13 +71,15 @@ table ip {TABLE} {{
     }}
     chain leaving {{
         type filter hook postrouting priority srcnat + 10; policy accept;
-        oifname "out" ip saddr != {egress.fixed} counter name drop_address drop
-        oifname "out" ip saddr @lingering accept
-        oifname "out" fib saddr type != local counter name drop_standby drop
+        oifname != "out" accept
+        ip saddr != {egress.fixed} counter name drop_address drop
+        fib saddr type local accept
+        ip saddr @lingering accept
+        counter name drop_standby drop
     }}
     chain arrive {{
         type filter hook prerouting priority dstnat + 10; policy accept;
-        iifname "out" ip daddr {egress.fixed} counter name drop_unasked drop
+        ip daddr {egress.fixed} iifname "out" counter name drop_unasked drop
     }}
     chain input {{
         type filter hook input priority filter; policy drop;
@@ -138,8 +134,8 @@ table netdev {name} {{
     counter {GUARD} {{ }}
     chain leaving {{
         type filter hook egress device "{spec.egress.interface}" priority filter; policy accept;
-        ether saddr != {mac} accept
         ip saddr {fixed} accept
+        ether saddr != {mac} accept
         arp saddr ip {{ {", ".join(senders)} }} accept
         counter name {GUARD} drop
     }}
