@@ -159,7 +159,10 @@ def _kill_keepalived(rig: Rig, made: Daemon, number: int) -> None:
     _kill_program(pid, "keepalived")
 
 
-@pytest.mark.parametrize("failure", [_cut, _kill, _kill_keepalived])
+@pytest.mark.parametrize(
+    "failure",
+    [_cut, *(pytest.param(one, marks=pytest.mark.long) for one in (_kill, _kill_keepalived))],
+)
 def test_failover(rig: Rig, tmp_path: Path, failure: Callable[[Rig, Daemon, int], None]) -> None:
     """The standby takes over, with all flows, under the same address."""
 
@@ -211,6 +214,7 @@ def test_split_brain(rig: Rig, tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.long
 def test_cut_off_from_the_host(rig: Rig, tmp_path: Path) -> None:
     """The active one reaches nobody, with its carrier: it gives up, and the other serves."""
 

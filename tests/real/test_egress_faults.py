@@ -126,7 +126,8 @@ def _outside(rig: Rig, made: Daemon, up: str) -> None:
     run("nsenter", "-n", "-t", str(pid), "ip", "link", "set", "out", up)
 
 
-@pytest.mark.parametrize("leg", [_inside, pytest.param(_outside, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("leg", [_inside, _outside])
 def test_a_link_that_flaps(
     rig: Rig, tmp_path: Path, leg: Callable[[Rig, Daemon, str], None]
 ) -> None:

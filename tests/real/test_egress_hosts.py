@@ -186,6 +186,7 @@ def test_life(site: Site, tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.long
 def test_takeovers(site: Site, tmp_path: Path) -> None:
     """The active one's process ends, and then all of its host: flows of the other's clone go on."""
     one, two = site.hosts

@@ -88,6 +88,7 @@ def test_lanes_follow_the_load(rig: Rig, tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.long
 def test_takeover_in_another_lane(rig: Rig, tmp_path: Path) -> None:
     """Killed, switched, adopted: flows of both lanes go on, and outside there is one MAC."""
 

@@ -299,6 +299,7 @@ def test_the_runtime_of_aws(client: Any, served: Daemon, aws_runtime: bytes) -> 
     assert _invoke(client, "aws", 4)[0]["calls"] == 4
 
 
+@pytest.mark.long
 def test_a_trace_is_replayed(served: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     """`bench scaling --live`: all requests succeed, and the first of each function is cold."""
     gateway: Any = served.config["gateway"]

@@ -154,6 +154,7 @@ def fail(spec: ImageSpec, root: Path, timeout: float = 300) -> BuildError:
     return caught.value
 
 
+@pytest.mark.long
 def test_unknown_package(tmp_path: Path) -> None:
     error = fail(ImageSpec(packages=("no-such-package-at-all",)), tmp_path)
     assert "no-such-package-at-all" in error.message
