@@ -156,12 +156,15 @@ class LaneState(enum.StrEnum):
     SERVING = "serving"
     DRAINING = "draining"
     """It takes no new flows, and ends with its last one."""
+    ENDING = "ending"
+    """What is left of it is being removed, again and again until nothing is."""
 
 
 LANE_TRANSITIONS: Table[LaneState] = {
-    LaneState.STARTING: frozenset({LaneState.SERVING, LaneState.DRAINING}),
+    LaneState.STARTING: frozenset({LaneState.SERVING, LaneState.ENDING}),
     LaneState.SERVING: frozenset({LaneState.DRAINING}),
-    LaneState.DRAINING: frozenset({LaneState.SERVING}),
+    LaneState.DRAINING: frozenset({LaneState.SERVING, LaneState.ENDING}),
+    LaneState.ENDING: frozenset(),
 }
 
 

@@ -84,28 +84,33 @@ def test_no_port_is_left(rig: Rig, tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("table", ["table ip forwarder", "table netdev tl"])
-def test_nft_refuses_the_rules(
-    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str
-) -> None:
-    """Those of the forwarder, or of the host for it: the error says so, and nothing stays."""
+def _refusing(directory: Path, table: str) -> str:
+    """A PATH whose nft refuses what makes a table that begins so."""
     real = shutil.which("nft")
-    refusing = tmp_path / "bin/nft"
-    refusing.parent.mkdir()
-    refusing.write_text(
+    directory.mkdir()
+    (directory / "nft").write_text(
         f"""#!/bin/sh
 given=$(cat)
 case $given in *"{table}"*) echo "Error: Could not process rule: No space" >&2; exit 1;; esac
 printf '%s\\n' "$given" | exec {real} "$@"
 """
     )
-    refusing.chmod(0o755)
+    (directory / "nft").chmod(0o755)
+    return f"{directory}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("table", ["table ip forwarder", "table netdev tl"])
+def test_nft_refuses_the_rules(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    """Those of the forwarder, or of the host for it: the error says so, and nothing stays."""
+    refusing = _refusing(tmp_path / "bin", table)
 
     async def scenario() -> None:
         before = rig.shown()
         async with daemon(rig, tmp_path) as made:
             with monkeypatch.context() as first:
-                first.setenv("PATH", f"{refusing.parent}:{os.environ['PATH']}")
+                first.setenv("PATH", refusing)
                 with pytest.raises(HostError) as caught:
                     await made.egresses.create(rig.spec())
             assert "nft failed: Error: Could not process rule" in caught.value.message
@@ -155,5 +160,37 @@ def test_a_link_that_flaps(
             with server(rig):
                 assert await asyncio.to_thread(answer, rig) == FIXED
             await made.egresses.remove("acme")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.long
+def test_a_lane_that_cannot_be_made(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The egress says why, serves with what it has, and has the lane once it can be made."""
+    refusing = _refusing(tmp_path / "bin", "table ip forwarder")
+
+    async def scenario() -> None:
+        before = rig.shown()
+        async with daemon(rig, tmp_path) as made:
+            view = await made.egresses.create(rig.spec(max=2, bandwidth="64KiB", forwarders=1))
+            rig.mark(view.mark)
+            flows = await asyncio.to_thread(Flows, rig, 200, 30.0)
+            try:
+                with monkeypatch.context() as first:
+                    first.setenv("PATH", refusing)
+                    await until(made, lambda view: "cannot follow the load" in view.problem)
+                    view = await until(made, lambda view: len(view.lanes) == 1)
+                    assert view.active == 1 and "No space" in view.problem
+                view = await until(made, lambda view: len(view.lanes) == 2, 30)
+                await until(made, lambda view: not view.problem)
+                lost, _, sources = await asyncio.to_thread(flows.result)
+            finally:
+                flows.close()
+            assert (lost, sources) == (0, {FIXED})
+            await made.egresses.remove("acme")
+        rig.host.run("nft", "delete", "table", "ip", "marks")
+        assert rig.shown() == before
 
     asyncio.run(scenario())

@@ -102,9 +102,13 @@ class Remote:
             raise HostError(f"forwarder {self.spec.label} does not run")
         self._writer.write(b"resign\n")
 
+    def leave(self) -> None:
+        """It is about to be ended: what becomes of it is told no more."""
+        self._ending = True
+
     async def end(self) -> None:
         """End its process, and wait until it has ended. Raises Timeout."""
-        self._ending = True
+        self.leave()
         async with self._starting:
             await self._end()
 

@@ -38,6 +38,8 @@ class Egress:
         self.state = row.state
         self.problem = ""
         """Why its way could not be made as it should be."""
+        self.stuck = ""
+        """Why there are not as many lanes as there should be."""
         self.lanes: dict[int, Lane] = {}
         """By number; the first one is always there, and serves."""
         self.marks: list[int] = []
@@ -162,9 +164,12 @@ class Egress:
 
     def _problems(self) -> list[str]:
         found = [self.problem] if self.problem else []
+        if self.stuck:
+            found.append(f"the number of lanes cannot follow the load: {self.stuck}")
         if self.state is EgressState.ACTIVE:
             for lane in self.lanes.values():
-                if lane.active_number is None and lane.state is not LaneState.STARTING:
+                quiet = lane.state in (LaneState.STARTING, LaneState.ENDING)
+                if lane.active_number is None and not quiet:
                     which = f" of lane {lane.number + 1}" if len(self.lanes) > 1 else ""
                     found.append(f"no forwarder{which} is active: packets are dropped")
         return found + [problem for lane in self.lanes.values() for problem in lane.problems()]

@@ -112,6 +112,8 @@ class Lane:
 
     def problems(self) -> Iterator[str]:
         """What an operator should look at."""
+        if self.state is LaneState.ENDING:
+            return
         if self.peer is Peer.UNSEEN:
             yield f"forwarder {3 - self.plan.side}, on host {self.other_host}, is not seen"
         for one in self.forwarders:

@@ -84,6 +84,8 @@ class Lanes:
     async def end(self, egress: Egress, lane: Lane) -> None:
         """Take a lane away. Raises HostError or Timeout when something of it stays."""
         for forwarder in lane.forwarders:
+            forwarder.leave()  # the standby takes over in vain
+        for forwarder in lane.forwarders:
             await forwarder.end()
         await self._ways.remove(lane.plan)
 
@@ -112,14 +114,15 @@ class Lanes:
                     return
                 try:
                     await self._adapt(egress, pace)
+                    await self._end_drained(egress)
                     await self.spread(egress)
-                    wait = _TICK
+                    wait, egress.stuck = _TICK, ""
                 except TemplatedError as error:
-                    wait = min(2 * wait, _LONGEST)
+                    wait, egress.stuck = min(2 * wait, _LONGEST), error.message
                     log.warning("lanes of egress %s: %s", egress.name, error.message)
 
     async def _adapt(self, egress: Egress, pace: Pace) -> None:
-        """One step: more lanes, fewer, or the end of some that have drained."""
+        """One step: more lanes, or fewer."""
         spec, lanes = egress.row.spec, list(egress.lanes.values())
         views = [lane.view() for lane in lanes]
         need = needed(spec, sum(v.rate for v in views), sum(v.flows for v in views))
@@ -127,30 +130,40 @@ class Lanes:
         for lane in lanes:
             if lane.state is LaneState.STARTING and lane.serves:  # begun by a daemon before
                 await self._move(egress, lane, LaneState.SERVING)
-        serving = [lane for lane in lanes if lane.state is not LaneState.DRAINING]
+        there = (LaneState.STARTING, LaneState.SERVING)
+        serving = [lane for lane in lanes if lane.state in there]
         for lane in lanes:
             if lane.state is LaneState.DRAINING and len(serving) < wanted:
                 await self._move(egress, lane, LaneState.SERVING)
                 serving.append(lane)
         for lane in serving[:0:-1]:
             if len(serving) > wanted:
-                await self._move(egress, lane, LaneState.DRAINING)
+                began = lane.state is LaneState.SERVING
+                await self._move(egress, lane, LaneState.DRAINING if began else LaneState.ENDING)
                 serving.remove(lane)
         for _ in range(wanted - len(serving)):
             await self.add(egress)
-        for lane in lanes:
+
+    async def _end_drained(self, egress: Egress) -> None:
+        """The end of lanes that have drained, and of what could not be ended before."""
+        for lane in list(egress.lanes.values()):
             if lane.state is LaneState.DRAINING and lane.has_ended(seconds(self._config.drain)):
+                await self._move(egress, lane, LaneState.ENDING)
+            if lane.state is LaneState.ENDING:
                 await self._end(egress, lane)
 
     async def add(self, egress: Egress) -> None:
-        """One more lane. Raises HostError or Timeout; nothing of it is left then."""
-        number = next(n for n in range(1, egress.row.spec.max) if n not in egress.lanes)
+        """One more lane. Raises HostError or Timeout; nothing of it is left then, or it is
+        `ending`. While another one is, there may be no room for it: then nothing is done."""
+        number = next((n for n in range(egress.row.spec.max) if n not in egress.lanes), None)
+        if number is None:
+            return
         lane = self.know(egress, number, LaneState.STARTING)
         try:
             await self._write(egress)
             await self.begin(egress, lane)
         except BaseException:
-            lane.move(LaneState.DRAINING)  # if it cannot be ended now, it is later
+            await self._move(egress, lane, LaneState.ENDING)
             await self._end(egress, lane)
             raise
         await self._move(egress, lane, LaneState.SERVING)
