@@ -83,7 +83,7 @@ def create(settings: Settings, /, file: str | None, **options: Any) -> None:
     """Make an egress; it can be used when this ends. A failure leaves nothing of it.
 
     With --max, further forwarders come and go with the load: each has a slice of the fixed
-    address's ports, new TCP flows go to them in turn, and one that leaves keeps those it has.
+    address's ports, new TCP flows are spread over them, and one that leaves keeps those it has.
 
     One between two hosts comes from a file, which is the same on both.
     """

@@ -180,7 +180,7 @@ def test_a_lane_that_cannot_be_made(
             try:
                 with monkeypatch.context() as first:
                     first.setenv("PATH", refusing)
-                    await until(made, lambda view: "cannot follow the load" in view.problem)
+                    await until(made, lambda view: "cannot be kept" in view.problem)
                     view = await until(made, lambda view: len(view.lanes) == 1)
                     assert view.active == 1 and "No space" in view.problem
                 view = await until(made, lambda view: len(view.lanes) == 2, 30)

@@ -18,6 +18,7 @@ import pytest
 from templated.drivers.egress import vxlan
 from templated.errors import Conflict, HostError, InvalidRequest, TemplatedError
 from templated.model.egress import EgressHost, EgressView, Peer, Role
+from templated.model.network import EXIT_MASK
 from tests.real.egress_parts import Daemon, answer, daemon, in_thread, left_running, server, until
 from tests.real.egress_rig import FIXED, LINKS, Flows
 from tests.real.egress_site import HOSTS, Host, Site
@@ -296,9 +297,21 @@ def test_the_next_daemon(site: Site, tmp_path: Path) -> None:
         one.host.ip("link", "del", plan.tunnel())
         one.host.run("nft", "delete", "table", "ip", plan.tunnel())
         two.host.ip("link", "del", plan.tunnel(sync=True))
+        # As a daemon before lanes made it.
+        mark = str(plan.mark)
+        one.host.ip("rule", "del", "fwmark", f"{mark}/{EXIT_MASK:#x}", "table", mark)
+        one.host.ip("rule", "add", "fwmark", mark, "table", mark, "priority", "20000")
         async with daemons(site, tmp_path) as (first, second):
             await until(first, lambda view: not view.problem and view.active is not None)
             await until(second, lambda view: not view.problem and view.active is not None)
+            assert await _seen(one, two) == [FIXED, FIXED]
+            for host in (one, two):  # and while it runs
+                host.host.run("nft", "delete", "table", "ip", plan.tunnel())
+            async with asyncio.timeout(30):
+                while any(
+                    plan.tunnel() not in h.host.run("nft", "list", "tables") for h in (one, two)
+                ):
+                    await asyncio.sleep(0.5)
             assert await _seen(one, two) == [FIXED, FIXED]
         one.clones = IPv4Network("10.80.0.0/16")  # as after a change of its configuration
         one.host.ip("addr", "add", "10.80.0.1/16", "dev", "templated0")

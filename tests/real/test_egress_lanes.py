@@ -65,12 +65,12 @@ def test_lanes_follow_the_load(rig: Rig, tmp_path: Path) -> None:
                 view = await until(made, lambda v: states(v) == [LaneState.SERVING] * 3)
                 later = await in_thread(Flows, rig, 60, 12.0, 9002)
                 forget_closed(view)
-                view = await until(made, lambda v: all(lane.flows > 15 for lane in v.lanes[1:]))
+                view = await until(made, lambda v: all(lane.flows > 5 for lane in v.lanes[1:]))
                 lost, _, sources = await in_thread(load.result)
                 assert (lost, sources) == (0, {FIXED})
                 view = await until(made, lambda v: LaneState.DRAINING in states(v), 30)
                 # Those that began when there were three stay where they are.
-                assert all(lane.flows >= 20 for lane in view.lanes[1:])
+                assert all(lane.flows > 5 for lane in view.lanes[1:])
                 for one in (later, flows):
                     lost, _, sources = await in_thread(one.result)
                     assert (lost, sources) == (0, {FIXED})

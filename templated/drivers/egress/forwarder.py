@@ -79,6 +79,8 @@ class Forwarder:
         """When bytes were counted, and how many there were."""
         self._peer = Watch(spec)
         self._since_refused = 0
+        self._steered = False
+        """Since it is the active one, what comes for its ports was led to it."""
         self._announcing = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._inside = self._outside = None  # type: Arp | None
@@ -212,8 +214,10 @@ class Forwarder:
 
     def _steer(self) -> None:
         """Of a lane that is not the first: what comes for its ports comes here from now on."""
+        self._steered = False
         try:
             legs.steer(self._spec, self._host)
+            self._steered = True
         except HostError as error:
             _log.warning("%s: cannot steer its ports: %s", self._spec.label, error)
 
@@ -223,7 +227,7 @@ class Forwarder:
             return
         with inside(self._host):
             mac = steered(self._spec)
-        if not mac:
+        if not mac or not self._steered:
             self._steer()
         elif mac != legs.mac(self._spec, "out"):
             self._contested(mac)

@@ -13,13 +13,13 @@ import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from ipaddress import IPv4Network
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from templated.drivers.egress import ip, rules, vxlan
 from templated.drivers.host.programs import run_here
 from templated.drivers.network.links import disable_ipv6, forwards_ipv4
 from templated.drivers.network.worker import Worker, enter_namespace
-from templated.errors import Conflict, HostError
+from templated.errors import Conflict, HostError, host_errors
 from templated.model.egress import (
     MAX_EGRESSES,
     MAX_LANES,
@@ -37,6 +37,7 @@ _PRIORITY = 20000
 _PROTOCOL = 84
 """Marks rules and routes as ours (ip-route(8), `protocol`)."""
 _INTERNET = "0.0.0.0/0"
+_ALL = "0xffffffff"
 
 
 class Ways:
@@ -94,6 +95,10 @@ class Ways:
         """Make the way; what is there already stays, and what lacks is made again."""
         await self._run(lambda: self._make(plan, spec))
 
+    async def join(self, plan: LinkPlan, spec: EgressSpec) -> None:
+        """Make again what lacks between two hosts, or is not as the way to the other one wants."""
+        await self._run(lambda: vxlan.make(plan, spec, self.owner))
+
     async def spread(self, plan: LinkPlan, marks: Sequence[int]) -> None:
         """Give new flows to the lanes of these marks, in turn; `plan` is the first lane's."""
         script = rules.spreading(plan, marks, self.owner)
@@ -120,7 +125,7 @@ class Ways:
 
     def _find(self, taken: Collection[int], spec: EgressSpec) -> LinkPlan:
         routes = _networks(ip.shown("route", "show", "table", "all"))
-        marks = _marks()
+        marks = {rule.mark for rule in _rules()}
         for index in range(1, MAX_EGRESSES + 1) if spec.link is None else (spec.link,):
             if index in taken:
                 continue
@@ -185,8 +190,13 @@ class Ways:
             f"route replace unreachable default metric 4278198272 {tail}",
             *(f"route replace {net} via {plan.shared} dev {inside} {tail}" for net in to),
         )
-        if plan.mark not in _marks():
-            ip.apply(f"rule add {_rule(plan)}")
+        mark, mask, priority = _rule(plan)
+        found = {(rule.mark, rule.mask) for rule in _rules()}
+        if (mark, mask) not in found:
+            ip.apply(
+                f"rule add fwmark {mark}/{mask:#x} table {mark} priority {priority}"
+                f" protocol {_PROTOCOL}"
+            )
 
     def _bridge(self, name: str, side: int) -> None:
         link = _link(name)
@@ -196,17 +206,22 @@ class Ways:
             # Hosts made from one image may have the same owner.
             seed = f"{self.owner} {name} {side}".encode()
             mac = (b"\x0a" + hashlib.sha256(seed).digest()[:5]).hex(":")
-            ip.apply(
+            ip.make(
                 f"link add {name} address {mac} type bridge"
-                " stp_state 0 forward_delay 0 mcast_snooping 0"
+                " stp_state 0 forward_delay 0 mcast_snooping 0",
+                name,
+                self.owner,
             )
-            ip.apply(f"link set dev {name} alias {self.owner}")
         disable_ipv6(name)
         ip.apply(f"link set dev {name} up")
 
     def _remove(self, plan: LinkPlan) -> None:
-        if plan.mark in _marks():
-            ip.apply(f"rule del {_rule(plan)}")
+        for rule in _rules():
+            if rule.mark == plan.mark:
+                ip.apply(
+                    f"rule del fwmark {rule.mark}/{rule.mask:#x} table {rule.mark}"
+                    f" priority {rule.priority}"
+                )
         ip.discard(f"route flush table {plan.mark}")
         vxlan.remove(plan, self.owner)
         for name in (plan.inside, plan.sync):
@@ -222,7 +237,7 @@ class Ways:
 
     def _sweep(self, keep: Collection[LinkPlan]) -> None:
         names = {link["ifname"] for link in ip.shown("link", "show")}
-        marks, tables = _marks(), _tables()
+        marks, tables = {rule.mark for rule in _rules()}, _tables()
         for plan in self._plans():
             found = names & _links_of(plan) or plan.mark in marks
             if (found or tables & _tables_of(plan)) and plan not in keep:
@@ -243,20 +258,32 @@ def _enter(netns: str) -> None:
         raise HostError(f"cannot enter namespace {netns}: {error.strerror}") from error
 
 
-def _marks() -> set[int]:
-    return {int(rule["fwmark"], 0) for rule in ip.shown("rule", "show") if "fwmark" in rule}
+class _Rule(NamedTuple):
+    """One that has packets with this mark follow the table of the same number."""
+
+    mark: int
+    mask: int
+    priority: int
 
 
-def _rule(plan: LinkPlan) -> str:
+def _rules() -> list[_Rule]:
+    """All that go by a mark; also those of others."""
+    found = [rule for rule in ip.shown("rule", "show") if "fwmark" in rule]
+    return [
+        _Rule(int(one["fwmark"], 0), int(one.get("fwmask", _ALL), 0), one["priority"])
+        for one in found
+    ]
+
+
+def _rule(plan: LinkPlan) -> _Rule:
     """The one that has a lane's packets follow its table of routes.
 
     The first lane's comes after the others', and holds for what is left of a lane that has ended,
     too: nothing of an egress ever follows the host's own routes.
     """
-    mark, priority = f"{plan.mark}", _PRIORITY
     if plan.lane == 0:
-        mark, priority = f"{mark}/{EXIT_MASK:#x}", _PRIORITY + 1
-    return f"fwmark {mark} table {plan.mark} priority {priority} protocol {_PROTOCOL}"
+        return _Rule(plan.mark, EXIT_MASK, _PRIORITY + 1)
+    return _Rule(plan.mark, int(_ALL, 0), _PRIORITY)
 
 
 def _tables() -> set[tuple[str, str]]:
@@ -291,4 +318,5 @@ def _networks(routes: list[dict[str, Any]]) -> list[IPv4Network]:
 
 
 def _sysctl(name: str, value: str) -> None:
-    (Path("/proc/sys/net/ipv4") / name).write_text(value)
+    with host_errors(f"cannot set net/ipv4/{name}"):
+        (Path("/proc/sys/net/ipv4") / name).write_text(value)

@@ -18,6 +18,15 @@ def apply(*lines: str) -> None:
     run_here("ip", "-batch", "-", stdin=script, timeout=_TIMEOUT)
 
 
+def make(line: str, name: str, owner: str) -> None:
+    """Make an interface that is the owner's from the beginning. HostError: it is not there then."""
+    try:
+        apply(line, f"link set dev {name} alias {owner}")
+    except HostError:
+        discard(f"link del {name}")
+        raise
+
+
 def discard(*lines: str) -> None:
     """Run commands that take away what may have gone already: none of them raises."""
     for line in lines:

@@ -17,7 +17,7 @@ import msgspec
 
 from templated.drivers.egress.programs import Files
 from templated.drivers.host.programs import run
-from templated.errors import HostError, Timeout
+from templated.errors import HostError, Timeout, host_errors
 from templated.model.api import ErrorInfo
 from templated.model.egress import ForwarderSpec, ForwarderView, Peer, Role
 
@@ -92,9 +92,9 @@ class Remote:
                 async with self._starting:
                     if not self._ending:
                         await self.begin(timeout)
-            except (HostError, Timeout) as error:
-                self._gone(error.message)
-                _log.warning("forwarder %s: %s", self.spec.label, error.message)
+            except (HostError, Timeout, OSError, msgspec.MsgspecError) as error:
+                self._gone(str(error))
+                _log.warning("forwarder %s: %s", self.spec.label, error)
 
     def resign(self) -> None:
         """Have it give up being the active one. Raises HostError when it does not run."""
@@ -137,12 +137,13 @@ class Remote:
 
     def _write(self, fresh: bool) -> None:
         """Its files; `fresh` is one that it removes once it has done what it says."""
-        self.files.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.files.failure.unlink(missing_ok=True)
-        self.files.fresh.unlink(missing_ok=True)
-        if fresh:
-            self.files.fresh.touch()
-        self.files.spec.write_bytes(msgspec.json.encode(self.spec))
+        with host_errors(f"cannot write files of forwarder {self.spec.label}"):
+            self.files.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.files.failure.unlink(missing_ok=True)
+            self.files.fresh.unlink(missing_ok=True)
+            if fresh:
+                self.files.fresh.touch()
+            self.files.spec.write_bytes(msgspec.json.encode(self.spec))
 
     async def _start(self) -> None:
         if _managed(self.files):

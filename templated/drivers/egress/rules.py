@@ -8,7 +8,8 @@ What leaves by `out` has the fixed address as its source, whatever else may go w
 after source NAT checks each packet, and that the address is here (`fib saddr type local`). A
 forwarder that has given it away sends nothing, without anybody having to tell it. `lingering` is
 for a planned switch: the old one goes on with what is on its way, for a moment. Where a flow may
-go is judged once, by its first packet: the policy is the same as long as the forwarder runs.
+go is judged once, by its first packet: the policy is the same as long as the forwarder runs. Of two
+hosts one may have another policy for a moment, and copies its flows here: there all are judged.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def ruleset(spec: ForwarderSpec) -> str:
     to = ["0.0.0.0/0"] if egress.internet else [str(network) for network in egress.networks]
     never = [*map(str, NEVER), spec.links]
     first, last = egress.ports(spec.lane)
+    judged = "ct state established counter name out accept"
     clamp = "tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu"
     clones = f"{{ {', '.join(spec.sources)} }}"
     counters = "".join(f"    counter {name} {{ }}\n" for name in counter_names())
@@ -54,7 +56,7 @@ table ip {TABLE} {{
         counter name drop_other drop
     }}
     chain leave {{
-        ct state established counter name out accept
+        {"# what the other host let pass may be more" if egress.hosts else judged}
         {clamp}
         ip saddr != {clones} counter name drop_source drop
         ip daddr @never counter name drop_destination drop
@@ -193,7 +195,10 @@ table netdev {name} {{
 
 
 def spreading(plan: LinkPlan, marks: Sequence[int], owner: str) -> str:
-    """What gives new TCP flows of an egress to its lanes in turn, by these marks.
+    """What gives new TCP flows of an egress to its lanes, by these marks.
+
+    By a hash: where the host has forgotten a flow, it finds its lane again, as long as these are
+    the same.
 
     A flow keeps its lane, by its connection's mark, also when that takes no new ones any more.
     `plan` is the first lane's. All else than TCP stays with that: datagrams come in fragments,
@@ -201,6 +206,7 @@ def spreading(plan: LinkPlan, marks: Sequence[int], owner: str) -> str:
     """
     turns = ", ".join(f"{turn} : {mark}" for turn, mark in enumerate(marks))
     new = "ct state new ct mark 0 meta l4proto tcp"
+    flow = "ip saddr . tcp sport . ip daddr . tcp dport"
     return f"""\
 table ip {plan.inside}
 delete table ip {plan.inside}
@@ -209,7 +215,7 @@ table ip {plan.inside} {{
     chain spread {{
         type filter hook prerouting priority mangle + 1; policy accept;
         meta mark != {plan.mark} accept
-        {new} ct mark set numgen inc mod {len(marks)} map {{ {turns} }}
+        {new} ct mark set jhash {flow} mod {len(marks)} seed 1 map {{ {turns} }}
         ct mark & {EXIT_MASK:#x} == {plan.mark} meta mark set ct mark
     }}
 }}

@@ -66,11 +66,12 @@ def make(plan: LinkPlan, spec: EgressSpec, owner: str) -> None:
         if found.get(name, owner) != owner:
             raise Conflict(f"interface {name} is not this daemon's", hint=f"ip link show {name}")
         if name not in found:
-            ip.apply(
+            ip.make(
                 f"link add {name} type vxlan id {_number(plan, sync=sync)} local {here.address}"
-                f" remote {peer.address} dstport {PORT} nolearning"
+                f" remote {peer.address} dstport {PORT} nolearning",
+                name,
+                owner,
             )
-            ip.apply(f"link set dev {name} alias {owner}")
         disable_ipv6(name)
         ip.apply(
             f"link set dev {name} mtu {mtu}",

@@ -39,12 +39,13 @@ class Egress:
         self.problem = ""
         """Why its way could not be made as it should be."""
         self.stuck = ""
-        """Why there are not as many lanes as there should be."""
+        """Why lanes, or the host's rules, are not as they should be."""
         self.lanes: dict[int, Lane] = {}
         """By number; the first one is always there, and serves."""
         self.marks: list[int] = []
-        """Of the lanes that new flows go to, since `spread_at`, of the monotonic clock."""
-        self.spread_at = 0.0
+        """Of the lanes that new flows go to."""
+        self.ruled_at = 0.0
+        """When the host's rules for it were last made, by the monotonic clock."""
         self._events = events
         self._metrics = metrics
         self._failovers = 0
@@ -140,11 +141,15 @@ class Egress:
             ) from None
 
     async def switch(self) -> None:
-        """Have each lane's standby take over. Conflict when one has none, Timeout when it does not.
+        """Have each lane's standby take over. Conflict when one has none: then nothing is done.
 
-        Lanes that were switched by then stay so.
+        Raises Timeout when one does not take over; lanes that were switched by then stay so.
         """
-        for lane in list(self.lanes.values()):
+        used = (LaneState.SERVING, LaneState.DRAINING)
+        chosen = []
+        for lane in self.lanes.values():
+            if lane.state not in used:
+                continue
             active, standby = lane.active, lane.standby_number
             if active is None and lane.peer is Peer.SENDS:
                 raise Conflict(
@@ -156,6 +161,8 @@ class Egress:
                     f"egress {self.name} has no standby that could take over",
                     hint=f"see: templated egress show {self.name}",
                 )
+            chosen.append((lane, active, standby))
+        for lane, active, standby in chosen:
             active.resign()
             await self._takeover(lane, standby)
 
@@ -165,7 +172,7 @@ class Egress:
     def _problems(self) -> list[str]:
         found = [self.problem] if self.problem else []
         if self.stuck:
-            found.append(f"the number of lanes cannot follow the load: {self.stuck}")
+            found.append(f"it cannot be kept as it should be: {self.stuck}")
         if self.state is EgressState.ACTIVE:
             for lane in self.lanes.values():
                 quiet = lane.state in (LaneState.STARTING, LaneState.ENDING)

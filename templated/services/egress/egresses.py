@@ -143,13 +143,15 @@ class Egresses:
     async def _adopt(self, egress: Egress) -> None:
         if not egress.forwarders:
             return
+        # What was being ended is ended by who follows the load.
+        lanes = [one for one in egress.lanes.values() if one.state is not LaneState.ENDING]
         try:
-            for lane in egress.lanes.values():
+            for lane in lanes:
                 await self._ways.make(lane.plan, egress.row.spec)
         except TemplatedError as error:
             egress.problem = error.message
             log.warning("egress %s: %s", egress.name, error.message)
-        for forwarder in egress.forwarders:
+        for forwarder in (one for lane in lanes for one in lane.forwarders):
             found = await forwarder.connect()
             log.info("forwarder %s %s", forwarder.spec.label, "runs" if found else "is started")
             self._lanes.keep(forwarder)
@@ -185,6 +187,9 @@ class Egresses:
 
     async def switch(self, name: str) -> EgressView:
         """Have the standby take over. Raises NotFound, Conflict; Timeout when it does not."""
+        return await self._tasks.run(self._in_turn(self._switch(name)))
+
+    async def _switch(self, name: str) -> EgressView:
         egress = self._find(name)
         await egress.switch()
         return egress.view()
@@ -288,6 +293,14 @@ class Egresses:
     # --- inside -------------------------------------------------------------------------------
 
     def _known(self, row: EgressRow) -> Egress:
+        try:
+            return self._planned(row)
+        except ValueError as error:
+            raise HostError(
+                f"egress {row.spec.name}: {error}", hint="set egress.links back to what it was"
+            ) from error
+
+    def _planned(self, row: EgressRow) -> Egress:
         seats = self._ways.seats(row.spec)
         plan = self._ways.plan(row.index, side=seats[0] if row.spec.hosts and seats else 1)
         egress = Egress(row, plan, self._events, self._metrics)

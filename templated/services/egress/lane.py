@@ -86,6 +86,11 @@ class Lane:
             )
         return self.active is not None and (len(self.forwarders) < 2 or self.standby is not None)
 
+    @property
+    def age(self) -> float:
+        """Seconds that it has been in its state, as far as this daemon knows."""
+        return time.monotonic() - self._since
+
     def move(self, state: LaneState) -> None:
         """Take new flows, or none any more. Raises Defect when it does so already."""
         self.state = move(LANE_TRANSITIONS, self.state, state, f"lane {self.number + 1}")
@@ -93,7 +98,7 @@ class Lane:
 
     def has_ended(self, bound: float) -> bool:
         """Whether the last flow of a lane that leaves has ended, or its time has, in seconds."""
-        past, active = time.monotonic() - self._since, self.active
+        past, active = self.age, self.active
         if past > bound:
             return True
         return past > _SURE and active is not None and active.view.flows == 0

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
 
 from templated.drivers.egress.host import Ways
 from templated.drivers.egress.remote import Remote
@@ -96,30 +98,55 @@ class Lanes:
         serving = [lane for lane in egress.lanes.values() if lane.state is LaneState.SERVING]
         up = [lane for lane in serving if lane.active is not None] or serving
         now, marks = time.monotonic(), [lane.plan.mark for lane in up]
-        if marks != egress.marks or now - egress.spread_at > _AGAIN:
+        if marks != egress.marks or now - egress.ruled_at > _AGAIN:
             await self._ways.spread(egress.plan, marks)
-            egress.marks, egress.spread_at = marks, now
+            egress.marks, egress.ruled_at = marks, now
 
     def follow(self, egress: Egress) -> None:
-        """Have the number of lanes follow the load from now on."""
-        if egress.row.spec.max > 1:
+        """Have the number of lanes follow the load from now on, and keep the host's rules."""
+        if egress.row.spec.max > 1 or egress.row.spec.hosts:
             self._tasks.spawn(self._follow(egress), f"lanes of egress {egress.name}")
 
     async def _follow(self, egress: Egress) -> None:
-        pace, wait = Pace(seconds(self._config.quiet)), _TICK
+        pace, wait, now = Pace(seconds(self._config.quiet)), _TICK, time.monotonic
+        due = now()
         while True:
-            await asyncio.sleep(wait)
+            await asyncio.sleep(_TICK)
             async with self._turn:
                 if egress.state is not EgressState.ACTIVE:
                     return
-                try:
-                    await self._adapt(egress, pace)
-                    await self._end_drained(egress)
-                    await self.spread(egress)
-                    wait, egress.stuck = _TICK, ""
-                except TemplatedError as error:
-                    wait, egress.stuck = min(2 * wait, _LONGEST), error.message
-                    log.warning("lanes of egress %s: %s", egress.name, error.message)
+                failed = await self._tried(egress, self.spread, self._join)
+                if now() >= due:
+                    adapt = partial(self._adapt, pace=pace)
+                    failed += await self._tried(egress, adapt, self.spread, self._end_drained)
+                    wait = min(2 * wait, _LONGEST) if failed else _TICK
+                    due = now() + (wait if failed else 0)
+                    egress.stuck = ""
+                egress.stuck = "; ".join(failed) or egress.stuck
+
+    async def _tried(
+        self, egress: Egress, *steps: Callable[[Egress], Coroutine[Any, Any, None]]
+    ) -> list[str]:
+        """What failed of some steps, of which each is tried."""
+        failed = []
+        for step in steps:
+            try:
+                await step(egress)
+            except TemplatedError as error:
+                failed.append(error.message)
+            except Exception as error:  # the next look goes on, whatever it is
+                log.exception("lanes of egress %s", egress.name)
+                failed.append(f"{error!r}")
+        if failed:
+            log.warning("lanes of egress %s: %s", egress.name, "; ".join(failed))
+        return failed
+
+    async def _join(self, egress: Egress) -> None:
+        """Of two hosts: rules and devices between them, which somebody may have taken away."""
+        now = time.monotonic()
+        if egress.row.spec.hosts and now - egress.ruled_at > _AGAIN:
+            egress.ruled_at = now
+            await self._ways.join(egress.plan, egress.row.spec)
 
     async def _adapt(self, egress: Egress, pace: Pace) -> None:
         """One step: more lanes, or fewer."""
@@ -128,8 +155,11 @@ class Lanes:
         need = needed(spec, sum(v.rate for v in views), sum(v.flows for v in views))
         wanted = pace.wanted(time.monotonic(), need)
         for lane in lanes:
-            if lane.state is LaneState.STARTING and lane.serves:  # begun by a daemon before
-                await self._move(egress, lane, LaneState.SERVING)
+            if lane.state is LaneState.STARTING:  # begun by a daemon before
+                if lane.serves:
+                    await self._move(egress, lane, LaneState.SERVING)
+                elif lane.age > BEGIN + SETTLE:
+                    await self._move(egress, lane, LaneState.ENDING)
         there = (LaneState.STARTING, LaneState.SERVING)
         serving = [lane for lane in lanes if lane.state in there]
         for lane in lanes:
@@ -147,7 +177,10 @@ class Lanes:
     async def _end_drained(self, egress: Egress) -> None:
         """The end of lanes that have drained, and of what could not be ended before."""
         for lane in list(egress.lanes.values()):
-            if lane.state is LaneState.DRAINING and lane.has_ended(seconds(self._config.drain)):
+            drains = lane.state is LaneState.DRAINING
+            if lane.plan.mark in egress.marks:
+                drains = False  # the rules that choose it could not be changed yet
+            if drains and lane.has_ended(seconds(self._config.drain)):
                 await self._move(egress, lane, LaneState.ENDING)
             if lane.state is LaneState.ENDING:
                 await self._end(egress, lane)
