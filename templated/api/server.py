@@ -19,6 +19,7 @@ from templated.api.errors import errors_as_json
 from templated.api.gate import Gate, guarded
 from templated.api.gateway.server import gateway
 from templated.api.routes import ROUTES
+from templated.drivers.host.files import bind_private
 from templated.errors import ConfigError, HostError
 from templated.model.config import Config, MetricsConfig, SocketConfig
 from templated.services.daemon import Services
@@ -73,12 +74,7 @@ def _unix_listener(config: Config) -> socket.socket:
         if path.exists() and not path.is_socket():
             raise HostError(f"{path} is there and is no socket", hint="remove it, or set `socket:`")
         path.unlink(missing_ok=True)
-        # Nobody gets in between bind and the right mode.
-        before = os.umask(0o177)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(before)
+        bind_private(listener, path)  # nobody gets in before it has the right mode
         _give_access(path, config.socket_access)
         listener.listen(_BACKLOG)
     except OSError as error:

@@ -22,6 +22,7 @@ from aiohttp import web
 from templated.api import server
 from templated.api.callers import Callers
 from templated.api.routes import ROUTES
+from templated.drivers.host.files import bind_private
 from templated.drivers.hypervisor.fake import FakeHypervisor
 from templated.errors import ConfigError, HostError
 from templated.model.api import CloneRequest
@@ -433,6 +434,28 @@ def test_the_default_access(tmp_path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == 0o660
 
     served(tmp_path, check)
+
+
+def test_a_socket_is_private_without_a_umask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A umask is the whole process's: under one, a thread once made a directory for nobody."""
+    before = os.umask(0)
+    try:
+        with monkeypatch.context() as fixed, socket.socket(socket.AF_UNIX) as listener:
+            fixed.setattr(os, "umask", None)
+            bind_private(listener, tmp_path / "socket")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "socket").stat().st_mode) == 0o600
+
+
+def test_listening_leaves_the_umask_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the daemon's own socket."""
+    masks: list[int] = []
+    monkeypatch.setattr(os, "umask", masks.append)
+    served(tmp_path)
+    assert masks == []
 
 
 def _error_of_serving(tmp_path: Path, kind: type[Exception], **changes: Any) -> Exception:

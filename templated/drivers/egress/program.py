@@ -12,6 +12,7 @@ import fcntl
 import logging
 import os
 import signal
+import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import msgspec
 from templated.drivers.egress import legs, namespaces, rules
 from templated.drivers.egress.forwarder import Forwarder
 from templated.drivers.egress.programs import Files
+from templated.drivers.host.files import bind_private
 from templated.drivers.host.programs import run_here
 from templated.drivers.network.worker import enter_namespace
 from templated.errors import Conflict, HostError, TemplatedError
@@ -112,11 +114,9 @@ class _Socket:
 
     async def __aenter__(self) -> None:
         self._path.unlink(missing_ok=True)
-        before = os.umask(0o177)
-        try:
-            self._server = await asyncio.start_unix_server(self._connected, self._path)
-        finally:
-            os.umask(before)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        bind_private(listener, self._path)
+        self._server = await asyncio.start_unix_server(self._connected, sock=listener)
         self._forwarder.changed = self._tell
 
     async def __aexit__(self, *_: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,16 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def bind_private(listener: socket.socket, path: Path) -> None:
+    """Bind a unix socket that its owner alone may connect to, from the first moment on. OSError.
+
+    The file gets the mode of the unbound socket, less the umask (unix_bind_bsd in net/unix). The
+    umask itself is the whole process's: other threads may be making directories meanwhile.
+    """
+    os.fchmod(listener.fileno(), 0o600)
+    listener.bind(str(path))
+
+
 def remove_directory(path: Path) -> None:
     """Remove a directory with all that is in it; it may be gone already. Blocks.
 
@@ -64,6 +75,12 @@ def remove_directory(path: Path) -> None:
             except FileNotFoundError:  # also when a file in it went away meanwhile
                 if not path.exists():
                     return None
+            except (
+                PermissionError
+            ):  # made under another umask: a daemon may have no right over that
+                if path.stat().st_mode & 0o700 == 0o700:
+                    raise
+                path.chmod(0o700)
     except OSError as error:
         raise HostError(
             f"cannot remove {error.filename or path}: {error.strerror or error}",

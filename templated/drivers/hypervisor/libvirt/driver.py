@@ -75,7 +75,7 @@ class Libvirt:
     @staticmethod
     def has(places: Places) -> bool:
         """Whether the VM of a slot was started by libvirt."""
-        return (places.directory / _MARK).exists()
+        return os.path.exists(places.directory / _MARK)
 
     async def addresses(self, network: str) -> Addresses:
         """See `base.Hypervisor.addresses`."""
