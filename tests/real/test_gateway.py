@@ -208,7 +208,10 @@ def test_versions_by_weight(client: Any) -> None:
         FunctionVersion="2",
         RoutingConfig={"AdditionalVersionWeights": {}},
     )
-    assert {_invoke(client, "grey:prod")[1]["ExecutedVersion"] for _ in range(5)} == {"2"}
+    # Requests go there once enough instances of it are ready.
+    deadline = time.monotonic() + 60
+    while {_invoke(client, "grey:prod")[1]["ExecutedVersion"] for _ in range(5)} != {"2"}:
+        assert time.monotonic() < deadline
     held = _refused(client.delete_function, FunctionName="grey", Qualifier="2")
     assert held["Error"]["Code"] == "ResourceConflictException"
 
