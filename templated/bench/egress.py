@@ -21,11 +21,22 @@ from typing import Any
 
 from templated.bench.egress_clones import Source, measure_clones
 from templated.bench.lanes import DRAIN, QUIET, measure_lanes
-from templated.bench.netrig import FIXED, LENGTH, NETWORK, SERVER, Flows, Rig, line, program, run
+from templated.bench.netrig import (
+    FIXED,
+    LENGTH,
+    NETWORK,
+    SERVER,
+    Flows,
+    Rig,
+    poured,
+    program,
+    run,
+    spec,
+)
 from templated.bench.served import Served, served
 from templated.bench.stats import summarize
 from templated.client import Client
-from templated.errors import HostError, Timeout
+from templated.errors import Timeout
 from templated.model.egress import EgressView, Role
 
 ROUNDS = {
@@ -145,15 +156,7 @@ def _daemon(rig: Rig, source: Source | None) -> Iterator[tuple[Served, Client]]:
 
 
 def _create(client: Client) -> EgressView:
-    return client.create_egress(
-        {
-            "name": _NAME,
-            "interface": "vpc0",
-            "address": f"{FIXED}/{LENGTH}",
-            "gateway": SERVER,
-            "to": [NETWORK],
-        }
-    )
+    return client.create_egress(spec(_NAME))
 
 
 def _rounds(bench: _Bench, key: str, action: Callable[[_Bench, EgressView], None]) -> Any:
@@ -234,7 +237,7 @@ def _throughput(bench: _Bench) -> dict[str, Any]:
             for way, used in (("egress", view.mark), ("by_hand", mark)):
                 bench.progress(f"throughput: {way.replace('_', ' ')} {number + 1}")
                 bench.rig.mark(used)
-                found[way].append(_poured(bench.rig, bench.plan.seconds))
+                found[way].append(poured(bench.rig, bench.plan.seconds, 1))
         bench.rig.mark(view.mark)
     egress, by_hand = (statistics.median(found[way]) for way in ("egress", "by_hand"))
     return {
@@ -270,20 +273,6 @@ def _made_by_hand(rig: Rig) -> Iterator[int]:
     finally:
         rig.host.ip("rule", "del", "fwmark", str(mark))
         rig.host.ip("link", "del", "hand0")
-
-
-def _poured(rig: Rig, seconds: float) -> float:
-    drain = rig.vpc.start(*program("drain", SERVER, str(_PORT)), stdout=subprocess.PIPE)
-    try:
-        line(drain)
-        rig.clone.run(*program("pour", SERVER, str(_PORT), str(seconds)))
-        told = json.loads(line(drain) or b"null")
-    finally:
-        drain.kill()
-        drain.communicate()
-    if told is None:
-        raise HostError("the bulk flow failed")
-    return float(told["bytes"] / told["seconds"])
 
 
 def _churn(bench: _Bench) -> dict[str, Any]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from templated.bench.netrig import FIXED, LENGTH, SERVER, Flows, Rig, line, program, run
+from templated.bench.netrig import Flows, Rig, poured, run, spec
 from templated.bench.stats import summarize
 from templated.client import Client
-from templated.errors import HostError, Timeout
+from templated.errors import Timeout
 from templated.model.egress import EgressView, LaneState, Role
 
 QUIET = "5s"
@@ -47,14 +45,7 @@ def measure_lanes(
 
 @contextlib.contextmanager
 def _egress(rig: Rig, client: Client, **more: object) -> Iterator[EgressView]:
-    spec = {
-        "name": _NAME,
-        "interface": "vpc0",
-        "address": f"{FIXED}/{LENGTH}",
-        "gateway": SERVER,
-        "to": [f"172.20.0.0/{LENGTH}"],
-    }
-    view = client.create_egress(spec | more)
+    view = client.create_egress(spec(_NAME) | more)
     try:
         rig.mark(view.mark)
         yield view
@@ -126,30 +117,10 @@ def _throughput(
             progress(f"throughput of {lanes} active forwarders: {number + 1}")
             with _egress(rig, client, min=lanes, max=lanes) as view:
                 assert sum(one.role is Role.ACTIVE for one in view.forwarders) == lanes
-                rates.append(_poured(rig, seconds))
+                rates.append(poured(rig, seconds, 2))
     one, two = (statistics.median(found[lanes]) for lanes in (1, 2))
     return {
         "one_gbit": round(one * 8 / 1e9, 2),
         "two_gbit": round(two * 8 / 1e9, 2),
         "ratio": round(two / one, 3),
     }
-
-
-def _poured(rig: Rig, seconds: float) -> float:
-    """Two flows at once, each with a process of its own at both ends."""
-    drains, pours = list[subprocess.Popen[bytes]](), list[subprocess.Popen[bytes]]()
-    try:
-        for port in (_PORT, _PORT + 1):
-            command = program("drain", SERVER, str(port))
-            drains.append(rig.vpc.start(*command, stdout=subprocess.PIPE))
-            line(drains[-1])
-        for port in (_PORT, _PORT + 1):
-            pours.append(rig.clone.start(*program("pour", SERVER, str(port), str(seconds))))
-        told = [json.loads(line(drain) or b"null") for drain in drains]
-    finally:
-        for process in (*drains, *pours):
-            process.kill()
-            process.communicate()
-    if None in told:
-        raise HostError("a bulk flow failed")
-    return sum(float(one["bytes"] / one["seconds"]) for one in told)

@@ -23,6 +23,7 @@ NETWORK = f"172.20.0.0/{LENGTH}"
 _CLONE = "10.78.200.3"
 _HOST = "10.78.0.1"
 _WITHIN = 60.0
+_BULK = 9200
 _numbers = itertools.count()
 
 
@@ -226,3 +227,34 @@ class Flows:
         self._send.kill()
         self._send.communicate()
         self._sink.close()
+
+
+def spec(name: str) -> dict[str, object]:
+    """An egress of this name on the rig's host, as the API takes it."""
+    return {
+        "name": name,
+        "interface": "vpc0",
+        "address": f"{FIXED}/{LENGTH}",
+        "gateway": SERVER,
+        "to": [NETWORK],
+    }
+
+
+def poured(rig: Rig, seconds: float, flows: int) -> float:
+    """Bytes per second of bulk flows together, each with a process of its own at both ends."""
+    drains, pours = list[subprocess.Popen[bytes]](), list[subprocess.Popen[bytes]]()
+    ports = [str(_BULK + number) for number in range(flows)]
+    try:
+        for port in ports:
+            drains.append(rig.vpc.start(*program("drain", SERVER, port), stdout=subprocess.PIPE))
+            line(drains[-1])
+        for port in ports:
+            pours.append(rig.clone.start(*program("pour", SERVER, port, str(seconds))))
+        told = [json.loads(line(drain) or b"null") for drain in drains]
+    finally:
+        for process in (*drains, *pours):
+            process.kill()
+            process.communicate()
+    if None in told:
+        raise HostError("a bulk flow failed")
+    return sum(float(one["bytes"] / one["seconds"]) for one in told)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from templated.bench import netrig
 from templated.bench.netrig import FIXED as FIXED
@@ -15,6 +19,12 @@ from templated.bench.netrig import run as run
 from templated.drivers.egress.host import Ways
 from templated.model.egress import EgressSpec, LinkPlan
 
+NEEDS = [
+    pytest.mark.real,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces"),
+    pytest.mark.skipif(shutil.which("keepalived") is None, reason="needs keepalived"),
+]
+"""The marks of tests with forwarders."""
 CLONES = IPv4Network("10.78.0.0/16")
 LINKS = IPv4Network("100.127.0.0/16")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,13 +26,9 @@ from tests.real.egress_parts import (
     server,
     until,
 )
-from tests.real.egress_rig import FIXED, Flows, Rig, run
+from tests.real.egress_rig import FIXED, NEEDS, Flows, Rig, run
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces"),
-    pytest.mark.skipif(shutil.which("keepalived") is None, reason="needs keepalived"),
-]
+pytestmark = NEEDS
 
 
 @pytest.fixture

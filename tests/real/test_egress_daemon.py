@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,17 +14,13 @@ from typing import Any
 import pytest
 
 from templated.bench.egress import ROUNDS
-from tests.real.egress_rig import Rig, Sink
+from tests.real.egress_rig import NEEDS, Rig, Sink
 from tests.real.harness import ROOT, Daemon
 from tests.real.prometheus import OF_A_BRIDGE, Prometheus, concrete, free_port
 from tests.real.prometheus import until as eventually
 from tests.unit.observability import expressions
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces"),
-    pytest.mark.skipif(shutil.which("keepalived") is None, reason="needs keepalived"),
-]
+pytestmark = NEEDS
 FIXED = "172.20.0.100"
 CREATE = (
     *("egress", "create", "acme", "--interface", "vpc0", "--address", f"{FIXED}/16"),

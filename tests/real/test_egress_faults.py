@@ -22,13 +22,9 @@ from tests.real.egress_parts import (
     server,
     until,
 )
-from tests.real.egress_rig import FIXED, Flows, Rig, run
+from tests.real.egress_rig import FIXED, NEEDS, Flows, Rig, run
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces"),
-    pytest.mark.skipif(shutil.which("keepalived") is None, reason="needs keepalived"),
-]
+pytestmark = NEEDS
 # Flows that begin together and stay; it prints how many of them the server has taken.
 MANY = """
 import select, socket, time

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import shutil
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -20,14 +19,10 @@ from templated.errors import Conflict, HostError, InvalidRequest, TemplatedError
 from templated.model.egress import EgressHost, EgressView, Peer, Role
 from templated.model.network import EXIT_MASK
 from tests.real.egress_parts import Daemon, answer, daemon, in_thread, left_running, server, until
-from tests.real.egress_rig import FIXED, LINKS, Flows
+from tests.real.egress_rig import FIXED, LINKS, NEEDS, Flows
 from tests.real.egress_site import HOSTS, Host, Site
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces"),
-    pytest.mark.skipif(shutil.which("keepalived") is None, reason="needs keepalived"),
-]
+pytestmark = NEEDS
 _numbers = itertools.count()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -16,13 +15,9 @@ import pytest
 
 from templated.model.egress import EgressView, LaneState
 from tests.real.egress_parts import Daemon, answer, daemon, in_thread, rigged, server, until
-from tests.real.egress_rig import FIXED, Flows, Rig, run
+from tests.real.egress_rig import FIXED, NEEDS, Flows, Rig, run
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces"),
-    pytest.mark.skipif(shutil.which("keepalived") is None, reason="needs keepalived"),
-]
+pytestmark = NEEDS
 _DELAYED = "net.netfilter.nf_conntrack_tcp_timeout_time_wait"
 
 

@@ -75,9 +75,7 @@ def remove_directory(path: Path) -> None:
             except FileNotFoundError:  # also when a file in it went away meanwhile
                 if not path.exists():
                     return None
-            except (
-                PermissionError
-            ):  # made under another umask: a daemon may have no right over that
+            except PermissionError:  # of a mode that keeps even its owner out
                 if path.stat().st_mode & 0o700 == 0o700:
                     raise
                 path.chmod(0o700)

@@ -61,10 +61,10 @@ def cpu_seconds(pid: int) -> float:
 
 
 def command_line(pid: int) -> list[str]:
-    """The arguments of a process; empty when it is gone, or kept from us."""
+    """The arguments of a process; empty when it is gone."""
     try:
         content = (_PROC / str(pid) / "cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
+    except (FileNotFoundError, ProcessLookupError):
         return []
     return content.decode(errors="replace").split("\0")
 

@@ -259,7 +259,7 @@ class Egresses:
     async def _take_away(self, egress: Egress) -> None:
         await self._ways.open()
         for lane in reversed(egress.lanes.values()):
-            await self._lanes.end(egress, lane)
+            await self._lanes.end(lane)
         await self._rows.drop(egress.name)
         self._egresses.pop(egress.name, None)
         self._metrics.forget(egress.name)

@@ -83,7 +83,7 @@ class Lanes:
         """Hear it, and start it again when it ends."""
         self._tasks.spawn(forwarder.keep(BEGIN), f"keeping forwarder {forwarder.spec.label}")
 
-    async def end(self, egress: Egress, lane: Lane) -> None:
+    async def end(self, lane: Lane) -> None:
         """Take a lane away. Raises HostError or Timeout when something of it stays."""
         for forwarder in lane.forwarders:
             forwarder.leave()  # the standby takes over in vain
@@ -203,7 +203,7 @@ class Lanes:
         await self.spread(egress)
 
     async def _end(self, egress: Egress, lane: Lane) -> None:
-        await self.end(egress, lane)
+        await self.end(lane)
         egress.forget(lane)
         await self._write(egress)
         self._events.emit("egress.lane", egress.name, lane=lane.number + 1, state="ended")

@@ -75,6 +75,7 @@ class Libvirt:
     @staticmethod
     def has(places: Places) -> bool:
         """Whether the VM of a slot was started by libvirt."""
+        # False, too, of a directory that cannot be entered: nothing was started in that.
         return os.path.exists(places.directory / _MARK)
 
     async def addresses(self, network: str) -> Addresses:
